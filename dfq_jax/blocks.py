@@ -1,0 +1,48 @@
+"""Cutting a network at values that every path from input to output goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from dfq_jax.program import Program
+from dfq_jax.structure import Block, Layer
+
+
+def find_blocks(program: Program, layers: Sequence[Layer], tensors: Collection[int]) -> tuple[Block, ...]:
+    """Split the program into the smallest pieces that hold layers and are joined by a single value each.
+
+    Args:
+      program: the program.
+      layers: its layers, in order.
+      tensors: values that layers read. Where several values could be the joint between two pieces (the steps of a
+        BatchNorm and its activation), that one is taken, else the last.
+    """
+    cuts = [program.input]
+    joints = _joints(program)
+    layer_ops = [layer.op for layer in layers]
+    for before, after in zip(layer_ops, layer_ops[1:], strict=False):
+        between = [joints[i] for i in range(before, after) if i in joints]
+        if between:
+            cuts.append(next((v for v in reversed(between) if v in tensors), between[-1]))
+    blocks = []
+    for begin, end in zip(cuts, [*cuts[1:], None], strict=True):
+        first = -1 if begin == program.input else program.producer(begin).index
+        last = len(program.ops) if end is None else program.producer(end).index
+        names = tuple(layer.name for layer in layers if first < layer.op <= last)
+        blocks.append(Block(name=names[0], layers=names, input=begin, output=-1 if end is None else end))
+    return tuple(blocks)
+
+
+def _joints(program: Program) -> dict[int, int]:
+    """The indices of operations after which a single value carries all that is known of x, and that value."""
+    last_use = {v: op.index for op in program.ops for v in program.data_inputs(op)}
+    last_use.update(dict.fromkeys(program.output_values, len(program.ops)))
+    alive = {program.input}
+    joints = {}
+    for op in program.ops:
+        if program.data_inputs(op):
+            alive.update(op.outputs)
+            alive = {v for v in alive if last_use.get(v, -1) > op.index}
+        if len(alive) == 1:
+            (joints[op.index],) = alive
+    return joints

@@ -1,0 +1,124 @@
+"""The command line, `dfq-jax`: `main` and how it fails; what the commands do is in `commands`.
+
+Whatever is wrong with the input ends in one line on stderr and exit code 2. `--debug`, or the environment
+variable DFQ_JAX_DEBUG=1, shows the traceback, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+PROGRAM = "dfq-jax"
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# What a user can cause; anything else is a defect, and shows its traceback.
+BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError)
+REQUIRED = ("tyro", "rich")
+EPILOG = "--version prints the version; --debug, anywhere, shows the traceback of an error."
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      args: the arguments; None for those of the process.
+
+    Returns:
+      The exit code: 0, 2 for bad input, 130 when interrupted.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args or os.environ.get("DFQ_JAX_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    if args[:1] == ["--version"]:
+        print(f"{PROGRAM} {importlib.metadata.version('dfq_jax')}")
+        return 0
+    if missing := [name for name in REQUIRED if not _importable(name)]:
+        return _fail(f"the command line needs {' and '.join(missing)}: pip install 'dfq_jax[cli]'")
+    try:
+        from dfq_jax.cli.commands import COMMANDS
+
+        run = _parse(COMMANDS, args)
+        if isinstance(run, int):
+            return run
+        run()
+    except KeyboardInterrupt as interrupt:
+        if debug:
+            traceback.print_exc()
+        notes = getattr(interrupt, "__notes__", [])
+        print(f"{PROGRAM}: {'; '.join(['interrupted', *notes])}", file=sys.stderr)
+        return INTERRUPTED
+    except BAD_INPUT_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(str(error) or type(error).__name__)
+    return 0
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # sys.modules holds None for it
+        return False
+
+
+def _fail(message: str) -> int:
+    """One line, whatever the message looks like."""
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+# --- parsing ---
+
+
+def _parse(commands: Mapping[str, Callable[..., None]], args: list[str]) -> Callable[[], None] | int:
+    """The command with its arguments bound, or an exit code where there is nothing left to run."""
+    import tyro
+
+    if not args:
+        return _fail(f"expected a command: {', '.join(commands)}; see {PROGRAM} --help")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: _bound(function) for name, function in commands.items()},
+                prog=PROGRAM,
+                description=f"Data-free quantization of Flax networks. {EPILOG}",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            return 0  # --help
+        return _fail(_condense(messages.getvalue()) or "the arguments cannot be parsed")
+
+
+def _bound(function: Callable[..., None]) -> Callable[..., Any]:
+    """Parsing must not run the command: its errors and its progress are not the parser's."""
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(function, *args, **kwargs)
+
+    return bind
+
+
+def _condense(box: str) -> str:
+    """What a framed message of tyro says, without its title, hints and frame."""
+    title, *lines = [line.strip(" │|╭╮╰╯") for line in box.strip().splitlines()] or [""]
+    said = []
+    for line in lines:
+        rule = not line.strip("─-")
+        if rule and said:
+            break
+        if not rule:
+            said.append(line)
+    return " ".join(said) or title.strip("─- ")

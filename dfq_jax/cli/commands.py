@@ -1,0 +1,242 @@
+"""The commands. Each prints tables to stdout, progress to stderr, and JSON to a file if asked to."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from dfq_jax import artifact, zoo
+from dfq_jax.cli.demo import demo
+from dfq_jax.cli.models import resolve
+from dfq_jax.cli.output import (
+    accuracy_facts,
+    check_targets,
+    convention_facts,
+    environment,
+    print_table,
+    with_margin,
+    write_json,
+)
+from dfq_jax.cli.progress import Reporter, open_display
+from dfq_jax.evaluation import accuracy
+from dfq_jax.recipes import Quantized, Recipe, get_recipe, load
+from dfq_jax.recipes import quantize as quantize_network
+from dfq_jax.synthesis import SynthesisError
+
+MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
+DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."
+ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
+Data = Annotated[str, arg(metavar="DATA", help=DATA_HELP)]
+OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
+OptionalData = Annotated[str | None, arg(metavar="DATA", help=DATA_HELP)]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
+Count = Annotated[int | None, arg(metavar="N")]
+Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
+
+
+def inspect(model: Positional[ModelName], *, checkpoint: OptionalFile = None) -> None:
+    """Print the layers that are found in a network, and what would not be quantized.
+
+    Args:
+        checkpoint: Weights for a model of the zoo; its structure is shown without, too.
+    """
+    print(resolve(model, checkpoint, weights=False).graph.table())
+
+
+def quantize(
+    model: Positional[ModelName],
+    *,
+    checkpoint: OptionalFile = None,
+    recipe: str = "fast",
+    bits: str = "w8a8",
+    edge_bits: Bits = 8,
+    seed: int = 0,
+    images: Count = None,
+    steps: Count = None,
+    batch_size: Count = None,
+    evaluate: OptionalData = None,
+    limit: Count = None,
+    output: OptionalFile = None,
+    resume: OptionalFile = None,
+    json: OptionalFile = None,
+) -> None:
+    """Quantize a network without data.
+
+    Args:
+        checkpoint: Weights for a model of the zoo: safetensors, npz, Flax msgpack or a torch state dict.
+        recipe: fast, paper or noise.
+        bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
+        edge_bits: Bits of the first and the last layer; none for the same as all others.
+        seed: Seed of all that is random.
+        images: Number of images to make, in place of the recipe's.
+        steps: Optimizer steps for each batch of images, in place of the recipe's.
+        batch_size: Images optimized together, in place of the recipe's.
+        evaluate: Measure float and quantized accuracy on labeled images: bundled, npz:FILE, folder:DIR or
+            tfds:NAME/SPLIT.
+        limit: Evaluate on the first N images only.
+        output: Save the quantized network (safetensors).
+        resume: Keep unfinished images in this file; the same command goes on from it.
+        json: Write what was done and measured, for machines.
+    """
+    began = time.perf_counter()
+    check_targets(output, json, resume)
+    chosen = _adjusted(get_recipe(recipe), images, steps, batch_size)
+    target = resolve(model, checkpoint)
+    data = None if evaluate is None else target.load_data(evaluate, limit)
+    with open_display() as display:
+        reporter = Reporter(display)
+        try:
+            quantized = quantize_network(
+                target.network,
+                target.variables,
+                input_shape=target.input_shape,
+                recipe=chosen,
+                bits=bits,
+                edge_bits=None if edge_bits == "none" else edge_bits,
+                key=seed,
+                on_progress=reporter.on_progress,
+                on_stage=reporter.on_stage,
+                checkpoint=resume,
+            )
+        except SynthesisError as error:
+            raise ValueError(str(error)) from error
+        except KeyboardInterrupt as interrupt:
+            if resume is not None and resume.exists():
+                interrupt.add_note(f"the same command goes on from {str(resume)!r}")
+            raise
+        seconds = dict(quantized.report.seconds)
+        before = after = None
+        if data is not None:
+            reference, seconds["evaluate_float"] = reporter.timed(
+                "evaluating the float network", target.classify, *target.function, data.images
+            )
+            found, seconds["evaluate_quantized"] = reporter.timed(
+                "evaluating the quantized network",
+                target.classify,
+                quantized.apply,
+                quantized.variables,
+                data.images,
+            )
+            before, after = accuracy(reference, data.labels), accuracy(found, data.labels, reference)
+    if output is not None:
+        quantized.save(output, model=model, seed=seed)
+    print(quantized.report.table())
+    if after is not None:
+        rows = [
+            ("float", with_margin(before), "", str(before.n)),
+            (quantized.convention.name.upper(), with_margin(after), f"{after.agreement:.2f}", str(after.n)),
+        ]
+        print()
+        print_table(("network", "top-1 %", "agreement %", "images"), rows, right=("agreement %", "images"))
+    seconds["total"] = round(time.perf_counter() - began, 3)
+    if json is not None:
+        measured = {
+            "data": evaluate,
+            "n": None if after is None else after.n,
+            "float": None if before is None else accuracy_facts(before),
+            "quantized": None if after is None else accuracy_facts(after),
+        }
+        write_json(json, {"model": model, **measured, **_description(quantized, seconds)})
+
+
+def evaluate(
+    file: Positional[Annotated[Path, arg(metavar="FILE", help="What `dfq-jax quantize --output` saved.")]],
+    *,
+    data: Data,
+    model: OptionalModel = None,
+    limit: Count = None,
+    integer: bool = False,
+    json: OptionalFile = None,
+) -> None:
+    """Measure the accuracy of a saved quantized network.
+
+    Args:
+        model: The model it was made from, where the file does not say; its weights are not needed.
+        limit: Evaluate on the first N images only.
+        integer: Compute in integers instead of simulating them.
+        json: Write what was measured, for machines.
+    """
+    began = time.perf_counter()
+    check_targets(json)
+    name = model or _model_of(file)
+    target = resolve(name, weights=False)
+    quantized = load(file, target.network, target.variables)
+    images = target.load_data(data, limit)
+    with open_display() as display:
+        apply_fn = quantized.apply_integer if integer else quantized.apply
+        found, seconds = Reporter(display).timed(
+            "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images.images
+        )
+    result = accuracy(found, images.labels)
+    row = (quantized.convention.name.upper(), with_margin(result), str(result.n), f"{seconds:.1f}")
+    print_table(("network", "top-1 %", "images", "seconds"), [row], right=("images", "seconds"))
+    print(f"convention: {quantized.convention.describe()}")
+    if json is not None:
+        timing = {"evaluate_quantized": seconds, "total": round(time.perf_counter() - began, 3)}
+        measured = {"data": data, "n": result.n, "integer": integer, "quantized": accuracy_facts(result)}
+        write_json(json, {"model": name, "file": str(file), **measured, **_description(quantized, timing)})
+
+
+def models() -> None:
+    """List the models of the zoo."""
+    header = ("name", "input", "classes", "parameters", "float top-1 %", "weights", "trained on", "source")
+    rows = [
+        (
+            entry.name,
+            "x".join(map(str, entry.input_shape[1:])),
+            str(entry.num_classes),
+            str(entry.num_parameters),
+            "" if entry.float_top1 is None else f"{entry.float_top1:.2f}",
+            "--checkpoint" if entry.weights is None else "bundled",
+            entry.trained_on,
+            entry.source,
+        )
+        for entry in zoo.list_models()
+    ]
+    print_table(header, rows, right=("classes", "parameters", "float top-1 %"))
+
+
+COMMANDS = {
+    "demo": demo,
+    "inspect": inspect,
+    "quantize": quantize,
+    "evaluate": evaluate,
+    "models": models,
+}
+
+
+def _adjusted(recipe: Recipe, images: int | None, steps: int | None, batch_size: int | None) -> Recipe:
+    """The recipe with what was asked for on the command line."""
+    if images is not None and batch_size is None:
+        # Images beyond those asked for would be made only to be thrown away.
+        batch_size = min(images, recipe.synthesis.batch_size)
+    fields = {"num_images": images, "steps": steps, "batch_size": batch_size}
+    given = {f"synthesis_{name}": value for name, value in fields.items() if value is not None}
+    return recipe.replace(**given)
+
+
+def _description(quantized: Quantized, seconds: dict[str, float]) -> dict[str, Any]:
+    """How a network was quantized, for JSON."""
+    return {
+        "seconds": seconds,
+        "convention": convention_facts(quantized.convention),
+        "recipe": dataclasses.asdict(quantized.recipe),
+        "key": quantized.report.key,
+        "versions": environment(),
+        "report": quantized.report.to_dict(),
+    }
+
+
+def _model_of(file: Path) -> str:
+    """The model that a file says it was made from."""
+    name = artifact.load(file)[1].get("model")
+    if not isinstance(name, str):
+        raise ValueError(f"{file} does not say what model it was made from; pass --model")
+    if ":" in name:
+        print(f"running {name}, which {file} names as its model", file=sys.stderr)
+    return name

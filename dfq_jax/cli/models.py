@@ -1,0 +1,193 @@
+"""From what a user types for MODEL to a network with its weights and preprocessing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from dfq_jax import zoo
+from dfq_jax.adapters import ApplyFn, as_function
+from dfq_jax.data import Dataset, load_data
+from dfq_jax.evaluation import predict
+from dfq_jax.graph import Graph, trace
+from dfq_jax.synthesis.pixels import num_classes
+from dfq_jax.zoo.registry import _abstract
+
+# Small batches stay in the cache of a CPU; accelerators are fast enough for any.
+EVALUATION_BATCH = 100
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network to work on.
+
+    Attributes:
+      name: what it was asked for by: a zoo name or `package.module:function`.
+      network: a Linen module, an NNX module or a function `(variables, x) -> outputs`.
+      variables: its variables, or their shapes alone.
+      input_shape: shape of its input, `[N, H, W, C]`.
+      preprocessing: maps raw images `[N, H, W, C]`, uint8, to its input.
+      resizes: preprocessing may change the size of images.
+    """
+
+    name: str
+    network: Any
+    variables: Any
+    input_shape: tuple[int, ...]
+    preprocessing: Callable[[np.ndarray], Any]
+    resizes: bool = False
+
+    @functools.cached_property
+    def function(self) -> tuple[ApplyFn, Any]:
+        """`(variables, x) -> outputs` in inference mode, and the variables."""
+        return as_function(self.network, self.variables)
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """The network as traced."""
+        return trace(*self.function, self.input_shape)
+
+    def load_data(self, spec: str, limit: int | None = None) -> Dataset:
+        """Labeled images that fit the network.
+
+        Raises:
+          ValueError: they do not, or cannot be read; before anything is computed on them.
+        """
+        classes = num_classes(self.graph)
+        if not classes:
+            raise ValueError(f"{self.name} gives no class scores [N, classes]: accuracy is not defined")
+        shape = None if self.resizes else self.input_shape
+        data = load_data(spec, limit=limit, input_shape=shape, num_classes=classes)
+        found = np.shape(_guarded("preprocessing", lambda: self.preprocessing(data.images[:1])))
+        if found[1:] != self.input_shape[1:]:
+            raise ValueError(
+                f"{spec}: preprocessed images are of shape {found[1:]}, {self.name} takes {self.input_shape[1:]}"
+            )
+        return data
+
+    def classify(
+        self, apply_fn: ApplyFn, variables: Any, images: np.ndarray, on_progress: Callable[[int, int], None]
+    ) -> Int[np.ndarray, " n"]:
+        """Classes that this network, or a quantized form of it, sees in raw images."""
+        return predict(
+            apply_fn,
+            variables,
+            images,
+            self.preprocessing,
+            logits=self.graph.logits,
+            batch_size=EVALUATION_BATCH,
+            on_progress=on_progress,
+        )
+
+
+def resolve(name: str, checkpoint: Path | None = None, *, weights: bool = True) -> Model:
+    """Find a model.
+
+    Args:
+      name: a zoo name, or `package.module:function`; the current folder is importable.
+      checkpoint: a file of weights, for a model of the zoo.
+      weights: whether the weights are needed; without them, models of the zoo have shapes only.
+
+    Raises:
+      ValueError: no such model, its function fails or gives something else, or the weights do not fit.
+    """
+    if ":" in name:
+        if checkpoint is not None:
+            raise ValueError(f"checkpoint: {name} loads its own weights; only models of the zoo take one")
+        return _from_function(name)
+    entries = {entry.name: entry for entry in zoo.list_models()}
+    if name in entries and not weights and checkpoint is None:
+        entry = entries[name]
+        network, variables, _ = _abstract(entry)
+    else:
+        try:
+            loaded = zoo.load_model(name, checkpoint)
+        except ValueError as error:
+            if name in entries:
+                raise
+            raise ValueError(f"{error}; or give package.module:function for a model of your own") from error
+        entry, network, variables = loaded.entry, loaded.module, loaded.variables
+    steps = entry.preprocessing
+    return Model(
+        name=name,
+        network=network,
+        variables=variables,
+        input_shape=tuple(entry.input_shape),
+        preprocessing=steps,
+        resizes=steps.resize is not None or steps.crop is not None,
+    )
+
+
+# --- models of the user's own ---
+
+
+def pixels_to_unit(images: UInt8[np.ndarray, "n ..."]) -> Float[np.ndarray, "n ..."]:
+    """Preprocessing of models that bring none: pixels 0...255 to 0...1."""
+    return images.astype(np.float32) / 255
+
+
+def _from_function(name: str) -> Model:
+    function = _import(name)
+    result = _guarded(f"{name}()", function)
+    if not isinstance(result, tuple) or len(result) not in (3, 4):
+        found = f"{len(result)} items" if isinstance(result, tuple) else type(result).__name__
+        raise ValueError(
+            f"{name} must return (module or apply_fn, variables, input_shape) and optionally preprocessing; "
+            f"it returned {found}"
+        )
+    network, variables, shape, *rest = result
+    try:
+        shape = tuple(int(extent) for extent in shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: input_shape must be like (1, 32, 32, 3), found {shape!r}") from None
+    if rest and not callable(rest[0]):
+        raise ValueError(f"{name}: preprocessing must be a function, found {type(rest[0]).__name__}")
+    return Model(
+        name=name,
+        network=network,
+        variables=variables,
+        input_shape=shape,
+        preprocessing=rest[0] if rest else pixels_to_unit,
+        resizes=bool(rest),
+    )
+
+
+def _import(name: str) -> Callable[[], Any]:
+    if not _FUNCTION.fullmatch(name):
+        raise ValueError(f"{name!r} names no model: expected a zoo name or package.module:function")
+    module_name, _, function_name = name.partition(":")
+    # As for `python -m`: what lies in the current folder comes first.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"{name}: importing it failed: {error}") from error
+        raise ValueError(f"{name}: there is no module {error.name!r}, here or installed") from error
+    except Exception as error:
+        raise ValueError(f"{name}: importing it failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        what = "has no" if function is None else "has a value, not a function,"
+        raise ValueError(f"{name}: module {module_name} {what} {function_name!r}")
+    return function
+
+
+def _guarded(what: str, function: Callable[[], Any]) -> Any:
+    """The user's code may fail in any way: that is bad input, not a defect of this program."""
+    try:
+        return function()
+    except Exception as error:
+        raise ValueError(f"{what} failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,89 @@
+"""What commands leave behind: tables on stdout and JSON files."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dfq_jax.artifact import _write_atomically as write_atomically
+from dfq_jax.convention import Convention
+from dfq_jax.evaluation import Accuracy
+
+PACKAGES = ("dfq_jax", "jax", "jaxlib", "flax", "numpy", "optax", "safetensors")
+# Rich breaks lines at 80 characters where it knows no terminal; files and pipes have no such limit.
+FILE_WIDTH = 500
+
+
+def check_targets(*targets: Path | None) -> None:
+    """Refuse files that could not be written, before the work that is to end in them.
+
+    Raises:
+      ValueError: a folder is missing or not writable, a target is a folder, or two are the same.
+    """
+    given = [target for target in targets if target is not None]
+    for target in given:
+        if target.is_dir():
+            raise ValueError(f"{str(target)!r} is a folder; give the name of a file")
+        folder = target.absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {str(folder)!r} to write {target.name!r} to")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"the folder {str(folder)!r} is not writable")
+    if len({target.resolve() for target in given}) < len(given):
+        raise ValueError(f"{str(given[0])!r} is given for two different files")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(os.fspath(path), text.encode())
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table on stdout, the columns named in `right` aligned so."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in header:
+        table.add_column(name, justify="right" if name in right else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def accuracy_facts(accuracy: Accuracy) -> dict[str, float]:
+    """Percentages for JSON: top-1, half width of its 95 % interval, and agreement where it was measured."""
+    facts = {"top1": accuracy.top1, "margin": accuracy.margin, "agreement": accuracy.agreement}
+    return {name: round(value, 4) for name, value in facts.items() if value is not None}
+
+
+def with_margin(accuracy: Accuracy) -> str:
+    """Top-1 with its 95 % interval."""
+    return f"{accuracy.top1:.2f} +/- {accuracy.margin:.2f}"
+
+
+def convention_facts(convention: Convention) -> dict[str, Any]:
+    """All of a convention for JSON, and its sentence."""
+    return {**dataclasses.asdict(convention), "description": convention.describe()}
+
+
+def environment() -> dict[str, str]:
+    """What the numbers were computed with."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return {**versions, "backend": jax.default_backend()}

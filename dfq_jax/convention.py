@@ -1,0 +1,164 @@
+"""What is quantized to how many bits, and the step that applies it: `quantize_params`.
+
+Published numbers differ more by convention than by method, so the convention is one record that goes into every report
+and artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from dfq_jax.execute import OPERANDS, TENSORS
+from dfq_jax.graph import Graph, Layer, Tensor, with_quantization
+from dfq_jax.qtensor import MAX_BITS, MIN_BITS, params_from_range
+from dfq_jax.weights import WEIGHT_RANGES, quantize_kernel
+
+Ranges = Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]]
+SHORTCUTS = ("float", "quantized")
+FLOAT_BITS = 16  # "a16" in a name like w4a16: activations stay in float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convention:
+    """Bits and quantizer kinds. Activations are always static and per tensor.
+
+    Attributes:
+      weight_bits: bits of weights, 2 to 8.
+      activation_bits: bits of activations, 2 to 8, or None to keep them in float (weight-only).
+      edge_bits: bits of weights and input of the first and the last layer; None for the same as everywhere.
+      per_channel: one weight scale per output channel, otherwise one per kernel.
+      symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
+        would cost integer execution a second product.
+      weight_range: how weight ranges are chosen: "min_max", "mse" or "lp" (L2.4).
+      shortcuts: a tensor that residual sums read beside layers is quantized for the layers alone ("float"), or for
+        all its readers ("quantized"), as integer hardware without a wider shortcut has it.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int | None = 4
+    edge_bits: int | None = 8
+    per_channel: bool = True
+    symmetric_weights: bool = False
+    weight_range: str = "lp"
+    shortcuts: str = "float"
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "edge_bits"):
+            bits = getattr(self, name)
+            if bits is None and name != "weight_bits":
+                continue
+            if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+                raise ValueError(f"{name}: expected an integer from {MIN_BITS} to {MAX_BITS}, found {bits!r}.")
+        if self.weight_range not in WEIGHT_RANGES:
+            raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
+        if self.shortcuts not in SHORTCUTS:
+            raise ValueError(f"shortcuts: expected one of {SHORTCUTS}, found {self.shortcuts!r}.")
+
+    @classmethod
+    def parse(cls, bits: str, *, edge_bits: int | None = 8, **fields: Any) -> Convention:
+        """From a name such as "w4a4", "w2a4" or "w4a16" (float activations).
+
+        Raises:
+          ValueError: the name has another form, or bits are outside 2..8.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", bits.strip().lower()) if isinstance(bits, str) else None
+        if match is None:
+            raise ValueError(f"bits: expected a name like 'w4a4' or 'w4a16', found {bits!r}.")
+        weight, activation = (int(g) for g in match.groups())
+        return cls(
+            weight_bits=weight,
+            activation_bits=None if activation == FLOAT_BITS else activation,
+            edge_bits=edge_bits,
+            **fields,
+        )
+
+    @property
+    def name(self) -> str:
+        return f"w{self.weight_bits}a{self.activation_bits or FLOAT_BITS}"
+
+    def describe(self) -> str:
+        """One line with everything a reader of a number must know."""
+        edges = "edges as all layers" if self.edge_bits is None else f"first and last layer {self.edge_bits}-bit"
+        weights = "per-channel" if self.per_channel else "per-tensor"
+        kind = "symmetric" if self.symmetric_weights else "asymmetric"
+        activations = "float activations"
+        if self.activation_bits is not None:
+            activations = f"per-tensor static activations, {self.shortcuts} shortcuts"
+        return f"{self.name.upper()}, {edges}, {weights} {kind} weights ({self.weight_range} ranges), {activations}"
+
+    def is_edge(self, graph: Graph, layer: Layer) -> bool:
+        return layer.name in (graph.first_layer.name, graph.last_layer.name)
+
+    def layer_bits(self, graph: Graph, layer: Layer) -> int:
+        """Bits of a layer's kernel."""
+        edge = self.edge_bits is not None and self.is_edge(graph, layer)
+        return self.edge_bits if edge else self.weight_bits
+
+    def tensor_bits(self, graph: Graph, tensor: Tensor) -> int | None:
+        """Bits of a tensor: the most that one of its readers asks for; None for float."""
+        if self.activation_bits is None:
+            return None
+        readers = [graph.layer(name) for name in tensor.layers]
+        if self.edge_bits is not None and any(self.is_edge(graph, layer) for layer in readers):
+            return max(self.edge_bits, self.activation_bits)
+        return self.activation_bits
+
+    def is_symmetric(self, bits: int) -> bool:
+        """Whether weights of so many bits go without a zero point."""
+        return self.symmetric_weights or bits == MAX_BITS
+
+
+def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
+    """The variables with every layer's kernel quantized, and activation quantizers in one more collection.
+
+    Weights are rounded to nearest. Pure and traceable: `jax.jit` with `graph` and `convention` static.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      ranges: real range `(lo, hi)` of each tensor by name; not used where activations stay in float.
+      convention: bits and kinds.
+
+    Returns:
+      The same tree with `QTensor` kernels, and the collection "quantization" of `QuantizerParams` (see `quantizers`).
+
+    Raises:
+      ValueError: a tensor has no range.
+    """
+    kernels = {}
+    for layer in graph.layers:
+        if layer.kernel in kernels:
+            continue  # a kernel that several layers share
+        bits = convention.layer_bits(graph, layer)
+        kernels[layer.kernel] = quantize_kernel(
+            graph.leaf(variables, layer.kernel),
+            bits=bits,
+            symmetric=convention.is_symmetric(bits),
+            channel_axes=layer.channel_axes if convention.per_channel else (),
+            method=convention.weight_range,
+        )
+    return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))
+
+
+def quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> dict[str, dict[str, Any]]:
+    """Activation quantizers by tensor name: under "tensors" for all readers, under "operands" for layers alone.
+
+    Raises:
+      ValueError: a tensor has no range.
+    """
+    result: dict[str, dict[str, Any]] = {TENSORS: {}, OPERANDS: {}}
+    for tensor in graph.tensors:
+        bits = convention.tensor_bits(graph, tensor)
+        if bits is None:
+            continue
+        if tensor.name not in ranges:
+            raise ValueError(f"ranges: no range for tensor {tensor.name!r}; estimate_ranges gives all of them.")
+        kind = OPERANDS if tensor.shared and convention.shortcuts == "float" else TENSORS
+        lo, hi = ranges[tensor.name]
+        result[kind][tensor.name] = params_from_range(lo, hi, bits=bits)
+    return result

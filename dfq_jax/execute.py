@@ -1,0 +1,385 @@
+"""Run a traced network, with the arithmetic of layers, tensors and BatchNorms replaced by rules.
+
+One interpreter, `run`, serves every purpose: without rules it computes what `apply_fn` computes; recording, fake
+quantization, integer arithmetic and the statistics of synthesis are rules. Everything is a pure function of the
+variables and the input, so `jax.jit`, `jax.grad` and `jax.vmap` apply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dfq_jax.graph import QUANTIZATION, BatchNorm, Graph, Layer, Tensor, is_quantized
+from dfq_jax.program import Constant, Op
+from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
+
+
+class BatchNormParameters(NamedTuple):
+    """Leaves of one BatchNorm, each `[channels]`; scale and bias are 1 and 0 where the network has none."""
+
+    mean: jax.Array
+    var: jax.Array
+    scale: jax.Array | float
+    bias: jax.Array | float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One execution of a layer, handed to a rule: its operands, and how to combine others like them."""
+
+    layer: Layer
+    op: Op
+    graph: Graph
+    source: jax.Array  # the tensor the layer reads, before padding, transposition and casts
+    operand: jax.Array  # the operand of the primitive, as the program computes it
+    kernel: Any  # the leaf: an array or a QTensor
+
+    def default(self) -> jax.Array:
+        """The layer as the program has it."""
+        kernel = self.kernel.dequantize() if isinstance(self.kernel, QTensor) else self.kernel
+        return self.product(self.operand, self.kernel_operand(kernel, cast=True))
+
+    def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
+        """The operand made from another value of the tensor, casts left out; padding takes `pad_value`."""
+        value = source
+        for index in self.layer.input_chain:
+            op = self.graph.program.ops[index]
+            if op.name == "pad":
+                value = lax.pad(value, jnp.asarray(pad_value, value.dtype), op.params["padding_config"])
+            elif op.name != "convert_element_type":
+                (value,) = op(value)
+        return value
+
+    def kernel_operand(self, leaf: jax.Array, *, cast: bool = False) -> jax.Array:
+        """The kernel operand made from another value of the leaf, with or without the program's casts."""
+        value = leaf
+        for index in self.layer.kernel_chain:
+            op = self.graph.program.ops[index]
+            if cast or op.name != "convert_element_type":
+                (value,) = op(value)
+        return value
+
+    def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The program's own primitive on other operands of the same types."""
+        return self.op(*self._ordered(operand, kernel))[0]
+
+    def float32_product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The product of float32 operands, in full precision."""
+        return self._product(operand, kernel, jnp.float32, padding=None)
+
+    def integer_product(self, operand: jax.Array, kernel: jax.Array, pad_value: jax.Array) -> jax.Array:
+        """The product of int8 operands, accumulated in int32; a convolution's padding takes `pad_value`."""
+        if self.layer.kind == "dense":
+            return self._product(operand, kernel, jnp.int32, padding=None)
+        params = self.op.params
+        numbers = params["dimension_numbers"]
+        config = [(0, 0, 0)] * operand.ndim
+        spatial = zip(numbers.lhs_spec[2:], params["padding"], params["lhs_dilation"], strict=True)
+        for axis, (low, high), dilation in spatial:
+            config[axis] = (low, high, dilation - 1)
+        operand = lax.pad(operand, pad_value.astype(operand.dtype), config)
+        no_padding = [(0, 0)] * (operand.ndim - 2)
+        return self._product(operand, kernel, jnp.int32, padding=no_padding)
+
+    def channel_vector(self, per_channel: jax.Array) -> jax.Array:
+        """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result."""
+        full = jnp.broadcast_to(per_channel, self.layer.kernel_shape)
+        kernel = self.kernel_operand(full)
+        params = self.op.params
+        out_rank = len(self.graph.program.avals[self.op.outputs[0]].shape)
+        if self.layer.kind == "conv":
+            numbers = params["dimension_numbers"]
+            index = [0] * kernel.ndim
+            index[numbers.rhs_spec[0]] = slice(None)
+            shape = [1] * out_rank
+            shape[numbers.out_spec[1]] = -1
+            return kernel[tuple(index)].reshape(shape)
+        contract, batch = params["dimension_numbers"]
+        own_contract, own_batch = contract[self.layer.kernel_operand], batch[self.layer.kernel_operand]
+        free = [a for a in range(kernel.ndim) if a not in (*own_contract, *own_batch)]
+        kernel = kernel.transpose(*own_batch, *free, *own_contract)
+        kernel = kernel[(..., *([0] * len(own_contract)))]
+        between = out_rank - kernel.ndim
+        lead = kernel.shape[: len(own_batch)]
+        if self.layer.kernel_operand == 1:
+            return kernel.reshape(*lead, *([1] * between), *kernel.shape[len(own_batch) :])
+        return kernel.reshape(*kernel.shape, *([1] * between))
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """Axes of the result that run over the layer's output channels."""
+        params = self.op.params
+        rank = len(self.graph.program.avals[self.op.outputs[0]].shape)
+        if self.layer.kind == "conv":
+            return (params["dimension_numbers"].out_spec[1],)
+        contract, batch = params["dimension_numbers"]
+        operand = self.layer.kernel_operand
+        kernel_rank = len(self.graph.program.avals[self.op.inputs[operand]].shape)
+        free = kernel_rank - len(contract[operand]) - len(batch[operand])
+        start = rank - free if operand == 1 else len(batch[operand])
+        return (*range(len(batch[operand])), *range(start, start + free))
+
+    def channel_mean(self, result: jax.Array) -> jax.Array:
+        """Mean of the result per output channel, in float32, dimensions kept."""
+        axes = tuple(a for a in range(result.ndim) if a not in self.channel_axes)
+        return result.astype(jnp.float32).mean(axes, keepdims=True)
+
+    def kernel_sum(self, kernel: jax.Array) -> jax.Array:
+        """The sum of a kernel leaf over everything but its channels, shaped to broadcast against the result."""
+        axes = tuple(a for a in range(kernel.ndim) if a not in self.layer.channel_axes)
+        return self.channel_vector(kernel.astype(jnp.int32).sum(axes, keepdims=True))
+
+    def _ordered(self, operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (kernel, operand) if self.layer.kernel_operand == 0 else (operand, kernel)
+
+    def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padding: Any) -> jax.Array:
+        params = self.op.params
+        lhs, rhs = self._ordered(operand, kernel)
+        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        if self.layer.kind == "dense":
+            return lax.dot_general(
+                lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
+            )
+        explicit = padding is not None
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides=params["window_strides"],
+            padding=padding if explicit else params["padding"],
+            lhs_dilation=None if explicit else params["lhs_dilation"],
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=params["dimension_numbers"],
+            feature_group_count=params["feature_group_count"],
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+
+
+# The two parts of the collection "quantization": tensors quantized for all readers, and for layers alone.
+TENSORS, OPERANDS = "tensors", "operands"
+
+LayerRule = Callable[[LayerCall], jax.Array]
+TensorRule = Callable[[Tensor, jax.Array], jax.Array]
+BatchNormRule = Callable[[BatchNorm, jax.Array, BatchNormParameters], jax.Array]
+LayerCorrection = Callable[[LayerCall, jax.Array], jax.Array]
+
+
+def run(
+    graph: Graph,
+    variables: Any,
+    x: Float[Array, "n ..."],
+    *,
+    layer: LayerRule | None = None,
+    tensor: TensorRule | None = None,
+    batch_norm: BatchNormRule | None = None,
+) -> Any:
+    """Run the network with rules in place of its arithmetic.
+
+    Args:
+      graph: from `trace`.
+      variables: the traced tree or a quantized copy of it (`QTensor` kernels).
+      x: a batch, `[N, H, W, C]`; any batch size, and other image sizes where the network takes them.
+      layer: computes a layer's product (without bias) from a `LayerCall`.
+      tensor: maps each tensor that layers read, `(tensor, value) -> value`, before anyone reads it.
+      batch_norm: computes each BatchNorm, `(batch_norm, input, parameters) -> output`.
+
+    Returns:
+      What `apply_fn` returns.
+
+    Raises:
+      GraphError: `variables` or `x` do not fit the graph.
+    """
+    graph = graph.at(x.shape, x.dtype)
+    program = graph.program
+    leaves = graph.leaves(variables)
+    env: dict[int, Any] = {
+        i: leaf.dequantize() if isinstance(leaf, QTensor) else leaf for i, leaf in enumerate(leaves)
+    }
+    sources: dict[str, jax.Array] = {}
+    layers = {item.op: item for item in graph.layers}
+    tensors = {item.value: item for item in graph.tensors}
+    norms = {bn.chain[-1]: bn for bn in graph.batch_norms} if batch_norm is not None else {}
+    inside = {i for bn in norms.values() for i in bn.chain[:-1]}
+
+    def read(operand: Any) -> Any:
+        return operand.value if isinstance(operand, Constant) else env[operand]
+
+    def store(value: int, result: jax.Array) -> None:
+        item = tensors.get(value)
+        if item is not None and tensor is not None:
+            result = tensor(item, result)
+            sources[item.name] = result  # readers that compute in float32 get it before rounding to a narrow type
+            result = result.astype(program.avals[value].dtype)
+        env[value] = result
+
+    store(program.input, x)
+    for op in program.ops:
+        if op.index in inside:
+            continue
+        if op.index in norms:
+            bn = norms[op.index]
+            result = batch_norm(bn, env[bn.input], batch_norm_parameters(bn, leaves))
+            store(op.outputs[0], result.astype(program.avals[op.outputs[0]].dtype))
+        elif op.index in layers and layer is not None:
+            item = layers[op.index]
+            source = sources.get(item.tensor, env[graph.tensor(item.tensor).value])
+            operand = env[op.inputs[1 - item.kernel_operand]]
+            call = LayerCall(item, op, graph, source, operand, leaves[item.kernel_index])
+            store(op.outputs[0], layer(call).astype(program.avals[op.outputs[0]].dtype))
+        else:
+            for value, result in zip(op.outputs, op(*map(read, op.inputs)), strict=True):
+                store(value, result)
+    return jax.tree.unflatten(graph.output_treedef, [read(o) for o in program.outputs])
+
+
+def batch_norm_parameters(bn: BatchNorm, leaves: list[Any]) -> BatchNormParameters:
+    """The parameters of one BatchNorm from the graph's list of leaves."""
+    roles = bn.indices
+
+    def leaf(index: int | None, default: float) -> Any:
+        return default if index is None else leaves[index].reshape(-1)
+
+    return BatchNormParameters(
+        leaf(roles.mean, 0.0), leaf(roles.var, 1.0), leaf(roles.scale, 1.0), leaf(roles.bias, 0.0)
+    )
+
+
+def normalize(bn: BatchNorm, x: Float[Array, "..."], parameters: BatchNormParameters) -> Float[Array, "..."]:
+    """The BatchNorm itself, in float32: (x - mean) scale / sqrt(var + epsilon) + bias."""
+    factor = parameters.scale * lax.rsqrt(parameters.var.astype(jnp.float32) + bn.epsilon)
+    offset = parameters.bias - parameters.mean * factor
+    return x.astype(jnp.float32) * along_channels(bn, x, factor) + along_channels(bn, x, offset)
+
+
+def along_channels(bn: BatchNorm, x: jax.Array, vector: jax.Array) -> jax.Array:
+    """`[channels]` shaped to broadcast against the BatchNorm's input."""
+    shape = [1] * x.ndim
+    shape[bn.channel_axis] = -1
+    return jnp.reshape(vector, shape)
+
+
+def channel_moments(bn: BatchNorm, x: Float[Array, "..."]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and biased variance per channel over all other axes, in float32."""
+    axes = tuple(a for a in range(x.ndim) if a != bn.channel_axis)
+    x = x.astype(jnp.float32)
+    mean = x.mean(axes)
+    return mean, jnp.square(x - along_channels(bn, x, mean)).mean(axes)
+
+
+# --- recording ---
+
+
+def record_tensors(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> tuple[Any, dict[str, jax.Array]]:
+    """Outputs, and every tensor that layers read, by name."""
+    recorded: dict[str, jax.Array] = {}
+
+    def keep(tensor: Tensor, value: jax.Array) -> jax.Array:
+        recorded[tensor.name] = value
+        return value
+
+    return run(graph, variables, x, tensor=keep), recorded
+
+
+# --- quantized execution ---
+
+
+def apply_quantized(
+    graph: Graph,
+    qvariables: Any,
+    x: Float[Array, "n ..."],
+    *,
+    integer: bool = False,
+    batch_norm: BatchNormRule | None = None,
+    after_layer: LayerCorrection | None = None,
+) -> Any:
+    """Run a quantized network.
+
+    Both modes compute each quantized layer as `scale_x scale_w (sum of products of integer codes)`: `integer=False`
+    holds the codes in float32, where they and their sums are exact up to 2^24, with straight-through gradients;
+    `integer=True` holds them in int8 and sums in int32. So the two agree to the rounding of what is between layers.
+
+    Args:
+      graph: from `trace`.
+      qvariables: from `quantize_params`: `QTensor` kernels, and activation quantizers in the collection
+        "quantization". A layer whose tensor has no quantizer multiplies dequantized weights with float activations.
+      x: `[N, H, W, C]`.
+      integer: real integer products instead of the float simulation.
+      batch_norm: as in `run`.
+      after_layer: maps each layer's result (without bias), `(call, result) -> result`.
+
+    Returns:
+      What `apply_fn` returns.
+    """
+    collection = qvariables[QUANTIZATION] if is_quantized(qvariables) else {}
+    for_all: dict[str, QuantizerParams] = collection.get(TENSORS, {})
+    for_layers: dict[str, QuantizerParams] = collection.get(OPERANDS, {})
+
+    def tensor(item: Tensor, value: jax.Array) -> jax.Array:
+        params = for_all.get(item.name)
+        return value if params is None else fake_quant(value.astype(jnp.float32), params)
+
+    product = _integer_layer if integer else _simulated_layer
+
+    def layer(call: LayerCall) -> jax.Array:
+        params = for_all.get(call.layer.tensor)
+        if params is None and call.layer.tensor in for_layers:
+            params = for_layers[call.layer.tensor]
+            call = dataclasses.replace(call, source=fake_quant(call.source.astype(jnp.float32), params))
+        in_float = params is None or not isinstance(call.kernel, QTensor)
+        result = call.default() if in_float else product(call, params)
+        return result if after_layer is None else after_layer(call, result)
+
+    return run(graph, qvariables, x, layer=layer, tensor=tensor, batch_norm=batch_norm)
+
+
+def _simulated_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:
+    """Centered codes in float32: exact sums, and gradients to x through the fake-quantized tensor."""
+    codes = _exact_codes(call.source, params)
+    kernel = call.kernel.centered().astype(jnp.float32)
+    total = call.float32_product(call.rearrange(codes), call.kernel_operand(kernel))
+    return total * (params.scale * call.channel_vector(call.kernel.scale))
+
+
+def _exact_codes(x_hat: jax.Array, params: QuantizerParams) -> jax.Array:
+    """Centered codes of a fake-quantized tensor: exact integers in value, x_hat / scale for gradients."""
+    ratio = x_hat.astype(jnp.float32) / params.scale
+    return ratio + lax.stop_gradient(jnp.round(ratio) - ratio)
+
+
+def _integer_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:
+    """int8 x int8 -> int32, zero points taken out afterwards: no second convolution unless weights need one."""
+    codes, zero = _as_int8(quantize(call.source, params), params)
+    kernel, kernel_zero = _kernel_as_int8(call.kernel)
+    codes = call.rearrange(codes, zero)
+    total = call.integer_product(codes, call.kernel_operand(kernel), zero)
+    total = total - zero.astype(jnp.int32) * call.kernel_sum(kernel)
+    if kernel_zero is not None:
+        # 8-bit asymmetric weights do not fit int8 once centered; their zero point multiplies the window sums of x.
+        ones = jnp.ones(call.layer.kernel_shape, jnp.int8)
+        window = call.integer_product(codes, call.kernel_operand(ones), zero)
+        window = window - zero.astype(jnp.int32) * call.kernel_sum(ones)
+        total = total - call.channel_vector(kernel_zero) * window
+    return total.astype(jnp.float32) * (params.scale * call.channel_vector(call.kernel.scale))
+
+
+def _as_int8(codes: jax.Array, params: QuantizerParams) -> tuple[jax.Array, jax.Array]:
+    """Activation codes as int8 and the code of zero, int8; unsigned 8-bit codes move down by 128."""
+    if params.zero_point is None:
+        return codes.astype(jnp.int8), jnp.zeros((), jnp.int8)
+    shift = 128 if params.bits == 8 and not params.signed else 0
+    zero = (params.zero_point - shift).astype(jnp.int8)
+    return (codes.astype(jnp.int16) - shift).astype(jnp.int8), zero
+
+
+def _kernel_as_int8(kernel: QTensor) -> tuple[jax.Array, jax.Array | None]:
+    """Kernel codes as int8, centered if they fit, else with the int32 zero point that is left."""
+    if kernel.zero_point is None or kernel.bits < 8:
+        return kernel.centered().astype(jnp.int8), None
+    return (kernel.qvalue.astype(jnp.int16) - 128).astype(jnp.int8), kernel.zero_point.astype(jnp.int32) - 128

@@ -1,0 +1,51 @@
+"""Where axes go: labels on the axes of a value, followed through operations that move elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+from dfq_jax.program import Op
+
+Labels = tuple[tuple[Hashable, ...], ...]  # for each axis of a value, the labels in it, the slowest one first
+LAYOUT = frozenset({"broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"})
+
+
+def one_label(rank: int, axis: int) -> Labels:
+    """A label on a single axis."""
+    return tuple(("label",) if i == axis else () for i in range(rank))
+
+
+def move_labels(op: Op, labels: Labels, shape: Sequence[int]) -> Labels:
+    """The labels of the result of an operation in `LAYOUT`, from those of its operand of the given shape.
+
+    An axis that is merged with others keeps its label in the merged axis; one that is split leaves it in each part.
+    """
+    params = op.params
+    if op.name == "transpose":
+        return tuple(labels[p] for p in params["permutation"])
+    if op.name == "squeeze":
+        return tuple(label for i, label in enumerate(labels) if i not in params["dimensions"])
+    if op.name == "broadcast_in_dim":
+        moved = dict(zip(params["broadcast_dimensions"], labels, strict=True))
+        return tuple(moved.get(i, ()) for i in range(len(params["shape"])))
+    if op.name == "reshape":
+        return _reshape(labels, shape, params["new_sizes"])
+    return labels
+
+
+def _reshape(labels: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
+    """Match the smallest groups of old and new axes of equal size; axes of size 1 carry nothing."""
+    result: list[tuple[Hashable, ...]] = [()] * len(new)
+    old_axes = [i for i, size in enumerate(old) if size != 1]
+    new_axes = [i for i, size in enumerate(new) if size != 1]
+    while old_axes and new_axes:
+        group, parts = [old_axes.pop(0)], [new_axes.pop(0)]
+        while (left := math.prod(old[i] for i in group)) != (right := math.prod(new[i] for i in parts)):
+            if left < right:
+                group.append(old_axes.pop(0))
+            else:
+                parts.append(new_axes.pop(0))
+        for part in parts:
+            result[part] = tuple(label for i in group for label in labels[i])
+    return tuple(result)

@@ -1,0 +1,396 @@
+"""Uniform affine quantizers and quantized tensors.
+
+A quantizer maps a real number to an integer code and back::
+
+    q    = round(clip(x / scale, qmin - zero_point, qmax - zero_point)) + zero_point
+    real = scale * (q - zero_point)
+
+Codes are unsigned, ``[0, 2**bits - 1]``, for an asymmetric quantizer and signed two's complement,
+``[-2**(bits - 1), 2**(bits - 1) - 1]``, for a symmetric one, which has no zero point. The zero point is
+an integer within the code range, so real zero is always represented exactly (zero padding and ReLU lose
+nothing). See Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference",
+arXiv 1806.08342, and Nagel et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer, UInt8
+
+MIN_BITS, MAX_BITS = 2, 8
+
+# Scale of a range of zero width (a dead channel). Its reciprocal square is still finite in float32, so
+# gradients through x / scale stay finite too.
+SCALE_FLOOR = 2.0**-60
+
+
+def bounds(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest code.
+
+    Args:
+        bits: code width, 2 to 8.
+        signed: two's complement codes if true, codes from zero up if false.
+
+    Returns:
+        ``(qmin, qmax)``, both inclusive.
+
+    Raises:
+        TypeError: `bits` is not an integer.
+        ValueError: `bits` is outside 2..8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer):
+        raise TypeError(f"bits must be an int, got {bits!r} ({type(bits).__name__}); pass e.g. bits=8")
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(
+            f"bits must be from {MIN_BITS} to {MAX_BITS}, got {bits}; pass e.g. bits=8 or bits=4"
+        )
+    bits = int(bits)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+# The array fields below are annotated `Any`: JAX rebuilds pytree nodes around tracers, ShapeDtypeStructs,
+# shardings, None or plain objects, and a run-time type checker must let all of them pass.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizerParams:
+    """Parameters of a uniform affine quantizer; a pytree whose leaves are `scale` and `zero_point`.
+
+    Attributes:
+        scale: float32 array, positive, broadcastable against what is quantized: a scalar for one
+            quantizer per tensor, size 1 on all but the channel axes for one per channel.
+        zero_point: code of real zero, an integer held in float32 (so the node can be differentiated
+            and optimized as a whole) in the shape of `scale`; None for a symmetric quantizer.
+        bits: code width, 2 to 8 (static).
+        signed: whether codes are two's complement (static).
+    """
+
+    scale: Any
+    zero_point: Any
+    bits: int = dataclasses.field(metadata={"static": True})
+    signed: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def lo(self) -> Float[Array, "..."]:
+        """Smallest real number represented, at most 0; shape of `scale`."""
+        return self.scale * _code_limits(self)[0]
+
+    @property
+    def hi(self) -> Float[Array, "..."]:
+        """Largest real number represented, at least 0; shape of `scale`."""
+        return self.scale * _code_limits(self)[1]
+
+
+def _code_limits(params: QuantizerParams):
+    """Code range with the zero point taken off: what x / scale is clipped to."""
+    qmin, qmax = bounds(params.bits, params.signed)
+    if params.zero_point is None:
+        return float(qmin), float(qmax)
+    zero_point = jnp.asarray(params.zero_point, jnp.float32)
+    return qmin - zero_point, qmax - zero_point
+
+
+def params_from_range(
+    lo: Float[ArrayLike, "..."], hi: Float[ArrayLike, "..."], *, bits: int, symmetric: bool = False
+) -> QuantizerParams:
+    """Quantizer that covers the real range ``[lo, hi]``.
+
+    The range is first widened to include zero. An asymmetric quantizer has unsigned codes,
+    ``scale = (hi - lo) / (2**bits - 1)`` and ``zero_point = round(-lo / scale)``, whose rounding shifts
+    the represented range by at most half a step. A symmetric one has signed codes and the smallest
+    scale that covers both ends, ``max(-lo / 2**(bits - 1), hi / (2**(bits - 1) - 1))``. A range of zero
+    width gets a tiny positive scale. Can be traced; finite ends are the caller's to ensure.
+
+    Args:
+        lo: lower end, any shape that broadcasts with `hi`.
+        hi: upper end.
+        bits: code width, 2 to 8.
+        symmetric: leave out the zero point.
+
+    Returns:
+        Parameters in the broadcast shape of `lo` and `hi`.
+
+    Raises:
+        TypeError, ValueError: see `bounds`; ValueError if `lo` and `hi` do not broadcast.
+    """
+    qmin, qmax = bounds(bits, signed=symmetric)
+    lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
+    try:
+        lo, hi = jnp.broadcast_arrays(lo, hi)
+    except ValueError:
+        raise ValueError(
+            f"lo and hi must broadcast together, got shapes {lo.shape} and {hi.shape}; pass both ends per "
+            "tensor or both per channel"
+        ) from None
+    lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+    # Multiplied by a reciprocal because XLA does so to a division by a constant: the same bits either way.
+    if symmetric:
+        scale = jnp.maximum(jnp.maximum(lo * (1.0 / qmin), hi * (1.0 / qmax)), SCALE_FLOOR)
+        return QuantizerParams(scale, None, bits=int(bits), signed=True)
+    scale = jnp.maximum((hi - lo) * (1.0 / qmax), SCALE_FLOOR)
+    zero_point = jnp.clip(jnp.round(-lo / scale), qmin, qmax)
+    return QuantizerParams(scale, zero_point, bits=int(bits), signed=False)
+
+
+def ste_round(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Round half to even, with the gradient of the identity (straight-through estimator).
+
+    Bengio et al., arXiv 1308.3432.
+    """
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def _clipped(x: ArrayLike, params: QuantizerParams) -> Float[Array, "..."]:
+    """x / scale, clipped to the code range less the zero point; float32."""
+    # By the reciprocal, as XLA compiles division by a broadcast scale anyway: now the bits do not depend on
+    # whether the scale is broadcast (per tensor, per channel, under vmap).
+    v = jnp.asarray(x, jnp.float32) * (1.0 / params.scale)
+    low, high = _code_limits(params)
+    # Not jnp.clip, which gives half of the gradient to each side of a tie: LSQ's derivative is that of the
+    # clipped branch at the ends themselves.
+    return jnp.where(v <= low, low, jnp.where(v >= high, high, v))
+
+
+def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Array, "..."]:
+    """Codes of `x`: round to nearest, ties to even, clipped to the code range.
+
+    Args:
+        x: finite numbers of any shape that broadcasts with ``params.scale`` (the code of NaN is undefined).
+        params: the quantizer.
+
+    Returns:
+        int8 codes if ``params.signed``, else uint8.
+
+    Raises:
+        TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
+    """
+    q = jnp.round(_clipped(x, params))
+    if params.zero_point is not None:
+        q = q + params.zero_point
+    return q.astype(jnp.int8 if params.signed else jnp.uint8)
+
+
+def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[Array, "..."]:
+    """Real numbers of codes, ``scale * (q - zero_point)``, in float32.
+
+    Args:
+        q: codes of any shape that broadcasts with ``params.scale``.
+        params: the quantizer.
+    """
+    q = jnp.asarray(q, jnp.float32)  # exact: codes are small integers
+    if params.zero_point is not None:
+        q = q - params.zero_point
+    return q * params.scale
+
+
+def fake_quant(x: Float[ArrayLike, "*shape"], params: QuantizerParams) -> Float[Array, "*shape"]:
+    """Quantize and dequantize, with learned-step-size gradients.
+
+    The value equals ``dequantize(quantize(x, params), params)``. The gradient to `x` is 1 strictly inside
+    the represented range and 0 elsewhere; that to ``params.scale`` is ``round(x / scale) - x / scale``
+    inside and the clipped ``q - zero_point`` elsewhere (Esser et al., "Learned Step Size Quantization",
+    arXiv 1902.08153, without their gradient scale); that to ``params.zero_point`` is 0 inside and
+    ``-scale`` elsewhere (as for the offset of LSQ+, arXiv 2004.09576).
+
+    Args:
+        x: numbers of any shape against which ``params.scale`` broadcasts.
+        params: the quantizer.
+
+    Returns:
+        Array in the shape and floating dtype of `x`; the arithmetic is float32.
+
+    Raises:
+        TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
+    """
+    dtype = jnp.result_type(x)
+    out = ste_round(_clipped(x, params)) * params.scale
+    return out.astype(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A tensor held as integer codes; takes the place of an array leaf (a pytree node of its own).
+
+    Attributes:
+        qvalue: codes in the shape of the tensor, int8 if signed, else uint8, one code to an element
+            (see `pack` for the stored form).
+        scale: float32, same rank as `qvalue`, size 1 on all but the channel axes.
+        zero_point: integers held in float32, in the shape of `scale`; None if symmetric.
+        bits: code width, 2 to 8 (static).
+        signed: whether codes are two's complement (static).
+        dtype: name of the dtype that `dequantize` returns, that of the original tensor (static).
+
+    Nothing is checked on construction, since JAX rebuilds nodes around all manner of leaves; make one
+    with `quantize_tensor`.
+    """
+
+    qvalue: Any
+    scale: Any
+    zero_point: Any
+    bits: int = dataclasses.field(metadata={"static": True})
+    signed: bool = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.qvalue.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the tensor."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def params(self) -> QuantizerParams:
+        """The quantizer of the codes."""
+        return QuantizerParams(self.scale, self.zero_point, bits=self.bits, signed=self.signed)
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of the packed codes (see `pack`) and of the scale and zero point."""
+        codes = -(-self.size * storage_bits(self.bits) // 8)
+        return codes + sum(4 * math.prod(a.shape) for a in (self.scale, self.zero_point) if a is not None)
+
+    def dequantize(self) -> Float[Array, "..."]:
+        """The real tensor, in the original dtype."""
+        return dequantize(self.qvalue, self.params).astype(self.dtype)
+
+    def centered(self) -> Integer[Array, "..."]:
+        """Codes less the zero point, so that the real tensor is ``scale * centered()``.
+
+        Returns:
+            int8 if symmetric or of at most 7 bits, where it always fits. Asymmetric 8-bit codes (and
+            unsigned 8-bit codes without a zero point) span up to ``[-255, 255]`` and come as int16.
+        """
+        wide = self.bits == MAX_BITS and not self.signed
+        q = jnp.asarray(self.qvalue).astype(jnp.int16)
+        if self.zero_point is not None:
+            q = q - jnp.asarray(self.zero_point).astype(jnp.int16)
+        return q.astype(jnp.int16 if wide else jnp.int8)
+
+    def __repr__(self) -> str:
+        shape = getattr(self.qvalue, "shape", None)
+        # A leaf need not be an array (see above), so show what is not one by its type.
+        what = f"shape={tuple(shape)}" if shape is not None else f"qvalue={type(self.qvalue).__name__}"
+        scale = getattr(self.scale, "shape", None)
+        per = tuple(scale) if scale is not None else type(self.scale).__name__
+        kind = "symmetric" if self.zero_point is None else "asymmetric"
+        sign = "signed" if self.signed else "unsigned"
+        return f"QTensor({what}, bits={self.bits}, {kind}, {sign}, scale={per}, dtype={self.dtype})"
+
+
+def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTensor:
+    """Quantize an array to the nearest codes.
+
+    Args:
+        w: floating array.
+        params: quantizer whose scale is a scalar, or has the rank of `w` and on each axis size 1 or that
+            of `w`.
+
+    Returns:
+        The quantized tensor, which remembers the dtype of `w`.
+
+    Raises:
+        TypeError: `w` is not floating.
+        ValueError: the shape of ``params.scale`` does not fit `w`.
+    """
+    w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(
+            f"w must be a floating array, got dtype {w.dtype}; convert it with w.astype(jnp.float32)"
+        )
+    scale = jnp.asarray(params.scale, jnp.float32)
+    if scale.ndim == 0:
+        scale = scale.reshape((1,) * w.ndim)
+    if scale.ndim != w.ndim or any(s not in (1, d) for s, d in zip(scale.shape, w.shape, strict=True)):
+        raise ValueError(
+            f"params.scale must be a scalar or have rank {w.ndim} with sizes 1 or those of w {w.shape}, got "
+            f"shape {scale.shape}; keep reduced axes as size 1 (keepdims=True)"
+        )
+    zero_point = params.zero_point
+    if zero_point is not None:
+        zero_point = jnp.broadcast_to(jnp.asarray(zero_point, jnp.float32), scale.shape)
+    params = dataclasses.replace(params, scale=scale, zero_point=zero_point)
+    return QTensor(
+        quantize(w, params), scale, zero_point, bits=params.bits, signed=params.signed, dtype=w.dtype.name
+    )
+
+
+def storage_bits(bits: int) -> int:
+    """Bits that one code takes when packed: 2 for 2, 4 for 3 and 4, else 8."""
+    bounds(bits, signed=True)
+    return 2 if bits == 2 else 4 if bits <= 4 else 8
+
+
+def pack(codes: Integer[ArrayLike, "..."], bits: int) -> UInt8[np.ndarray, " bytes"]:
+    """Codes packed for storage, on the host.
+
+    Codes are taken in row-major order, the first in the lowest bits of a byte, two's complement if
+    negative; the last byte is filled up with zeros.
+
+    Args:
+        codes: integers within the signed or the unsigned range of `bits`.
+        bits: code width, 2 to 8; see `storage_bits` for the width stored.
+
+    Returns:
+        ``ceil(codes.size * storage_bits(bits) / 8)`` bytes.
+
+    Raises:
+        TypeError: `codes` are not integers.
+        ValueError: a code does not fit in `bits`.
+    """
+    codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise TypeError(f"codes must be integers, got dtype {codes.dtype}; quantize first")
+    width, flat = storage_bits(bits), codes.reshape(-1).astype(np.int64)
+    if flat.size:
+        low, high = int(flat.min()), int(flat.max())
+        qmin, qmax = bounds(bits, signed=low < 0)
+        if low < qmin or high > qmax:
+            raise ValueError(f"codes must lie in [{qmin}, {qmax}] for bits={bits}, got [{low}, {high}]")
+    per_byte = 8 // width
+    flat = np.pad(flat & (2**width - 1), (0, -flat.size % per_byte)).reshape(-1, per_byte)
+    return np.bitwise_or.reduce(flat << (width * np.arange(per_byte)), axis=1).astype(np.uint8)
+
+
+def unpack(
+    packed: UInt8[ArrayLike, " bytes"], bits: int, shape: tuple[int, ...], signed: bool
+) -> Integer[np.ndarray, "..."]:
+    """Inverse of `pack`, on the host.
+
+    Args:
+        packed: bytes from `pack`.
+        bits: code width that was packed.
+        shape: shape of the codes.
+        signed: whether the codes are two's complement.
+
+    Returns:
+        Codes in `shape`, int8 if `signed`, else uint8.
+
+    Raises:
+        ValueError: the number of bytes is not that of `shape`.
+    """
+    packed, width, size = np.asarray(packed, np.uint8), storage_bits(bits), math.prod(shape)
+    if packed.shape != (-(-size * width // 8),):
+        raise ValueError(
+            f"packed must be 1-D with {-(-size * width // 8)} bytes for {size} codes of {width} stored bits, "
+            f"got shape {packed.shape}; check bits and shape"
+        )
+    shifts = width * np.arange(8 // width)
+    codes = ((packed[:, None].astype(np.int16) >> shifts) & (2**width - 1)).reshape(-1)[:size].reshape(shape)
+    if not signed:
+        return codes.astype(np.uint8)
+    return np.where(codes >= 2 ** (width - 1), codes - 2**width, codes).astype(np.int8)

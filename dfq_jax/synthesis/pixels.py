@@ -1,0 +1,456 @@
+"""The jitted optimizer of pixels, and the loop around it.
+
+`init_batch` and `advance` are pure and compose with `jax.jit` and `jax.vmap`; `synthesize` runs them over batches in
+compiled chunks and does, between chunks, what only the host can do: show progress, stop early, save a checkpoint,
+notice NaN, and return what there is on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from dfq_jax.graph import Graph, GraphError
+from dfq_jax.interrupt import catch_interrupt
+from dfq_jax.synthesis.augment import augment, low_pass
+from dfq_jax.synthesis.checkpoint import Checkpoint
+from dfq_jax.synthesis.config import SynthesisConfig
+from dfq_jax.synthesis.objective import Evaluation, Moments, Targets, class_margin, evaluate
+
+# Optimizer steps in one compiled call, by backend: on CPU a loop around the network runs it slower than the same step
+# called from Python (`python benchmarks/synthesis_speed.py` measures it); on accelerators dispatch is the cost.
+DEFAULT_CHUNK = {"cpu": 1}
+ACCELERATOR_CHUNK = 50
+# Seconds between reports to the host, which must wait for the device for each of them.
+REPORT_EVERY_STEPS = 10
+CHECKPOINT_EVERY_SECONDS = 15.0
+
+
+class BatchState(NamedTuple):
+    """One batch of images in the making."""
+
+    images: Float[Array, "n ..."]
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What is known between two chunks."""
+
+    batch: int
+    num_batches: int
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+    eta: float  # seconds left, at the speed so far
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesis:
+    """Finished images, and how well they match.
+
+    Attributes:
+      images: `[N, H, W, C]` float32, preprocessed scale.
+      labels: `[N]`, the class each image was made for (its likeliest class where none was asked for).
+      losses: final loss of each batch.
+      layer_losses: BatchNorm term of each layer, averaged over batches.
+      completed: false if interrupted; images are then those finished so far and the unfinished batch as it is.
+      seconds: wall time, compilation included.
+    """
+
+    images: Float[Array, "n ..."]
+    labels: Int[Array, " n"]
+    losses: tuple[float, ...]
+    layer_losses: dict[str, float]
+    completed: bool
+    seconds: float
+
+
+class SynthesisError(RuntimeError):
+    """Synthesis cannot go on; the message says where and what to try."""
+
+
+# --- pure pieces ---
+
+
+@functools.cache
+def make_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
+    """The optax transformation of a config; cached, since compilation is keyed on it."""
+    schedules = {
+        "constant": lambda: optax.constant_schedule(config.learning_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, config.steps),
+        "exponential": lambda: optax.exponential_decay(config.learning_rate, config.steps, 0.05),
+    }
+    rate = schedules[config.schedule]()
+    makers = {"adam": optax.adam, "radam": optax.radam, "sgd": functools.partial(optax.sgd, momentum=0.9)}
+    return makers[config.optimizer](rate)
+
+
+def init_batch(
+    graph: Graph, config: SynthesisConfig, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+) -> tuple[BatchState, Targets]:
+    """Gaussian images and balanced random labels for one batch; the key is consumed."""
+    image_key, label_key = jax.random.split(key)
+    images = jax.random.normal(image_key, (config.batch_size, *graph.input.shape[1:]), jnp.float32)
+    classes = max(num_classes(graph), 1)
+    labels = jax.random.permutation(label_key, jnp.arange(config.batch_size, dtype=jnp.int32) % classes)
+    state = BatchState(images, optimizer.init(images), jnp.zeros((), jnp.int32))
+    return state, Targets(labels, jnp.float32(-jnp.inf))
+
+
+def num_classes(graph: Graph) -> int:
+    """Width of the class scores."""
+    output = graph.program.outputs[graph.logits_index]
+    shape = graph.program.avals[output].shape if isinstance(output, int) else ()
+    return shape[-1] if len(shape) == 2 else 0
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
+def advance(
+    graph: Graph,
+    config: SynthesisConfig,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    variables: Any,
+    state: BatchState,
+    targets: Targets,
+    key: Key[Array, ""],
+    others: dict[str, Moments] | None = None,
+    share: Float[Array, ""] | float = 1.0,
+) -> tuple[BatchState, Evaluation]:
+    """Optimize a batch for `steps` steps.
+
+    Args:
+      graph, config, optimizer, steps: static.
+      variables: float variables, an argument (closing over them would compile the weights in).
+      state: donated.
+      targets: labels and response level.
+      key: of the batch; the step number is folded in for each step's augmentation.
+      others, share: see `objective.evaluate`.
+
+    Returns:
+      The new state, and the evaluation of the last step (before its update).
+    """
+
+    def step(state: BatchState, _: None = None) -> tuple[BatchState, Evaluation]:
+        def loss(images: jax.Array) -> tuple[jax.Array, Evaluation]:
+            images = augment(config, jax.random.fold_in(key, state.step), images)
+            result = evaluate(graph, config, variables, images, targets, others, share)
+            return result.loss, result
+
+        gradient, result = jax.grad(loss, has_aux=True)(state.images)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.images)
+        images = optax.apply_updates(state.images, updates)
+        return BatchState(images, optimizer_state, state.step + 1), result
+
+    if steps == 1:
+        return step(state)
+    state, results = jax.lax.scan(step, state, length=steps)
+    return state, jax.tree.map(lambda r: r[-1], results)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "quantile", "relabel"))
+def response_targets(
+    graph: Graph, variables: Any, images: jax.Array, labels: jax.Array, *, quantile: float, relabel: bool
+) -> Targets:
+    """The response level that BN-matched images show by themselves, each for the class it looks most like."""
+    logits = graph.logits(graph.apply_fn(variables, images)).astype(jnp.float32)
+    likeliest = logits.argmax(1).astype(jnp.int32)
+    level = jnp.quantile(class_margin(logits, likeliest), quantile)
+    return Targets(likeliest if relabel else labels, jnp.maximum(level, 0.0))
+
+
+# --- the loop ---
+
+
+def synthesize(
+    graph: Graph,
+    variables: Any,
+    key: Key[Array, ""],
+    config: SynthesisConfig = SynthesisConfig(),  # noqa: B008  (frozen)
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Synthesis:
+    """Make images from the network's own BatchNorm statistics.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      key: a JAX key; consumed. The same key gives bit-identical images on the same machine and versions.
+      config: number of images, steps, terms of the loss.
+      optimizer: an optax transformation in place of the config's optimizer and schedule.
+      on_progress: called between chunks, at most every few steps.
+      checkpoint: a file to save unfinished work to and to resume it from; removed at the end. Resuming gives the
+        same images, bit for bit, as an uninterrupted run.
+
+    Returns:
+      The images and how well they match. Ctrl-C returns what there is, `completed=False`.
+
+    Raises:
+      GraphError: the network has no BatchNorm, or class scores are needed and it has none.
+      ValueError: weights with NaN or infinity, variances below zero, or a checkpoint of other work.
+      SynthesisError: the loss became NaN or infinite; names the layer where it did first.
+    """
+    check_synthesizable(graph, variables, config)
+    started = time.perf_counter()
+    optimizer = make_optimizer(config) if optimizer is None else optimizer
+    run = _Run(graph, variables, key, config, optimizer, started)
+    saved = None if checkpoint is None else Checkpoint(checkpoint, run.identity())
+    if saved is not None:
+        run.restore(saved)
+    with catch_interrupt() as interrupted:
+        last_save = time.perf_counter()
+        for progress in run.visits():
+            if progress is not None and on_progress is not None:
+                on_progress(progress)
+            due = time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS
+            if saved is not None and (due or interrupted()):
+                run.save(saved)
+                last_save = time.perf_counter()
+            if interrupted():
+                break
+    result = run.result()
+    if saved is not None and result.completed:
+        saved.remove()
+    return result
+
+
+def check_synthesizable(graph: Graph, variables: Any, config: SynthesisConfig) -> None:
+    """Refuse, by name, what synthesis cannot work with."""
+    if not graph.batch_norms:
+        raise GraphError(
+            "the network has no BatchNorm, so there are no statistics to synthesize images from. Quantize weights only "
+            "(bits 'w4a16' or 'w8a16'), take ranges from noise (recipe 'noise'), or pass images of your own (images=...)."
+        )
+    if config.uses_classes and num_classes(graph) < 2:
+        raise GraphError("class and response terms need class scores of shape [N, classes]; set their weights to 0.")
+    check_variables(graph, variables)
+
+
+def check_variables(graph: Graph, variables: Any) -> None:
+    """Refuse NaN and infinite weights and impossible BatchNorm statistics, by leaf path."""
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    for path, leaf in leaves.items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(f"variables: {path!r} holds NaN or infinite values; the checkpoint is damaged.")
+    for bn in graph.batch_norms:
+        smallest = float(leaves[bn.var].min())
+        if smallest < 0:
+            raise ValueError(
+                f"variables: {bn.var!r} has a negative variance ({smallest:.3g}); mean and variance may be swapped."
+            )
+        if float(leaves[bn.var].max()) == 0:
+            raise ValueError(
+                f"variables: {bn.var!r} is zero in every channel; the BatchNorm statistics were never updated. Load "
+                "the trained statistics (the batch_stats collection)."
+            )
+
+
+class _Run:
+    """The state of one call of `synthesize`."""
+
+    def __init__(self, graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any, started: float):
+        # Trace at the batch that is used, so that weights of any tree compile once.
+        self.graph = graph.at((config.batch_size, *graph.input.shape[1:]), jnp.float32)
+        self.variables, self.key, self.config, self.optimizer = variables, key, config, optimizer
+        self.started = started
+        self.states: dict[int, BatchState] = {}
+        self.targets: dict[int, Targets] = {}
+        self.evaluations: dict[int, Evaluation] = {}
+        self.moments: dict[int, dict[str, Moments]] = {}
+        self.best: dict[int, tuple[float, int]] = {}  # lowest loss, and the step it was seen at
+        self.position = 0
+        self.total = 0
+        self.stopped: set[int] = set()
+        chunk = config.chunk or DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+        self.response_step = round(config.steps * config.response_start) if config.response_weight else None
+        self.chunk = _divisor(chunk, config.steps, self.response_step or config.steps)
+
+    def identity(self) -> str:
+        """What a checkpoint must have been made by to be resumed."""
+        config = dataclasses.asdict(self.config)
+        return f"{self.graph.digest} {config} {jax.random.key_data(self.key).tolist()} {self.chunk} {_fingerprint(self.variables)}"
+
+    def schedule(self) -> Iterator[int]:
+        """Which batch each chunk works on: one after the other, or in turn when they share statistics."""
+        rounds = self.config.steps // self.chunk
+        batches = range(self.config.num_batches)
+        if self.config.statistics == "set":
+            return (b for _ in range(rounds) for b in batches)
+        return (b for b in batches for _ in range(rounds))
+
+    def visits(self) -> Iterator[Progress | None]:
+        """Do the work; yields between chunks, with a report now and then."""
+        order = list(self.schedule())
+        self.total = len(order)
+        first, begun = self.position, time.perf_counter()
+        for self.position in range(first, len(order)):
+            batch = order[self.position]
+            if batch in self.stopped:
+                continue
+            step = self.visit(batch)
+            self.position += 1  # done: a checkpoint written now resumes at the next one
+            report = None
+            if step % REPORT_EVERY_STEPS < self.chunk or step == self.config.steps:
+                loss = self.check(batch, step)
+                now = time.perf_counter()
+                left = (now - begun) / (self.position - first) * (len(order) - self.position)
+                report = Progress(
+                    batch + 1, self.config.num_batches, step, self.config.steps, loss, now - self.started, left
+                )
+            yield report
+        self.position = len(order)
+
+    def visit(self, batch: int) -> int:
+        """One chunk of one batch; returns its step number."""
+        key = jax.random.fold_in(self.key, batch)
+        init_key, step_key = jax.random.split(key)
+        if batch not in self.states:
+            self.states[batch], self.targets[batch] = _init(self.graph, self.config, self.optimizer, init_key)
+        state = self.states[batch]
+        if self.steps_done(batch) - self.chunk == self.response_step:
+            self.targets[batch] = response_targets(
+                self.graph,
+                self.variables,
+                state.images,
+                self.targets[batch].labels,
+                quantile=self.config.response_quantile,
+                relabel=self.config.class_weight == 0,
+            )
+        others, share = self.others(batch)
+        self.states[batch], self.evaluations[batch] = advance(
+            self.graph,
+            self.config,
+            self.optimizer,
+            self.chunk,
+            self.variables,
+            state,
+            self.targets[batch],
+            step_key,
+            others,
+            share,
+        )
+        if self.config.statistics == "set":
+            self.moments[batch] = self.evaluations[batch].moments
+        return self.steps_done(batch)
+
+    def steps_done(self, batch: int) -> int:
+        visited = self.position + 1
+        rounds = self.config.steps // self.chunk
+        if self.config.statistics == "set":
+            return self.chunk * (visited // self.config.num_batches + (batch < visited % self.config.num_batches))
+        return self.chunk * (visited - batch * rounds)
+
+    def others(self, batch: int) -> tuple[dict[str, Moments] | None, float]:
+        """What the other batches add to the moments of the whole set."""
+        if self.config.statistics != "set":
+            return None, 1.0
+        known = [m for b, m in self.moments.items() if b != batch]
+        share = 1.0 / (len(known) + 1)
+        if not known:
+            zeros = {bn.name: Moments(jnp.zeros(bn.channels), jnp.zeros(bn.channels)) for bn in self.graph.batch_norms}
+            return zeros, share
+        return jax.tree.map(lambda *m: share * sum(m), *known), share
+
+    def check(self, batch: int, step: int) -> float:
+        """Loss of the latest step; notices NaN and plateaus."""
+        result = self.evaluations[batch]
+        loss = float(result.loss)
+        if not np.isfinite(loss):
+            layer_losses = np.asarray(result.layer_losses)
+            bad = [bn.name for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True) if not np.isfinite(v)]
+            where = f"first at BatchNorm {bad[0]!r}" if bad else "outside the BatchNorm terms (logits or image terms)"
+            raise SynthesisError(
+                f"the synthesis loss became {loss} at step {step} of batch {batch + 1}, {where}. Try a lower "
+                f"learning_rate than {self.config.learning_rate:g}."
+            )
+        if self.config.patience:
+            lowest, at = self.best.get(batch, (np.inf, 0))
+            if loss < lowest * (1 - self.config.min_improvement):
+                self.best[batch] = (loss, step)
+            elif step - at >= self.config.patience:
+                self.stopped.add(batch)
+        return loss
+
+    def result(self) -> Synthesis:
+        order = sorted(self.states)
+        images = np.concatenate([np.asarray(self.states[b].images) for b in order])[: self.config.num_images]
+        if self.config.low_pass:
+            images = np.asarray(low_pass(jnp.asarray(images), self.config.low_pass))
+        if self.config.uses_classes:
+            labels = np.concatenate([np.asarray(self.targets[b].labels) for b in order])[: self.config.num_images]
+        else:
+            labels = np.zeros(len(images), np.int32)
+        evaluations = [self.evaluations[b] for b in order if b in self.evaluations]
+        losses = np.mean([np.asarray(e.layer_losses) for e in evaluations], axis=0)
+        return Synthesis(
+            images=jnp.asarray(images),
+            labels=jnp.asarray(labels),
+            losses=tuple(float(e.loss) for e in evaluations),
+            layer_losses={bn.name: float(v) for bn, v in zip(self.graph.batch_norms, losses, strict=True)},
+            completed=self.position >= self.total,
+            seconds=time.perf_counter() - self.started,
+        )
+
+    # --- checkpoints ---
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        work = {b: (self.states[b], self.targets[b], self.evaluations[b]) for b in self.states}
+        checkpoint.save(work, position=self.position, best=self.best, stopped=sorted(self.stopped))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        loaded = checkpoint.load(self._template)
+        if loaded is None:
+            return
+        work, meta = loaded
+        for batch, (state, targets, evaluation) in work.items():
+            self.states[batch], self.targets[batch], self.evaluations[batch] = state, targets, evaluation
+            if self.config.statistics == "set":
+                self.moments[batch] = evaluation.moments
+        self.position = meta["position"]
+        self.best = {int(b): (loss, step) for b, (loss, step) in meta["best"].items()}
+        self.stopped = set(meta["stopped"])
+
+    def _template(self) -> Any:
+        """Structure of one batch's saved work."""
+
+        def work(variables: Any, key: Any) -> Any:
+            state, targets = init_batch(self.graph, self.config, self.optimizer, key)
+            others, share = self.others(0)
+            _, evaluation = advance(
+                self.graph, self.config, self.optimizer, 1, variables, state, targets, key, others, share
+            )
+            return state, targets, evaluation
+
+        return jax.eval_shape(work, self.variables, self.key)
+
+
+_init = jax.jit(init_batch, static_argnums=(0, 1, 2))
+
+
+def _divisor(chunk: int, *lengths: int) -> int:
+    """The longest chunk, at most `chunk`, that divides every length: each stage compiles once."""
+    return max(c for c in range(1, chunk + 1) if all(n % c == 0 for n in lengths))
+
+
+def _fingerprint(variables: Any) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

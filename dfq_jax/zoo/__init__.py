@@ -1,0 +1,25 @@
+"""Models to quantize: architectures, their preprocessing and trained weights.
+
+    from dfq_jax import zoo
+
+    zoo.list_models()
+    model = zoo.load_model("fashion_resnet20")
+    model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
+"""
+
+from dfq_jax.zoo.checkpoint import LAYOUTS, Layout, Rule, load_checkpoint
+from dfq_jax.zoo.registry import Preprocessing, ZooEntry, ZooModel, list_models, load_model
+from dfq_jax.zoo.torch_reader import read_torch
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "Preprocessing",
+    "Rule",
+    "ZooEntry",
+    "ZooModel",
+    "list_models",
+    "load_checkpoint",
+    "load_model",
+    "read_torch",
+]

@@ -1,0 +1,134 @@
+"""The CIFAR ResNets of He et al. (2015), section 4.2, as Linen modules.
+
+A network of depth ``6 n + 2`` has a 3x3 stem and three stages of ``n`` basic blocks with 16, 32 and 64
+channels. Shortcuts are the paper's option A: no parameters, every second row and column of the input, new
+channels zero.
+
+Submodules are named so that checkpoints of other implementations map by reading: ``layer1.0.conv1`` there is
+``layer1_0/conv1`` here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+
+_STAGE_CHANNELS = (16, 32, 64)
+_KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def _conv(features: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+    # Explicit padding: with stride 2, "SAME" would pad only at the end and shift the grid by one pixel
+    # against networks trained with symmetric padding.
+    return nn.Conv(
+        features, (3, 3), (stride, stride), padding=((1, 1), (1, 1)), use_bias=False,
+        dtype=dtype, kernel_init=_KERNEL_INIT, name=name,
+    )  # fmt: skip
+
+
+def _norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalization and an option-A shortcut.
+
+    Attributes:
+        features: output channels; where they differ from the input's, the new channels of the shortcut are
+            zero, half of them before and half after the input's channels.
+        stride: 1 or 2, of the first convolution and of the shortcut.
+        dtype: computation dtype; None takes that of the input and the parameters.
+    """
+
+    features: int
+    stride: int = 1
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ho wo f"]:
+        """Applies the block: `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`."""
+        y = _conv(self.features, self.stride, self.dtype, "conv1")(x)
+        y = nn.relu(_norm(train, self.dtype, "bn1")(y))
+        y = _conv(self.features, 1, self.dtype, "conv2")(y)
+        y = _norm(train, self.dtype, "bn2")(y)
+        if self.stride != 1:
+            x = x[:, :: self.stride, :: self.stride]
+        new = self.features - x.shape[-1]
+        if new:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
+        return nn.relu(y + x)
+
+
+class CifarResNet(nn.Module):
+    """A CIFAR ResNet with option-A shortcuts.
+
+    Attributes:
+        depth: ``6 n + 2`` for an ``n >= 1``: 8, 14, 20, 32, 44, 56, 110...
+        num_classes: number of logits.
+        dtype: computation dtype; None takes that of the input and the parameters.
+
+    Raises:
+        ValueError: at the first call, if `depth` is not of that form, `num_classes` is below 1 or the images
+            are not `[N, H, W, C]`.
+    """
+
+    depth: int = 20
+    num_classes: int = 10
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
+        """Computes logits.
+
+        Args:
+            x: preprocessed images `[N, H, W, C]`; the trained networks take `[N, 32, 32, 3]`.
+            train: normalize by the batch's statistics and update the running ones (collection
+                ``batch_stats``).
+
+        Returns:
+            Logits `[N, num_classes]`.
+        """
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise ValueError(f"depth: a CIFAR ResNet has depth 6 n + 2 (8, 14, 20, ...), not {self.depth}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes: must be at least 1, not {self.num_classes}")
+        if x.ndim != 4:
+            raise ValueError(f"x: expected images [N, H, W, C], found shape {x.shape}; add the missing axes")
+        x = _conv(_STAGE_CHANNELS[0], 1, self.dtype, "conv1")(x)
+        x = nn.relu(_norm(train, self.dtype, "bn1")(x))
+        for stage, features in enumerate(_STAGE_CHANNELS, start=1):
+            for block in range((self.depth - 2) // 6):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = BasicBlock(features, stride, self.dtype, name=f"layer{stage}_{block}")(x, train)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=_KERNEL_INIT, name="linear")(x)
+
+
+def resnet20(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
+    """CIFAR ResNet-20: 0.27 million parameters."""
+    return CifarResNet(depth=20, num_classes=num_classes, dtype=dtype)
+
+
+def resnet32(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
+    """CIFAR ResNet-32: 0.46 million parameters."""
+    return CifarResNet(depth=32, num_classes=num_classes, dtype=dtype)
+
+
+def resnet44(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
+    """CIFAR ResNet-44: 0.66 million parameters."""
+    return CifarResNet(depth=44, num_classes=num_classes, dtype=dtype)
+
+
+def resnet56(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
+    """CIFAR ResNet-56: 0.85 million parameters."""
+    return CifarResNet(depth=56, num_classes=num_classes, dtype=dtype)
+
+
+def resnet110(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
+    """CIFAR ResNet-110: 1.7 million parameters."""
+    return CifarResNet(depth=110, num_classes=num_classes, dtype=dtype)
