@@ -48,8 +48,7 @@ def as_function(model: Any, variables: Any = None) -> tuple[ApplyFn, Any]:
         raise TypeError(f"model: {model.__name__} is a class; pass an instance, e.g. {model.__name__}(...).")
     if not callable(model):
         raise TypeError(
-            "model: expected a Linen module, an NNX module or a function (variables, x), "
-            f"found {type(model).__name__}."
+            f"model: expected a Linen module, an NNX module or a function (variables, x), found {type(model).__name__}."
         )
     if variables is None:
         raise TypeError("variables: a function (variables, x) needs its variables.")

@@ -92,9 +92,7 @@ def _host_array(name: str, leaf: Any) -> np.ndarray:
         raise TypeError(f"variables[{name!r}] is a PRNG key; save jax.random.key_data(key) instead")
     array = np.asarray(leaf)
     if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
-        raise TypeError(
-            f"variables[{name!r}] must be a numeric array, got {type(leaf).__name__}; leave it out"
-        )
+        raise TypeError(f"variables[{name!r}] must be a numeric array, got {type(leaf).__name__}; leave it out")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return np.require(array, requirements="C")
@@ -344,9 +342,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         if names:
             raise ArtifactError(f"{path} {what}: {_some(names)}")
     if (digest := _digest(meta, stored)) != meta["sha256"]:
-        raise ArtifactError(
-            f"{path} is damaged: the sha256 of its contents is {digest}, recorded is {meta['sha256']}"
-        )
+        raise ArtifactError(f"{path} is damaged: the sha256 of its contents is {digest}, recorded is {meta['sha256']}")
     try:
         flat = {name: _decode(stored[name], line) for name, line in meta["tensors"].items()}
         for name, line in meta["nodes"].items():

@@ -68,7 +68,7 @@ def adapt_batch_norm(
     variables: Any,
     qvariables: Any,
     images: Float[Array, "n ..."],
-    config: BatchNormConfig = BatchNormConfig(),  # noqa: B008  (frozen)
+    config: BatchNormConfig = BatchNormConfig(),
     *,
     batch_size: int = 64,
 ) -> Any:
@@ -160,9 +160,7 @@ def _stored(graph: Graph, variables: Any) -> Moments:
     }
 
 
-def batch_norm_moments(
-    graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64
-) -> Moments:
+def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> Moments:
     """Mean and variance of every BatchNorm's input over all images, by name, in inference mode.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 from dfq_jax.program import Program
@@ -20,7 +21,7 @@ def find_blocks(program: Program, layers: Sequence[Layer], tensors: Collection[i
     cuts = [program.input]
     joints = _joints(program)
     layer_ops = [layer.op for layer in layers]
-    for before, after in zip(layer_ops, layer_ops[1:], strict=False):
+    for before, after in itertools.pairwise(layer_ops):
         between = [joints[i] for i in range(before, after) if i in joints]
         if between:
             cuts.append(next((v for v in reversed(between) if v in tensors), between[-1]))

@@ -129,8 +129,7 @@ def load_data(
     data = Dataset(name=spec, images=images[:limit], labels=labels[:limit])
     if input_shape is not None and data.images.shape[1:] != tuple(input_shape[1:]):
         raise ValueError(
-            f"input_shape: the model takes images of {_by(input_shape[1:])}, "
-            f"{spec} holds {_by(data.images.shape[1:])}"
+            f"input_shape: the model takes images of {_by(input_shape[1:])}, {spec} holds {_by(data.images.shape[1:])}"
         )
     if num_classes is not None and data.labels.max() >= num_classes:
         raise ValueError(

@@ -94,5 +94,3 @@ def sqnr(reference: Float[Array, "..."], other: Float[Array, "..."]) -> float:
     noise = float(np.square(reference - other).sum())
     signal = float(np.square(reference).sum())
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-
-

@@ -199,9 +199,7 @@ def run(
     graph = graph.at(x.shape, x.dtype)
     program = graph.program
     leaves = graph.leaves(variables)
-    env: dict[int, Any] = {
-        i: leaf.dequantize() if isinstance(leaf, QTensor) else leaf for i, leaf in enumerate(leaves)
-    }
+    env: dict[int, Any] = {i: leaf.dequantize() if isinstance(leaf, QTensor) else leaf for i, leaf in enumerate(leaves)}
     sources: dict[str, jax.Array] = {}
     layers = {item.op: item for item in graph.layers}
     tensors = {item.value: item for item in graph.tensors}

@@ -196,9 +196,7 @@ class Graph:
                 )
             graph = _trace(self.apply_fn, self.treedef, self.leaf_paths, self.leaf_shapes, spec, self._cache)
             if graph.digest != self.digest:
-                raise GraphError(
-                    f"x: at shape {spec.shape} the network has other layers than at {self.input.shape}."
-                )
+                raise GraphError(f"x: at shape {spec.shape} the network has other layers than at {self.input.shape}.")
             self._cache[key] = graph
         return self._cache[key]
 
@@ -401,8 +399,7 @@ def _digest(paths: Sequence[str], shapes: Sequence[jax.ShapeDtypeStruct], struct
         for x in structure.layers
     ]
     lines += [
-        f"{b.name} {b.mean} {b.var} {b.scale} {b.bias} {b.epsilon:.3e} {b.activation}"
-        for b in structure.batch_norms
+        f"{b.name} {b.mean} {b.var} {b.scale} {b.bias} {b.epsilon:.3e} {b.activation}" for b in structure.batch_norms
     ]
     lines += [f"{t.name} {t.layers}" for t in structure.tensors]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

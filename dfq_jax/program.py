@@ -244,9 +244,7 @@ class _Builder:
         self.num_leaves = num_leaves
         self.parameter_only = set(range(num_leaves))
 
-    def inline(
-        self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Operand], scope: str
-    ) -> list[Operand]:
+    def inline(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Operand], scope: str) -> list[Operand]:
         env: dict[Any, Operand] = dict(zip(jaxpr.invars, arguments, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = Constant(_small_array(const))

@@ -46,9 +46,7 @@ def bounds(bits: int, signed: bool) -> tuple[int, int]:
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer):
         raise TypeError(f"bits must be an int, got {bits!r} ({type(bits).__name__}); pass e.g. bits=8")
     if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(
-            f"bits must be from {MIN_BITS} to {MAX_BITS}, got {bits}; pass e.g. bits=8 or bits=4"
-        )
+        raise ValueError(f"bits must be from {MIN_BITS} to {MAX_BITS}, got {bits}; pass e.g. bits=8 or bits=4")
     bits = int(bits)
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
@@ -309,9 +307,7 @@ def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTens
     """
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(
-            f"w must be a floating array, got dtype {w.dtype}; convert it with w.astype(jnp.float32)"
-        )
+        raise TypeError(f"w must be a floating array, got dtype {w.dtype}; convert it with w.astype(jnp.float32)")
     scale = jnp.asarray(params.scale, jnp.float32)
     if scale.ndim == 0:
         scale = scale.reshape((1,) * w.ndim)
@@ -324,9 +320,7 @@ def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTens
     if zero_point is not None:
         zero_point = jnp.broadcast_to(jnp.asarray(zero_point, jnp.float32), scale.shape)
     params = dataclasses.replace(params, scale=scale, zero_point=zero_point)
-    return QTensor(
-        quantize(w, params), scale, zero_point, bits=params.bits, signed=params.signed, dtype=w.dtype.name
-    )
+    return QTensor(quantize(w, params), scale, zero_point, bits=params.bits, signed=params.signed, dtype=w.dtype.name)
 
 
 def storage_bits(bits: int) -> int:

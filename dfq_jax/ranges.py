@@ -28,6 +28,7 @@ BINS = 4096
 MAX_SAMPLES = 1 << 19
 Range = tuple[Float[Array, ""], Float[Array, ""]]
 Estimator = Callable[..., Range]
+Recorder = Callable[[Graph, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -134,9 +135,7 @@ def _aciq(summary: Summary, bits: int, family: str) -> Range:
     x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1.0)
     mean = jnp.sum(weight * x)
     # A rectified tensor: half of a symmetric distribution around zero, with the other half set to zero.
-    half_spread = (
-        jnp.sqrt(2 * jnp.sum(weight * x**2)) if family == "gaussian" else 2 * jnp.sum(weight * jnp.abs(x))
-    )
+    half_spread = jnp.sqrt(2 * jnp.sum(weight * x**2)) if family == "gaussian" else 2 * jnp.sum(weight * jnp.abs(x))
     full_spread = (
         jnp.sqrt(jnp.sum(weight * (x - mean) ** 2)) if family == "gaussian" else jnp.sum(weight * jnp.abs(x - mean))
     )
@@ -231,20 +230,32 @@ def apply_estimator(
 
 
 def summarize(
-    graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64
+    graph: Graph,
+    variables: Any,
+    images: Float[Array, "n ..."],
+    *,
+    batch_size: int = 64,
+    record: Recorder = record_tensors,
 ) -> dict[str, Summary]:
     """Peaks and histograms of every tensor, by name, in two passes over the images.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      images: `[N, H, W, C]`.
+      batch_size: images in one pass of the network.
+      record: gives the tensors of a batch, `(graph, variables, images) -> (outputs, {name: tensor})`.
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
     """
     check_images(graph, images)
-    parts = [_peaks(graph, variables, batch) for batch in batches(images, batch_size)]
+    parts = [_peaks(graph, record, variables, batch) for batch in batches(images, batch_size)]
     peaks = jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
     limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
     counts = None
     for batch in batches(images, batch_size):
-        new = _histograms(graph, variables, batch, limits)
+        new = _histograms(graph, record, variables, batch, limits)
         counts = new if counts is None else jax.tree.map(jnp.add, counts, new)
     return {
         name: Summary(peak_lo=lo, peak_hi=hi, counts=counts[name], lo=limits[name][0], hi=limits[name][1])
@@ -256,7 +267,9 @@ def check_images(graph: Graph, images: Any) -> None:
     """Refuse an image array that the network cannot take, or that is empty or not finite."""
     shape = tuple(getattr(images, "shape", ()))
     if len(shape) != len(graph.input.shape) or shape[-1:] != graph.input.shape[-1:]:
-        raise ValueError(f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}], found {shape}.")
+        raise ValueError(
+            f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}], found {shape}."
+        )
     if shape[0] == 0:
         raise ValueError("images: found none; pass at least one image, or let synthesize() make them.")
     if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
@@ -273,9 +286,9 @@ def batches(images: Any, batch_size: int) -> Iterator[Any]:
         yield images[start : start + size]
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _peaks(graph: Graph, variables: Any, images: jax.Array) -> dict[str, Range]:
-    _, tensors = record_tensors(graph, variables, images)
+@functools.partial(jax.jit, static_argnames=("graph", "record"))
+def _peaks(graph: Graph, record: Recorder, variables: Any, images: jax.Array) -> dict[str, Range]:
+    _, tensors = record(graph, variables, images)
 
     def per_image(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         flat = x.astype(jnp.float32).reshape(x.shape[0], -1)
@@ -284,9 +297,11 @@ def _peaks(graph: Graph, variables: Any, images: jax.Array) -> dict[str, Range]:
     return {name: per_image(x) for name, x in tensors.items()}
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _histograms(graph: Graph, variables: Any, images: jax.Array, limits: dict[str, Range]) -> dict[str, jax.Array]:
-    _, tensors = record_tensors(graph, variables, images)
+@functools.partial(jax.jit, static_argnames=("graph", "record"))
+def _histograms(
+    graph: Graph, record: Recorder, variables: Any, images: jax.Array, limits: dict[str, Range]
+) -> dict[str, jax.Array]:
+    _, tensors = record(graph, variables, images)
     return {name: _histogram(_thin(x), *limits[name]) for name, x in tensors.items()}
 
 

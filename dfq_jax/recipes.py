@@ -211,7 +211,9 @@ def quantize(
             qvariables = adapt_batch_norm(
                 graph, variables, qvariables, images, recipe.batch_norm, batch_size=recipe.batch_size
             )
-            steps.append(f"{recipe.batch_norm.method} BatchNorm adaptation, {recipe.batch_norm.order.replace('_', ' ')}")
+            steps.append(
+                f"{recipe.batch_norm.method} BatchNorm adaptation, {recipe.batch_norm.order.replace('_', ' ')}"
+            )
         if recipe.bias_correction:
             qvariables = correct_bias(graph, variables, qvariables, images)
             steps.append("bias correction")
@@ -379,7 +381,9 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     try:
         graph = trace(apply_fn, variables, shape)
     except GraphError as error:
-        raise artifact.ArtifactError(f"{path}: the model given cannot be what the file was made from: {error}") from error
+        raise artifact.ArtifactError(
+            f"{path}: the model given cannot be what the file was made from: {error}"
+        ) from error
     restored, _ = artifact.restore(path, variables, expect={"graph": graph.digest})
     return Quantized(
         variables=restored,

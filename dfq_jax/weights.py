@@ -36,8 +36,7 @@ def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...
     kept = {a % w.ndim for a in channel_axes if -w.ndim <= a < w.ndim}
     if len(kept) != len(channel_axes):
         raise ValueError(
-            f"channel_axes must be distinct axes of w, which has rank {w.ndim}, got {channel_axes}; name "
-            "each axis once"
+            f"channel_axes must be distinct axes of w, which has rank {w.ndim}, got {channel_axes}; name each axis once"
         )
     return tuple(a for a in range(w.ndim) if a not in kept)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -324,7 +325,7 @@ def test_blocks_are_cut_points(build):
     assert [name for block in graph.blocks for name in block.layers] == [x.name for x in graph.layers]
     assert graph.blocks[0].input == program.input
     assert graph.blocks[-1].output == -1
-    for block, following in zip(graph.blocks, graph.blocks[1:], strict=False):
+    for block, following in itertools.pairwise(graph.blocks):
         assert block.output == following.input
     for block in graph.blocks:
         assert block.name == block.layers[0]
@@ -484,9 +485,9 @@ def test_gradient_at_exact_ties_is_that_of_the_custom_derivative():
     def by_program(x):
         return evaluate(graph.program, leaves, x)[graph.program.outputs[0]].sum()
 
-    expected, found = jax.jit(
-        lambda x: (jax.grad(lambda x: apply_fn(variables, x).sum())(x), jax.grad(by_program)(x))
-    )(x)
+    expected, found = jax.jit(lambda x: (jax.grad(lambda x: apply_fn(variables, x).sum())(x), jax.grad(by_program)(x)))(
+        x
+    )
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(found, 0)  # the derivative of jax.nn.relu at 0; that of maximum is 1/2
 
@@ -597,17 +598,19 @@ def test_graphs_that_differ_between_layers_are_not_equal():
 
 
 DIGESTS = {
-    "cifar_resnet8": "",
-    "nnx_resnet": "",
-    "efficientnet": "",
-    "private_batch_norm": "",
+    "cifar_resnet8": "7f0def663ebb847b",
+    "nnx_resnet": "a75352fe09292b6b",
+    "efficientnet": "eed8da0a6b257770",
+    "private_batch_norm": "3097f4a58d0906c7",
+    "transformer": "21f75ea66a2c61da",
+    "densenet": "eb19fef218fe5034",
 }
 
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_digest_is_that_of_other_versions(name):
-    """Artifacts hold the digest: it may change only with what is found."""
-    assert graph_of(name).digest == DIGESTS[name]
+    """Artifacts hold the digest: it may change only with what is found. Made with JAX 0.6, 0.8 and 0.10."""
+    assert graph_of(name).digest.startswith(DIGESTS[name])
 
 
 def test_digest_does_not_depend_on_the_process():

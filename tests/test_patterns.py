@@ -38,8 +38,9 @@ FORMULAS = {
     ),
     "negated": lambda v, x: v["bias"] - (v["mean"] - x) * (v["scale"] / jnp.sqrt(v["var"] + 1e-3)),
     "minus_x": lambda v, x: v["bias"] - (-x + v["mean"]) * v["scale"] * jax.lax.rsqrt(v["var"] + 1e-3),
-    "divided_bias": lambda v, x: (x - v["mean"] + v["bias"] * jnp.sqrt(v["var"] + 1e-3) / v["scale"])
-    * (v["scale"] / jnp.sqrt(v["var"] + 1e-3)),
+    "divided_bias": lambda v, x: (
+        (x - v["mean"] + v["bias"] * jnp.sqrt(v["var"] + 1e-3) / v["scale"]) * (v["scale"] / jnp.sqrt(v["var"] + 1e-3))
+    ),
     "doubled": lambda v, x: (2 * x - 2 * v["mean"]) / (4 * (v["var"] + 1e-3)) ** 0.5 * v["scale"] + v["bias"],
     "jit": lambda v, x: jax.jit(FORMULAS["textbook"])(v, x),
     "casts": lambda v, x: FORMULAS["textbook"](v, x.astype(jnp.float32)).astype(jnp.float16).astype(jnp.float32),

@@ -179,7 +179,7 @@ def synthesize(
     graph: Graph,
     variables: Any,
     key: Key[Array, ""],
-    config: SynthesisConfig = SynthesisConfig(),  # noqa: B008  (frozen)
+    config: SynthesisConfig = SynthesisConfig(),
     *,
     optimizer: optax.GradientTransformation | None = None,
     on_progress: Callable[[Progress], None] | None = None,

@@ -1,0 +1,68 @@
+"""What BatchNorm parameters alone tell about activations: no images, no optimization.
+
+Behind a BatchNorm each channel has mean `bias` and standard deviation `|scale|` by construction (Nagel et al., DFQ,
+arXiv 1906.04721). So the network is run with every BatchNorm's output replaced by Gaussian noise of just these
+moments; what follows up to the next BatchNorm (activations, residual sums, pooling, gates) acts on the noise as it
+would on data. Layers in front of a BatchNorm do not matter then, and the compiler drops them.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dfq_jax.execute import BatchNormParameters, along_channels, run
+from dfq_jax.graph import BatchNorm, Graph, GraphError, Tensor
+from dfq_jax.ranges import Summary, summarize
+
+# Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
+# pooling) would have no spread. Natural images have some; the exact value matters little.
+SPATIAL_CORRELATION = 0.25
+
+
+def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -> dict[str, Summary]:
+    """Summaries of every tensor for `ranges.apply_estimator`, from BatchNorm parameters.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      num_samples: samples of noise of the input's shape; the input itself is taken as standard Gaussian, as
+        preprocessed images are on average.
+
+    Returns:
+      `{tensor name: Summary}`; the same every time.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+    """
+    if not graph.batch_norms:
+        raise GraphError("the network has no BatchNorm, so nothing is known of its activations without images.")
+    images = jax.random.normal(jax.random.key(0), (num_samples, *graph.input.shape[1:]), jnp.float32)
+    return summarize(graph, variables, images, batch_size=num_samples, record=record_noise)
+
+
+def record_noise(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> tuple[Any, dict[str, jax.Array]]:
+    """As `execute.record_tensors`, with BatchNorm outputs replaced by noise of their moments."""
+    recorded: dict[str, jax.Array] = {}
+
+    def keep(tensor: Tensor, value: jax.Array) -> jax.Array:
+        recorded[tensor.name] = value
+        return value
+
+    return run(graph, variables, x, tensor=keep, batch_norm=_noise), recorded
+
+
+def _noise(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+    # A key from the name: independent between BatchNorms, the same in every run and for every batch.
+    common_key, own_key = jax.random.split(jax.random.key(zlib.crc32(bn.name.encode())))
+    per_image = [d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape)]
+    common = jax.random.normal(common_key, per_image)
+    own = jax.random.normal(own_key, x.shape)
+    noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
+    spread = functools.partial(along_channels, bn, x)
+    return spread(parameters.bias * jnp.ones(bn.channels)) + spread(parameters.scale * jnp.ones(bn.channels)) * noise
