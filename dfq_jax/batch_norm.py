@@ -11,8 +11,10 @@ Statistics change a per-channel scale and offset only: integer weights stay as t
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from dfq_jax.execute import (
     normalize,
     run,
 )
-from dfq_jax.graph import BatchNorm, Graph, Layer
+from dfq_jax.graph import BatchNorm, Graph
 from dfq_jax.ranges import batches, check_images
 
 METHODS = ("absolute", "differential")
@@ -57,10 +59,10 @@ class BatchNormConfig:
             raise ValueError(f"method: expected one of {METHODS}, found {self.method!r}.")
         if self.order not in ORDERS:
             raise ValueError(f"order: expected one of {ORDERS}, found {self.order!r}.")
-        if self.prior_images < 0:
-            raise ValueError(f"prior_images: expected a number >= 0, found {self.prior_images}.")
-        if self.max_ratio < 1:
-            raise ValueError(f"max_ratio: expected a number >= 1, found {self.max_ratio}.")
+        for name, least in (("prior_images", 0), ("max_ratio", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
+                raise ValueError(f"{name}: expected a finite number of at least {least}, found {value!r}.")
 
 
 def adapt_batch_norm(
@@ -117,16 +119,18 @@ def _adapt(
     if config.method == "differential":
         run(graph, variables, images, batch_norm=measure)
     stored = _stored(graph, variables)
-    updates: dict[str, jax.Array] = {}
+    updates: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def adapt(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
         measured = channel_moments(bn, x)
         mean, var = _adapted(bn, stored[bn.name], reference.get(bn.name, measured), measured, config, num_images)
-        updates.update({bn.mean: mean, bn.var: var})
+        updates[bn.mean].append(mean)
+        updates[bn.var].append(var)
         return normalize(bn, x, parameters._replace(mean=mean, var=var))
 
     apply_quantized(graph, qvariables, images, batch_norm=adapt)
-    return updates
+    # Statistics that several places of the network share serve all of them alike.
+    return {path: sum(values) / len(values) for path, values in updates.items()}
 
 
 def _adapted(
@@ -202,45 +206,54 @@ def correct_bias(
     variables: Any,
     qvariables: Any,
     images: Float[Array, "n ..."],
+    *,
+    normalized: bool = True,
 ) -> Any:
     """Empirical bias correction: every layer's mean output per channel becomes that of the float network.
 
     After Nagel et al. (DFQ, arXiv 1906.04721) and Banner et al. (arXiv 1810.05723). The correction goes into the mean
     of the BatchNorm that follows, else into the layer's own bias; layers with neither are left as they are. Layers are
-    corrected in order, each behind those already corrected, over all images together.
+    corrected in order, each behind those already corrected, over all images together. What is corrected already, by
+    this function or by differential adaptation, stays as it is.
 
     Args:
       graph: from `trace`.
       variables: the float variables.
       qvariables: from `quantize_params`.
       images: `[N, H, W, C]`, preprocessed.
+      normalized: correct layers that a BatchNorm follows, too; false to keep its adapted statistics.
 
     Returns:
       `qvariables` with new bias and mean leaves.
+
+    Raises:
+      ValueError: no images, or images with NaN or infinity.
     """
     check_images(graph, images)
-    return _correct_bias(graph, variables, qvariables, images)
+    return _correct_bias(graph, variables, qvariables, images, normalized)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _correct_bias(graph: Graph, variables: Any, qvariables: Any, images: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnames=("graph", "normalized"))
+def _correct_bias(graph: Graph, variables: Any, qvariables: Any, images: jax.Array, normalized: bool) -> Any:
+    targets = _corrections(graph, normalized)
+    stored, leaves = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
     wanted: dict[str, jax.Array] = {}
 
     def note(call: LayerCall) -> jax.Array:
         result = call.default()
-        wanted[call.layer.name] = call.channel_mean(result)
+        if call.layer.name in targets:
+            path, sign = targets[call.layer.name]
+            wanted[call.layer.name] = _shifted_mean(call, result, -sign * stored[path])
         return result
 
     run(graph, variables, images, layer=note)
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
     updates: dict[str, jax.Array] = {}
 
     def correct(call: LayerCall, result: jax.Array) -> jax.Array:
-        target = _correctable(graph, call.layer)
-        if target is None:
+        if call.layer.name not in targets:
             return result
-        path, sign = target
-        error = call.channel_mean(result) - wanted[call.layer.name]
+        path, sign = targets[call.layer.name]
+        error = _shifted_mean(call, result, -sign * leaves[path]) - wanted[call.layer.name]
         updates[path] = (leaves[path] + sign * error.reshape(leaves[path].shape)).astype(leaves[path].dtype)
         return result - error  # what later layers see behind the corrected leaf
 
@@ -248,8 +261,28 @@ def _correct_bias(graph: Graph, variables: Any, qvariables: Any, images: jax.Arr
     return graph.replace(qvariables, updates)
 
 
-def _correctable(graph: Graph, layer: Layer) -> tuple[str, float] | None:
-    """The leaf that takes a layer's correction, and its sign: a mean is subtracted, a bias added."""
-    if layer.batch_norm is not None:
-        return graph.batch_norm(layer.batch_norm).mean, 1.0
-    return None if layer.bias is None else (layer.bias, -1.0)
+def _shifted_mean(call: LayerCall, result: jax.Array, shift: jax.Array) -> jax.Array:
+    """Mean per channel of a layer's result with the leaf behind it added."""
+    mean = call.channel_mean(result)
+    return mean + shift.astype(jnp.float32).reshape(mean.shape)
+
+
+def _corrections(graph: Graph, normalized: bool) -> dict[str, tuple[str, float]]:
+    """The leaf that takes each layer's correction, and its sign: a mean is subtracted, a bias added."""
+    targets: dict[str, tuple[str, float]] = {}
+    for layer in graph.layers:
+        if layer.batch_norm is not None:
+            if normalized:
+                targets[layer.name] = (graph.batch_norm(layer.batch_norm).mean, 1.0)
+        elif layer.bias is not None:
+            targets[layer.name] = (layer.bias, -1.0)
+    sizes = {p: math.prod(s.shape) for p, s in zip(graph.leaf_paths, graph.leaf_shapes, strict=True)}
+    users = collections.Counter(path for path, _ in targets.values())
+    # A leaf that several layers or several of a layer's channels share has no one value that corrects them all.
+    return {
+        layer.name: targets[layer.name]
+        for layer in graph.layers
+        if layer.name in targets
+        and users[targets[layer.name][0]] == 1
+        and sizes[targets[layer.name][0]] == math.prod(layer.kernel_shape[a] for a in layer.channel_axes)
+    }

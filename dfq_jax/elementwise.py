@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import core as jex
 
@@ -112,12 +113,11 @@ def scalar(value: Any) -> np.ndarray:
     """A constant of the program as one number.
 
     Raises:
-      NotElementwise: it is an array of several.
+      NotElementwise: it is an array of several, or a random key.
     """
-    array = np.asarray(value)
-    if array.size != 1:
-        raise NotElementwise("a constant array differs between elements")
-    array = array.reshape(())
+    if np.size(value) != 1 or jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key):
+        raise NotElementwise("a constant that is no single number")
+    array = np.asarray(value).reshape(())
     return array if array.dtype == bool else array.astype(np.float64)
 
 

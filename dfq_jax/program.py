@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -141,19 +143,34 @@ class Program:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for programs that compute the same; comparable within one process only."""
-        digest = hashlib.sha256(repr(self.outputs).encode())
+        digest = hashlib.sha256()
+
+        def add(*parts: Any) -> None:
+            digest.update(_ADDRESS.sub("", repr(parts)).encode())
+
+        def add_operand(operand: Operand) -> None:
+            if isinstance(operand, Constant):
+                add(operand.shape, str(getattr(operand.value, "dtype", type(operand.value))))
+                digest.update(_bytes(operand.value))
+            else:
+                add(operand)
+
         for op in self.ops:
-            params = [(k, v) for k, v in sorted(op.params.items()) if not _is_function(v)]
-            digest.update(f"{op.name} {params} {op.inputs} {op.outputs}\n".encode())
-            for constant in op.inputs:
-                if isinstance(constant, Constant):
-                    digest.update(np.asarray(constant.value).tobytes())
+            add(op.name, sorted(op.params.items()), op.outputs)
+            for operand in op.inputs:
+                add_operand(operand)
+        for output in self.outputs:
+            add_operand(output)
         return digest.hexdigest()
 
 
-def _is_function(param: Any) -> bool:
-    """Whether a parameter is a function, whose printed form has its address in it."""
-    return callable(param) and not isinstance(param, (type, np.dtype))
+_ADDRESS = re.compile("0x[0-9a-f]+")  # in the printed form of a function
+
+
+def _bytes(constant: Any) -> bytes:
+    if jax.dtypes.issubdtype(getattr(constant, "dtype", None), jax.dtypes.prng_key):
+        constant = jax.random.key_data(constant)
+    return np.asarray(constant).tobytes()
 
 
 def sub_jaxprs(params: Mapping[str, Any]) -> Iterator[tuple[Any, Sequence[Any]]]:
@@ -281,7 +298,7 @@ class _Builder:
 
 
 def _small_array(const: Any) -> Any:
-    size = getattr(const, "nbytes", 0)
+    size = math.prod(np.shape(const)) * getattr(getattr(const, "dtype", None), "itemsize", 1)
     if size > MAX_CONSTANT_BYTES:
         raise ClosureError(
             f"apply_fn closes over an array of {size / 2**20:.1f} MiB (shape {np.shape(const)}). Pass weights in "

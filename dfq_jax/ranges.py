@@ -272,12 +272,16 @@ def check_images(graph: Graph, images: Any) -> None:
         )
     if shape[0] == 0:
         raise ValueError("images: found none; pass at least one image, or let synthesize() make them.")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images: expected preprocessed floating-point images, found {images.dtype}.")
     if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
         raise ValueError("images: found NaN or infinite values; preprocess images to finite numbers.")
 
 
 def batches(images: Any, batch_size: int) -> Iterator[Any]:
     """Equal batches of at most `batch_size`, so that each stage compiles once; the count of images is kept."""
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer of at least 1, found {batch_size!r}.")
     count = images.shape[0]
     size = max(d for d in range(1, min(batch_size, count) + 1) if count % d == 0)
     if size * 4 < min(batch_size, count):  # an awkward count: one smaller last batch instead of many tiny ones
@@ -302,15 +306,20 @@ def _histograms(
     graph: Graph, record: Recorder, variables: Any, images: jax.Array, limits: dict[str, Range]
 ) -> dict[str, jax.Array]:
     _, tensors = record(graph, variables, images)
-    return {name: _histogram(_thin(x), *limits[name]) for name, x in tensors.items()}
+    result = {}
+    for name, x in tensors.items():
+        stride = _stride(x.shape)
+        # Each sample stands for `stride` elements, so that a small last batch weighs no more than its share.
+        result[name] = stride * _histogram(x.reshape(-1)[::stride], *limits[name])
+    return result
 
 
-def _thin(x: jax.Array) -> jax.Array:
-    """At most MAX_SAMPLES elements, with a stride that visits every channel and position."""
-    stride = -(-x.size // MAX_SAMPLES)
-    while stride > 1 and any(math.gcd(stride, d) > 1 for d in x.shape[1:] if d > 1):
+def _stride(shape: tuple[int, ...]) -> int:
+    """Thins to at most MAX_SAMPLES elements, and visits every channel and position."""
+    stride = -(-math.prod(shape) // MAX_SAMPLES)
+    while stride > 1 and any(math.gcd(stride, d) > 1 for d in shape[1:] if d > 1):
         stride += 1
-    return x.reshape(-1)[::stride]
+    return stride
 
 
 def _histogram(x: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:

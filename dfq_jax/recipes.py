@@ -75,7 +75,7 @@ class Recipe:
             known = {f.name for f in dataclasses.fields(getattr(self, prefix))}
             if unknown := set(values) - known:
                 raise ValueError(f"{prefix}_{sorted(unknown)[0]}: no such field; {prefix} has {sorted(known)}.")
-            fields[prefix] = dataclasses.replace(getattr(self, prefix), **values)
+            fields[prefix] = dataclasses.replace(fields.get(prefix, getattr(self, prefix)), **values)
         return dataclasses.replace(self, **fields)
 
 
@@ -215,7 +215,8 @@ def quantize(
                 f"{recipe.batch_norm.method} BatchNorm adaptation, {recipe.batch_norm.order.replace('_', ' ')}"
             )
         if recipe.bias_correction:
-            qvariables = correct_bias(graph, variables, qvariables, images)
+            # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
+            qvariables = correct_bias(graph, variables, qvariables, images, normalized=recipe.batch_norm is None)
             steps.append("bias correction")
     with clock("compare"):
         compared = _compare(graph, variables, qvariables, images, recipe.batch_size)

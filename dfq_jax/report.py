@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import math
 from typing import Any
 
 from dfq_jax.qtensor import QTensor
@@ -55,7 +56,8 @@ class Report:
     size: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
+        return _finite(dataclasses.asdict(self))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -65,7 +67,8 @@ class Report:
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         rows = [("recipe", self.recipe), ("convention", self.convention), ("images", self.images), ("time", stages)]
         if self.agreement is not None:
-            rows.append(("on these images", f"agreement {self.agreement:.1f} %, output SQNR {self.sqnr:.1f} dB"))
+            sqnr = "" if self.sqnr is None else f", output SQNR {self.sqnr:.1f} dB"
+            rows.append(("on these images", f"agreement {self.agreement:.1f} %{sqnr}"))
         ratio = self.size["quantized"] / self.size["float"]
         rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
         rows += [("", step) for step in self.steps]
@@ -107,6 +110,14 @@ class Report:
         facts = "".join(row(pair, "td") for pair in self.summary())
         layers = row(self.HEADER, "th") + "".join(row(r, "td") for r in self.rows())
         return f"<table>{facts}</table><table>{layers}</table>"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_finite(item) for item in value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def packed_size(leaves: list[Any]) -> dict[str, int]:

@@ -420,13 +420,12 @@ def test_shared_batch_norm_gets_two_names():
 # --- the program computes what the network computes ---
 
 
-# Compiling the gradients of the deepest ones takes long, and they repeat what others have.
-SHALLOW_FIRST = [
-    pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) if p.id in ("resnet18", "resnet50") else p for p in GRID
-]
+# Compiling gradients takes long; these repeat what shallower networks of the grid have.
+DEEP = ("resnet18", "resnet50", "odd_sizes", "efficientnet")
+GRID_FOR_GRADIENTS = [pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) if p.id in DEEP else p for p in GRID]
 
 
-@pytest.mark.parametrize("build", SHALLOW_FIRST)
+@pytest.mark.parametrize("build", GRID_FOR_GRADIENTS)
 def test_program_and_gradients_equal_apply_fn(build):
     case, graph = build(), traced(build)
     apply_fn, variables = case.function()
@@ -897,6 +896,34 @@ def test_integer_kernels_are_not_quantized_again():
     graph = trace(lambda v, x: (x @ v["w"].astype(x.dtype)) @ v["head"], variables, (2, 3))
     assert [layer.name for layer in graph.layers] == ["head"]
     assert "type int8" in graph.skipped[0].reason
+
+
+def test_random_keys_as_constants_and_as_leaves():
+    key = jax.random.key(0)
+
+    def apply_fn(v, x):
+        noise = jax.random.normal(key, x.shape) + jax.random.normal(v["key"], x.shape)
+        return (x + noise + jnp.asarray([1.0, 2.0, 3.0])) @ v["w"]
+
+    variables = {"key": jax.random.key(1), "w": jnp.ones((3, 4))}
+    graph, again = (trace(apply_fn, variables, (2, 3)) for _ in range(2))
+    assert graph == again
+    assert graph.layers[0].name == "w"
+
+    @jax.jit
+    def both(v, x):
+        return evaluate(graph.program, graph.leaves(v), x)[graph.program.outputs[0]], apply_fn(v, x)
+
+    np.testing.assert_allclose(*both(variables, jnp.ones((2, 3))), rtol=1e-6)
+
+
+def test_constants_tell_graphs_apart():
+    def network(constant):
+        return trace(lambda v, x: (x * constant) @ v["w"], {"w": jnp.ones((3, 4))}, (2, 3))
+
+    assert network(2.0) == network(2.0) != network(3.0)
+    first, second = np.ones(3, np.float32), np.asarray([1, 1, 2], np.float32)
+    assert network(first) == network(first) != network(second)
 
 
 # --- speed ---

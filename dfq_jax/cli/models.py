@@ -71,9 +71,7 @@ class Model:
         data = load_data(spec, limit=limit, input_shape=shape, num_classes=classes)
         found = np.shape(_guarded("preprocessing", lambda: self.preprocessing(data.images[:1])))
         if found[1:] != self.input_shape[1:]:
-            raise ValueError(
-                f"{spec}: preprocessed images are of shape {found[1:]}, {self.name} takes {self.input_shape[1:]}"
-            )
+            raise ValueError(f"{spec}: preprocessed images are {found[1:]}, {self.name} takes {self.input_shape[1:]}")
         return data
 
     def classify(

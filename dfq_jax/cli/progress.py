@@ -63,7 +63,7 @@ class Bars:
 class Lines:
     """At most one line every few seconds, for logs."""
 
-    def __init__(self, every: float = SECONDS_BETWEEN_LINES):
+    def __init__(self, every: float):
         self._every = every
         self._stage = ""
         self._last = time.monotonic()
@@ -92,7 +92,7 @@ def open_display() -> Iterator[Display]:
     """The display that suits stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Lines()
+        yield Lines(SECONDS_BETWEEN_LINES)
         return
     columns = (
         TextColumn("{task.description}"),

@@ -22,7 +22,9 @@ def augment(config: SynthesisConfig, key: Key[Array, ""], images: Float[Array, "
 
 
 def random_flip(key: Key[Array, ""], images: Float[Array, "n *s c"]) -> Float[Array, "n *s c"]:
-    """Mirror each image left to right with probability one half."""
+    """Mirror each image left to right with probability one half; vectors have no sides and stay as they are."""
+    if images.ndim < 3:
+        return images
     chosen = jax.random.bernoulli(key, shape=(images.shape[0],) + (1,) * (images.ndim - 1))
     return jnp.where(chosen, jnp.flip(images, axis=-2), images)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dfq_jax.graph import flatten_with_paths
@@ -22,6 +21,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, identity: str):
         self.path = Path(path)
+        # Always the same name: what a killed process left behind is overwritten or removed by the next one.
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
         if self.path.is_dir():
             raise ValueError(f"checkpoint: {str(self.path)!r} is a folder; give the name of a file.")
@@ -33,15 +34,14 @@ class Checkpoint:
         arrays = {}
         for batch, tree in work.items():
             paths, leaves = flatten_with_paths(tree)
-            arrays.update({f"{batch}:{p}": np.asarray(v) for p, v in zip(paths, leaves, strict=True)})
+            arrays.update({f"{batch}:{p}": _to_numpy(v) for p, v in zip(paths, leaves, strict=True)})
         header = json.dumps({"identity": self.identity, "batches": sorted(work), **meta})
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(self._temporary, "wb") as file:
                 np.savez(file, header=np.array(header), **arrays)
-            os.replace(temporary, self.path)
+            os.replace(self._temporary, self.path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
             raise
 
     def load(self, template: Callable[[], Any]) -> tuple[dict[int, Any], dict[str, Any]] | None:
@@ -56,23 +56,44 @@ class Checkpoint:
             with np.load(self.path, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"checkpoint: {str(self.path)!r} cannot be read ({error}); delete it to start anew."
-            ) from error
-        if header.get("identity") != self.identity:
+            identity = header["identity"]
+        except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+            raise self._unreadable(error) from error
+        if identity != self.identity:
             raise ValueError(
                 f"checkpoint: {str(self.path)!r} belongs to other work (another key, config or network); delete it or "
                 "give another name."
             )
         structure = template()
-        paths, _ = flatten_with_paths(structure)
+        paths, leaves = flatten_with_paths(structure)
         treedef = jax.tree.structure(structure)
-        work = {
-            batch: jax.tree.unflatten(treedef, [jax.numpy.asarray(arrays[f"{batch}:{p}"]) for p in paths])
-            for batch in header["batches"]
-        }
-        return work, header
+
+        def restore(batch: int) -> Any:
+            found = [arrays[f"{batch}:{path}"] for path in paths]
+            return jax.tree.unflatten(treedef, list(map(_from_numpy, found, leaves)))
+
+        try:
+            return {batch: restore(batch) for batch in header["batches"]}, header
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        return ValueError(f"checkpoint: {str(self.path)!r} cannot be read ({error}); delete it to start anew.")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
+
+
+def _to_numpy(leaf: jax.Array) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _from_numpy(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if _is_key(like):
+        return jax.random.wrap_key_data(array)
+    return jnp.asarray(array.view(like.dtype))  # NumPy reads types that it does not know (bfloat16) as bytes
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

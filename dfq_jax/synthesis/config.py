@@ -46,13 +46,13 @@ class SynthesisConfig:
     batch_size: int = 64
     steps: int = 300
     optimizer: str = "adam"
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     schedule: str = "cosine"
     statistics: str = "batch"
     mean_weight: float = 1.0
     std_weight: float = 1.0
     layer_weighting: str = "uniform"
-    input_weight: float = 1.0
+    input_weight: float = 0.1
     class_weight: float = 0.0
     response_weight: float = 0.0
     response_start: float = 0.5

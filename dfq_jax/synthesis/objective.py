@@ -9,14 +9,16 @@ BatchNorm's input on the images, and m, s those it stored,
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dfq_jax.execute import BatchNormParameters, along_channels, normalize, run
+from dfq_jax.execute import BatchNormParameters, LayerCall, along_channels, normalize, run
 from dfq_jax.graph import BatchNorm, Graph
+from dfq_jax.qtensor import QTensor
 from dfq_jax.synthesis.config import SynthesisConfig
 
 # Keeps the gradient of a standard deviation finite where a channel is constant.
@@ -84,7 +86,7 @@ def evaluate(
         losses[bn.name] = terms.sum(-1).mean() / bn.channels
         return normalize(bn, x, parameters)
 
-    outputs = run(graph, variables, images, batch_norm=match)
+    outputs = run(graph, variables, images, layer=loop_friendly, batch_norm=match)
     logits = graph.logits(outputs).astype(jnp.float32)
     layer_losses = jnp.stack([losses[bn.name] for bn in graph.batch_norms])
     loss = jnp.sum(layer_losses * jnp.asarray(config.layer_weights(len(graph.batch_norms))))
@@ -99,8 +101,41 @@ def evaluate(
     return Evaluation(loss, layer_losses, moments, margins)
 
 
+def loop_friendly(call: LayerCall) -> jax.Array:
+    """The layer as the program has it, with a gradient that XLA:CPU also runs fast inside a loop.
+
+    JAX expresses a convolution's gradient by exchanging the labels of the kernel's input and output features. XLA:CPU
+    has fast convolutions for the usual order of labels only, and brings others into it only outside of loops: in
+    `lax.scan` such gradients fall to plain loops, tens of times slower. Here the kernel itself is transposed instead.
+    """
+    if call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
+        return call.default()
+
+    @jax.custom_vjp
+    def product(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        return call.op(operand, kernel)[0]
+
+    def forward(operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return product(operand, kernel), (operand, kernel)
+
+    def backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operand, kernel = saved
+        numbers = call.op.params["dimension_numbers"]
+        out_axis, in_axis, *spatial = numbers.rhs_spec
+        # The same convolution of a transposed kernel: its labels are unusual, those of its gradient are not.
+        numbers = numbers._replace(rhs_spec=(in_axis, out_axis, *spatial))
+        same = dataclasses.replace(call.op, params={**call.op.params, "dimension_numbers": numbers})
+        transposed = jnp.swapaxes(kernel, out_axis, in_axis)
+        _, to_operand = jax.vjp(lambda x: same(x, transposed)[0], operand)
+        _, to_kernel = jax.vjp(lambda k: call.op(operand, k)[0], kernel)  # unused, so not compiled, in synthesis
+        return *to_operand(gradient), *to_kernel(gradient)
+
+    product.defvjp(forward, backward)
+    return product(call.operand, call.kernel_operand(call.kernel, cast=True))
+
+
 def input_statistics(images: Float[Array, "n *s c"]) -> Float[Array, ""]:
-    """Distance of each image's channels from mean 0 and standard deviation 1, as preprocessed images have on average."""
+    """Distance of each image's channels from mean 0 and standard deviation 1, those of preprocessed images on average."""
     axes = tuple(range(1, images.ndim - 1))
     if not axes:  # vectors: statistics over the batch
         axes = (0,)

@@ -63,7 +63,8 @@ class Synthesis:
 
     Attributes:
       images: `[N, H, W, C]` float32, preprocessed scale.
-      labels: `[N]`, the class each image was made for (its likeliest class where none was asked for).
+      labels: `[N]`, the class each image was made for; its likeliest class with the response term alone, and zeros
+        where classes play no part.
       losses: final loss of each batch.
       layer_losses: BatchNorm term of each layer, averaged over batches.
       completed: false if interrupted; images are then those finished so far and the unfinished batch as it is.
@@ -105,7 +106,8 @@ def init_batch(
     image_key, label_key = jax.random.split(key)
     images = jax.random.normal(image_key, (config.batch_size, *graph.input.shape[1:]), jnp.float32)
     classes = max(num_classes(graph), 1)
-    labels = jax.random.permutation(label_key, jnp.arange(config.batch_size, dtype=jnp.int32) % classes)
+    order = jax.random.permutation(label_key, classes).astype(jnp.int32)
+    labels = order[jnp.arange(config.batch_size) % classes]  # other classes in each batch where there are many
     state = BatchState(images, optimizer.init(images), jnp.zeros((), jnp.int32))
     return state, Targets(labels, jnp.float32(-jnp.inf))
 
@@ -153,7 +155,10 @@ def advance(
         gradient, result = jax.grad(loss, has_aux=True)(state.images)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.images)
         images = optax.apply_updates(state.images, updates)
-        return BatchState(images, optimizer_state, state.step + 1), result
+        new = BatchState(images, optimizer_state, state.step + 1)
+        # Images whose loss is not finite stay as they are: NaN everywhere would hide the layer that it began at.
+        finite = jnp.isfinite(result.loss)
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state), result
 
     if steps == 1:
         return step(state)
@@ -234,7 +239,8 @@ def check_synthesizable(graph: Graph, variables: Any, config: SynthesisConfig) -
     if not graph.batch_norms:
         raise GraphError(
             "the network has no BatchNorm, so there are no statistics to synthesize images from. Quantize weights only "
-            "(bits 'w4a16' or 'w8a16'), take ranges from noise (recipe 'noise'), or pass images of your own (images=...)."
+            "(bits 'w4a16' or 'w8a16'), take ranges from noise (recipe 'noise'), or pass images of your own "
+            "(images=...)."
         )
     if config.uses_classes and num_classes(graph) < 2:
         raise GraphError("class and response terms need class scores of shape [N, classes]; set their weights to 0.")
@@ -283,7 +289,9 @@ class _Run:
     def identity(self) -> str:
         """What a checkpoint must have been made by to be resumed."""
         config = dataclasses.asdict(self.config)
-        return f"{self.graph.digest} {config} {jax.random.key_data(self.key).tolist()} {self.chunk} {_fingerprint(self.variables)}"
+        optimizer = jax.eval_shape(self.optimizer.init, jax.ShapeDtypeStruct(self.graph.input.shape, jnp.float32))
+        key = jax.random.key_data(self.key).tolist()
+        return f"{self.graph.digest} {config} {optimizer} {key} {self.chunk} {_fingerprint(self.variables)}"
 
     def schedule(self) -> Iterator[int]:
         """Which batch each chunk works on: one after the other, or in turn when they share statistics."""
@@ -373,13 +381,19 @@ class _Run:
         if not np.isfinite(loss):
             layer_losses = np.asarray(result.layer_losses)
             bad = [bn.name for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True) if not np.isfinite(v)]
-            where = f"first at BatchNorm {bad[0]!r}" if bad else "outside the BatchNorm terms (logits or image terms)"
+            if not np.isfinite(np.asarray(self.states[batch].images)).all():
+                where = "in the images themselves, by an update too large"
+            elif bad:
+                where = f"first at BatchNorm {bad[0]!r}"
+            else:
+                where = "outside the BatchNorm terms (logits or image terms)"
             raise SynthesisError(
                 f"the synthesis loss became {loss} at step {step} of batch {batch + 1}, {where}. Try a lower "
                 f"learning_rate than {self.config.learning_rate:g}."
             )
-        if self.config.patience:
-            lowest, at = self.best.get(batch, (np.inf, 0))
+        # The response term raises the loss as it begins: what came before says nothing about a plateau.
+        if self.config.patience and step > (self.response_step or 0):
+            lowest, at = self.best.get(batch, (np.inf, step))
             if loss < lowest * (1 - self.config.min_improvement):
                 self.best[batch] = (loss, step)
             elif step - at >= self.config.patience:
