@@ -19,8 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax import BatchNormConfig, Convention, adapt_batch_norm, apply_quantized, as_function, quantize_params
-from dfq_jax import summarize, synthesize, trace
+from dfq_jax import (
+    BatchNormConfig,
+    Convention,
+    adapt_batch_norm,
+    apply_quantized,
+    as_function,
+    quantize_params,
+    summarize,
+    synthesize,
+    trace,
+)
 from dfq_jax.data import load_data
 from dfq_jax.ranges import ESTIMATORS, apply_estimator
 from dfq_jax.recipes import RECIPES

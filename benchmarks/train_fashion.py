@@ -79,9 +79,7 @@ def linen_network(seed: int) -> Network:
     def flatten(params, stats):
         return flat_arrays({"params": params, "batch_stats": stats})
 
-    return Network(
-        params=variables["params"], stats=variables["batch_stats"], forward=forward, flatten=flatten
-    )
+    return Network(params=variables["params"], stats=variables["batch_stats"], forward=forward, flatten=flatten)
 
 
 def nnx_network(seed: int) -> Network:
@@ -120,8 +118,7 @@ def _plain_shifted_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax
     size = kernel.shape[0]
     height, width = ((length - size) // stride * stride + 1 for length in x.shape[1:3])
     return sum(
-        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j, 0]
-        for i, j in np.ndindex(size, size)
+        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j, 0] for i, j in np.ndindex(size, size)
     )
 
 

@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.graph import QUANTIZATION, BatchNorm, Graph, Layer, Tensor, is_quantized
-from dfq_jax.program import Constant, Op
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
+from dfq_jax.tracing.program import Constant, Op
 
 
 class BatchNormParameters(NamedTuple):

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dfq_jax.activations import ACTIVATIONS
 from dfq_jax.adapters import is_module
-from dfq_jax.analysis import Structure, analyze
-from dfq_jax.naming import path_string
-from dfq_jax.program import ClosureError, Constant, Program, flatten
 from dfq_jax.qtensor import QTensor
-from dfq_jax.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
+from dfq_jax.tracing.activations import ACTIVATIONS
+from dfq_jax.tracing.analysis import Structure, analyze
+from dfq_jax.tracing.naming import path_string
+from dfq_jax.tracing.program import ClosureError, Constant, Program, flatten
+from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
 
 __all__ = [
     "ACTIVATIONS",

@@ -209,9 +209,7 @@ def test_flipped_content_names_the_digest(path):
         load(path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04" + b"\0" * 99]
-)
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04" + b"\0" * 99])
 def test_not_safetensors(path, content):
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match="not a safetensors file"):

@@ -157,9 +157,7 @@ def test_akamaster_against_torch(tmp_path, template):
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
 
     def norm(x, name):
-        mean, var, scale, bias = (
-            state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
-        )
+        mean, var, scale, bias = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
         return functional.batch_norm(x, mean, var, scale, bias, eps=1e-5)
 
     x = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -235,9 +233,7 @@ def test_transposed_square_kernel_needs_the_layout(tmp_path):
 
 
 def test_two_names_for_one_place(tmp_path):
-    layout = Layout(
-        name="twice", description="", signature=(), rules=(Rule(pattern=r".*", target="params/a"),)
-    )
+    layout = Layout(name="twice", description="", signature=(), rules=(Rule(pattern=r".*", target="params/a"),))
     path = write(tmp_path / "w.npz", {"x": np.zeros(2), "y": np.zeros(2)})
     problem(path, {"params": {"a": STRUCT((2,), jnp.float32)}}, "y: goes to params/a, as does x", layout)
 

@@ -19,8 +19,8 @@ from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized, normalize, record_tensors, run
 from dfq_jax.graph import QUANTIZATION, Graph, GraphError, trace, with_quantization
-from dfq_jax.program import sub_jaxprs
 from dfq_jax.qtensor import QTensor, fake_quant, params_from_range
+from dfq_jax.tracing.program import sub_jaxprs
 from dfq_jax.weights import quantize_kernel
 
 # --- the grid: one compiled program tells everything about a network ---

@@ -29,8 +29,8 @@ from dfq_jax.graph import (
     with_quantization,
     without_quantization,
 )
-from dfq_jax.program import Constant, Program
 from dfq_jax.qtensor import QTensor
+from dfq_jax.tracing.program import Constant, Program
 
 
 class Counts(NamedTuple):

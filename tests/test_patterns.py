@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfq_jax.activations import ACTIVATIONS, GRID, classify
-from dfq_jax.elementwise import NotElementwise, evaluate
 from dfq_jax.graph import trace
-from dfq_jax.layout import move_labels
-from dfq_jax.naming import inner_paths, unique_names
-from dfq_jax.program import Op, flatten
+from dfq_jax.tracing.activations import ACTIVATIONS, GRID, classify
+from dfq_jax.tracing.elementwise import NotElementwise, evaluate
+from dfq_jax.tracing.layout import move_labels
+from dfq_jax.tracing.naming import inner_paths, unique_names
+from dfq_jax.tracing.program import Op, flatten
 
 NORM = {k: jnp.ones(4) for k in ("mean", "var", "scale", "bias")}
 

@@ -162,9 +162,7 @@ def test_fake_quant_gradients_match_closed_form(bits, symmetric):
     x = jnp.asarray(rng.uniform(-3.0, 3.0, size=(400, 5)), jnp.float32)
     params = params_from_range(-rng.uniform(1, 2, 5), rng.uniform(1, 2, 5), bits=bits, symmetric=symmetric)
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    to_x, to_params = jax.jit(jax.grad(lambda x, p: (cotangent * fake_quant(x, p)).sum(), argnums=(0, 1)))(
-        x, params
-    )
+    to_x, to_params = jax.jit(jax.grad(lambda x, p: (cotangent * fake_quant(x, p)).sum(), argnums=(0, 1)))(x, params)
     scale = np.float64(params.scale)
     zero_point = 0.0 if symmetric else np.float64(params.zero_point)
     v = np.float64(x) / scale
@@ -193,9 +191,7 @@ def test_params_from_range_jit_equals_eager(symmetric):
     )
     for bits in ALL_BITS:
         eager = params_from_range(lo, hi, bits=bits, symmetric=symmetric)
-        traced = jax.jit(lambda lo, hi, b=bits: params_from_range(lo, hi, bits=b, symmetric=symmetric))(
-            lo, hi
-        )
+        traced = jax.jit(lambda lo, hi, b=bits: params_from_range(lo, hi, bits=b, symmetric=symmetric))(lo, hi)
         jax.tree.map(np.testing.assert_array_equal, eager, traced)
 
 
@@ -327,9 +323,7 @@ def test_search_is_no_worse_than_brute_force(bits, channel_axes, method, symmetr
     w, p = kernel(), {"mse": 2.0, "lp": 2.4}[method]
     axes = tuple(a for a in range(4) if a not in channel_axes)
     full = [np.float64(a) for a in min_max(w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)]
-    grid = [
-        ref_error(w, full[0] * c, full[1] * c, bits, symmetric, axes, p) for c in np.arange(100, 0, -1) / 100
-    ]
+    grid = [ref_error(w, full[0] * c, full[1] * c, bits, symmetric, axes, p) for c in np.arange(100, 0, -1) / 100]
     lo, hi = WEIGHT_RANGES[method](w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)
     found = ref_error(w, lo, hi, bits, symmetric, axes, p)
     assert found.shape == lo.shape == hi.shape
@@ -344,8 +338,7 @@ def test_search_improves_on_min_max_and_p_orders_the_ranges():
     w = jnp.asarray(rng.standard_t(4, size=(64, 32)), jnp.float32)
     settings = {"bits": 4, "symmetric": True, "channel_axes": (1,)}
     errors = {
-        m: float(((quantize_kernel(w, **settings, method=m).dequantize() - w) ** 2).mean())
-        for m in WEIGHT_RANGES
+        m: float(((quantize_kernel(w, **settings, method=m).dequantize() - w) ** 2).mean()) for m in WEIGHT_RANGES
     }
     assert errors["mse"] < errors["lp"] < errors["min_max"]
     mean_hi = [float(lp(w, **settings, p=p)[1].mean()) for p in (1.0, 2.4, 4.0)]

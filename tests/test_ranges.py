@@ -333,9 +333,7 @@ def test_analytic_moments_are_the_closed_forms():
     first, second = relu_moments(mean["n1"], std["n1"])
     np.testing.assert_allclose(moment(summaries["relu"], 1), first.mean(), rtol=0.02)
     np.testing.assert_allclose(moment(summaries["relu"], 2), second.mean(), rtol=0.03)
-    np.testing.assert_allclose(
-        moment(summaries["relu6"], 1), clip_mean(mean["n2"], std["n2"], 0, 6).mean(), rtol=0.02
-    )
+    np.testing.assert_allclose(moment(summaries["relu6"], 1), clip_mean(mean["n2"], std["n2"], 0, 6).mean(), rtol=0.02)
     assert summaries["relu6"].hi == 6 and summaries["relu6"].lo == 0
     # The summands come from different BatchNorms and are independent.
     np.testing.assert_allclose(moment(summaries["sum"], 1), (first + mean["n3"]).mean(), atol=0.03)

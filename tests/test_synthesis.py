@@ -468,9 +468,7 @@ def test_low_pass_filter():
     ).transpose(0, 2, 3, 1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     np.testing.assert_allclose(augment.low_pass(jnp.full((1, 5, 6, 2), 3.0), 1.0), 3.0, rtol=1e-6)
-    assert same_bits(
-        make(dataclasses.replace(CONFIG, low_pass=3.0)).images, augment.low_pass(make().images, 3.0)
-    )
+    assert same_bits(make(dataclasses.replace(CONFIG, low_pass=3.0)).images, augment.low_pass(make().images, 3.0))
 
 
 def test_vectors_and_volumes():

@@ -1,10 +1,10 @@
 """Models to quantize: architectures, their preprocessing and trained weights.
 
-    from dfq_jax import zoo
+from dfq_jax import zoo
 
-    zoo.list_models()
-    model = zoo.load_model("fashion_resnet20")
-    model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
+zoo.list_models()
+model = zoo.load_model("fashion_resnet20")
+model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
 """
 
 from dfq_jax.zoo.checkpoint import LAYOUTS, Layout, Rule, load_checkpoint

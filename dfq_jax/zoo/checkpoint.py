@@ -283,9 +283,7 @@ def flatten_names(tree: Mapping[Any, Any], *, argument: str = "tree") -> dict[st
     return result
 
 
-def _unflatten_like(
-    template: Mapping[Any, Any], arrays: Mapping[str, np.ndarray], prefix: str = ""
-) -> dict[Any, Any]:
+def _unflatten_like(template: Mapping[Any, Any], arrays: Mapping[str, np.ndarray], prefix: str = "") -> dict[Any, Any]:
     result: dict[Any, Any] = {}
     for key, value in template.items():
         name = f"{prefix}/{key}" if prefix else str(key)

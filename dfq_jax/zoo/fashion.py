@@ -135,9 +135,7 @@ def _linen_norm(train: bool, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=not train, momentum=BN_MOMENTUM, epsilon=BN_EPSILON, name=name)
 
 
-def _nnx_conv(
-    in_width: int, width: int, kernel: int, stride: int = 1, *, groups: int = 1, rngs: nnx.Rngs
-) -> nnx.Conv:
+def _nnx_conv(in_width: int, width: int, kernel: int, stride: int = 1, *, groups: int = 1, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(
         in_width,
         width,

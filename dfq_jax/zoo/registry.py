@@ -182,9 +182,7 @@ class ZooEntry:
         if len(shape) != 4 or shape[0] != 1 or min(shape) < 1:
             raise ValueError(f"input_shape: expected (1, H, W, C), found {shape}")
         if shape[3] != self.preprocessing.channels:
-            raise ValueError(
-                f"input_shape: {shape[3]} channels, but preprocessing has {self.preprocessing.channels}"
-            )
+            raise ValueError(f"input_shape: {shape[3]} channels, but preprocessing has {self.preprocessing.channels}")
         if self.num_classes < 1:
             raise ValueError(f"num_classes: must be at least 1, found {self.num_classes}")
         if self.float_top1 is not None and not 0 <= self.float_top1 <= 100:

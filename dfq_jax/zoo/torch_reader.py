@@ -186,9 +186,7 @@ def _read_zip(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
     def load(storage: _Storage) -> np.ndarray:
         raw = read_member(archive, f"{root}data/{storage.key}")
         if len(raw) != storage.numel * storage.dtype.itemsize:
-            raise ValueError(
-                f"storage {storage.key!r} has {len(raw)} bytes, not {storage.numel} x {storage.dtype}"
-            )
+            raise ValueError(f"storage {storage.key!r} has {len(raw)} bytes, not {storage.numel} x {storage.dtype}")
         return _as_array(raw, storage.dtype, swap=order == b"big")
 
     missing = [key for key in storages if f"{root}data/{key}" not in names]

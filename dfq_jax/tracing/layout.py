@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 
-from dfq_jax.program import Op
+from dfq_jax.tracing.program import Op
 
 Labels = tuple[tuple[Hashable, ...], ...]  # for each axis of a value, the labels in it, the slowest one first
 LAYOUT = frozenset({"broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"})

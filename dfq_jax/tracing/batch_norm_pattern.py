@@ -18,9 +18,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.elementwise import CASTS, NotElementwise, evaluate, scalar
-from dfq_jax.layout import LAYOUT, move_labels, one_label
-from dfq_jax.program import Constant, Op, Operand, Program
+from dfq_jax.tracing.elementwise import CASTS, NotElementwise, evaluate, scalar
+from dfq_jax.tracing.layout import LAYOUT, move_labels, one_label
+from dfq_jax.tracing.program import Constant, Op, Operand, Program
 
 _SAMPLES = 6
 _TOLERANCE = 1e-9  # of float64 arithmetic on numbers around 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 
-from dfq_jax.program import Program
-from dfq_jax.structure import Block, Layer
+from dfq_jax.tracing.program import Program
+from dfq_jax.tracing.structure import Block, Layer
 
 
 def find_blocks(program: Program, layers: Sequence[Layer], tensors: Collection[int]) -> tuple[Block, ...]:

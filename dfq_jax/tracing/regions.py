@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dfq_jax.activations import GRID, classify
-from dfq_jax.batch_norm_pattern import ChannelAlgebra
-from dfq_jax.elementwise import CASTS, NotElementwise, evaluate, is_elementwise
-from dfq_jax.program import Op, Operand, Program
+from dfq_jax.tracing.activations import GRID, classify
+from dfq_jax.tracing.batch_norm_pattern import ChannelAlgebra
+from dfq_jax.tracing.elementwise import CASTS, NotElementwise, evaluate, is_elementwise
+from dfq_jax.tracing.program import Op, Operand, Program
 
 
 class Activations:

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.batch_norm_pattern import Affine, ChannelAlgebra, Roles
-from dfq_jax.blocks import find_blocks
-from dfq_jax.elementwise import CASTS, NotElementwise, scalar
-from dfq_jax.naming import inner_paths, unique_names
-from dfq_jax.products import Product, find_products, rearranged_leaf
-from dfq_jax.program import Op, Program
-from dfq_jax.refusals import refuse_nested_layers, refuse_training_mode
-from dfq_jax.regions import Activations, origins
-from dfq_jax.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
+from dfq_jax.tracing.batch_norm_pattern import Affine, ChannelAlgebra, Roles
+from dfq_jax.tracing.blocks import find_blocks
+from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
+from dfq_jax.tracing.naming import inner_paths, unique_names
+from dfq_jax.tracing.products import Product, find_products, rearranged_leaf
+from dfq_jax.tracing.program import Op, Program
+from dfq_jax.tracing.refusals import refuse_nested_layers, refuse_training_mode
+from dfq_jax.tracing.regions import Activations, origins
+from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
 
 # What may stand between a tensor and the operand of a layer, so that its readers share one quantizer.
 _TENSOR_LAYOUT = frozenset({"convert_element_type", "copy", "pad", "reshape", "squeeze", "transpose"})

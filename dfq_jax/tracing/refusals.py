@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dfq_jax.layout import LAYOUT, move_labels, one_label
-from dfq_jax.program import CONTROL_FLOW, Op, Program, holds_layers, sub_jaxprs
-from dfq_jax.structure import GraphError
+from dfq_jax.tracing.layout import LAYOUT, move_labels, one_label
+from dfq_jax.tracing.program import CONTROL_FLOW, Op, Program, holds_layers, sub_jaxprs
+from dfq_jax.tracing.structure import GraphError
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"})
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})

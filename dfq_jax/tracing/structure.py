@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from dfq_jax.batch_norm_pattern import Roles
+from dfq_jax.tracing.batch_norm_pattern import Roles
 
 
 class GraphError(ValueError):

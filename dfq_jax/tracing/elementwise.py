@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from dfq_jax.program import CONTROL_FLOW, Op, sub_jaxprs
+from dfq_jax.tracing.program import CONTROL_FLOW, Op, sub_jaxprs
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": np.abs,

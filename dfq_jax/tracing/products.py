@@ -10,9 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dfq_jax.layout import LAYOUT, Labels, move_labels
-from dfq_jax.program import LAYER_PRIMITIVES, Constant, Op, Program
-from dfq_jax.structure import Skipped
+from dfq_jax.tracing.layout import LAYOUT, Labels, move_labels
+from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Program
+from dfq_jax.tracing.structure import Skipped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
