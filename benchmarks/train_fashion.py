@@ -51,7 +51,7 @@ class Recipe:
 
 RECIPES = {
     "resnet20": Recipe(epochs=18, peak_lr=0.2),
-    "mobilenet": Recipe(epochs=16, peak_lr=0.2, weight_decay=2e-4),
+    "mobilenet": Recipe(epochs=12, peak_lr=0.2, weight_decay=2e-4, small_fraction=0.7),
 }
 
 

@@ -14,12 +14,10 @@ A leaf is named by its path in the tree, joined by "/" (in a key "~" becomes "~0
 the arrays of a node are named like leaves below it. Loading runs no code from the file.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from .files import write_atomically
 from .qtensor import QTensor, QuantizerParams, bounds, pack, unpack
 
 FORMAT = "dfq_jax"
@@ -140,29 +139,6 @@ def _jsonable(header: Any, argument: str) -> Any:
         raise TypeError(f"{argument} must be JSON (str, int, finite float, bool, None): {error}") from None
 
 
-def _write_atomically(path: str, data: bytes) -> None:
-    directory, base = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(directory, f".{base}.{uuid.uuid4().hex}.tmp")
-    try:
-        # Not tempfile.mkstemp, whose files only their owner can read.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    # The new name survives a power cut once the directory is on disk too, where it can be opened (POSIX).
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) -> None:
     """Write a network's variables to one file, whole or not at all.
 
@@ -213,7 +189,7 @@ def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) 
         "header": header,
     }
     meta["sha256"] = _digest(meta, stored)
-    _write_atomically(os.fspath(path), safetensors.numpy.save(stored, metadata={FORMAT: json.dumps(meta)}))
+    write_atomically(path, safetensors.numpy.save(stored, metadata={FORMAT: json.dumps(meta)}))
 
 
 def _check_quantization(variables: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ def fold_batch_norm(graph: Graph, variables: Any) -> Any:
     The kernel of each output channel is multiplied by scale / sqrt(var + epsilon); the BatchNorm keeps mean 0, variance
     1 - epsilon, scale 1 and its whole offset as bias. The same `apply_fn` computes the same function (to rounding) on
     the returned tree. A BatchNorm is left as it is where it does not directly follow a layer, where its kernel serves
-    several layers, or where it has no bias to take the offset.
+    others too, or where it has no bias to take the offset.
 
     Args:
       graph: from `trace`.
@@ -56,13 +57,9 @@ def foldable(graph: Graph, layer: Layer) -> bool:
     if layer.batch_norm is None:
         return False
     bn = graph.batch_norm(layer.batch_norm)
-    sole_use = sum(other.kernel == layer.kernel for other in graph.layers) == 1
-    same_channels = bn.channels == _channels(layer)
-    return sole_use and same_channels and bn.bias is not None
-
-
-def _channels(layer: Layer) -> int:
-    count = 1
-    for axis in layer.channel_axes:
-        count *= layer.kernel_shape[axis]
-    return count
+    roles = bn.indices
+    changed = (layer.kernel_index, layer.bias_index, roles.mean, roles.var, roles.scale, roles.bias)
+    # A leaf that something else reads too cannot change.
+    sole_use = all(graph.program.readers(i) == 1 for i in changed if i is not None)
+    channels = math.prod(layer.kernel_shape[a] for a in layer.channel_axes)
+    return sole_use and bn.channels == channels and bn.bias is not None

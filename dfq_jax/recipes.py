@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,13 @@ from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized
-from dfq_jax.graph import QUANTIZATION, Graph, GraphError, trace
+from dfq_jax.graph import QUANTIZATION, Graph, GraphError, is_quantized, trace, with_quantization
 from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import ESTIMATORS, batches, check_images, estimate_ranges
 from dfq_jax.report import LayerReport, Report, packed_size
 from dfq_jax.synthesis import Progress, SynthesisConfig, synthesize
-from dfq_jax.synthesis.pixels import check_variables
+from dfq_jax.synthesis.pixels import check_variables, num_classes
+from dfq_jax.weights import WEIGHT_RANGES
 
 SOURCES = ("synthesis", "noise")
 
@@ -59,6 +61,8 @@ class Recipe:
             raise ValueError(f"source: expected one of {SOURCES}, found {self.source!r}.")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator: expected one of {sorted(ESTIMATORS)}, found {self.estimator!r}.")
+        if self.weight_range not in WEIGHT_RANGES:
+            raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
         if type(self.batch_size) is not int or self.batch_size < 1:
             raise ValueError(f"batch_size: expected an integer of at least 1, found {self.batch_size!r}.")
 
@@ -68,14 +72,15 @@ class Recipe:
         nested: dict[str, dict[str, Any]] = {}
         for name in [n for n in fields if n not in own]:
             prefix = next((p for p in ("synthesis", "batch_norm") if name.startswith(p + "_")), None)
-            if prefix is None or getattr(self, prefix) is None:
+            if prefix is None or fields.get(prefix, getattr(self, prefix)) is None:
                 raise ValueError(f"{name}: recipe {self.name!r} has no such field; it has {sorted(own)}.")
             nested.setdefault(prefix, {})[name[len(prefix) + 1 :]] = fields.pop(name)
         for prefix, values in nested.items():
-            known = {f.name for f in dataclasses.fields(getattr(self, prefix))}
+            base = fields.get(prefix, getattr(self, prefix))
+            known = {f.name for f in dataclasses.fields(base)}
             if unknown := set(values) - known:
                 raise ValueError(f"{prefix}_{sorted(unknown)[0]}: no such field; {prefix} has {sorted(known)}.")
-            fields[prefix] = dataclasses.replace(fields.get(prefix, getattr(self, prefix)), **values)
+            fields[prefix] = dataclasses.replace(base, **values)
         return dataclasses.replace(self, **fields)
 
 
@@ -143,7 +148,7 @@ def _apply(graph: Graph, variables: Any, x: jax.Array) -> Any:
 def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ValueError(f"recipe: expected a Recipe or one of {sorted(RECIPES)}, found {recipe!r}.")
     return RECIPES[recipe]
 
@@ -189,8 +194,12 @@ def quantize(
     recipe = get_recipe(recipe)
     if convention is None:
         convention = Convention.parse(bits, edge_bits=edge_bits, weight_range=recipe.weight_range)
+    elif not isinstance(convention, Convention):
+        raise TypeError(f"convention: expected a Convention, found {convention!r}; for a name use bits=...")
     key = as_key(key)
+    input_shape = _as_shape(input_shape)
     apply_fn, variables = as_function(model, variables)
+    variables = _on_device(variables)
     clock = _Clock(on_stage)
     with clock("trace"):
         graph = trace(apply_fn, variables, input_shape)
@@ -242,12 +251,30 @@ def quantize(
 def as_key(key: Any) -> Key[Array, ""]:
     """A JAX key from a key or a seed."""
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        return jax.random.key(int(key))
+        try:
+            return jax.random.key(int(key))
+        except OverflowError:
+            raise ValueError(f"key: expected a seed of at most 64 bits, found {key}.") from None
     if hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     if getattr(key, "dtype", None) == jnp.uint32 and getattr(key, "shape", None) == (2,):
         return jax.random.wrap_key_data(key)
     raise TypeError(f"key: expected a JAX key or an integer seed, found {key!r}.")
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(map(operator.index, shape))
+    except TypeError:
+        found = ()
+    if len(found) < 2 or any(d < 1 for d in found):
+        raise ValueError(f"input_shape: expected a shape [N, ..., C] such as (1, 32, 32, 3), found {shape!r}.")
+    return found
+
+
+def _on_device(variables: Any) -> Any:
+    """NumPy leaves as JAX arrays: transferred once, and in a type that JAX computes in."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
 
 
 def _images(
@@ -280,15 +307,19 @@ def _images(
 def _compare(
     graph: Graph, variables: Any, qvariables: Any, images: Any, batch_size: int
 ) -> tuple[float | None, float | None]:
-    """Agreement in percent and output SQNR on the images."""
-    expected, found = [], []
-    for batch in batches(images, batch_size):
-        expected.append(np.asarray(graph.logits(_float(graph, variables, batch)), np.float64))
-        found.append(np.asarray(graph.logits(_apply(graph, qvariables, batch)), np.float64))
-    reference, other = np.concatenate(expected), np.concatenate(found)
-    if reference.ndim != 2:
-        return None, None
-    return 100.0 * float((reference.argmax(1) == other.argmax(1)).mean()), sqnr(reference, other)
+    """Agreement in percent, where the outputs are class scores, and output SQNR on the images."""
+    classes = num_classes(graph)
+
+    def scores(outputs: Any) -> np.ndarray:
+        return np.asarray(graph.logits(outputs), np.float64).reshape(-1, max(classes, 1))
+
+    pairs = [
+        (scores(_float(graph, variables, batch)), scores(_apply(graph, qvariables, batch)))
+        for batch in batches(images, batch_size)
+    ]
+    reference, other = map(np.concatenate, zip(*pairs, strict=True))
+    agreement = None if classes < 2 else 100.0 * float((reference.argmax(1) == other.argmax(1)).mean())
+    return agreement, sqnr(reference, other)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -379,6 +410,7 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     if variables is None and hasattr(model, "init"):
         variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
     apply_fn, variables = as_function(model, variables)
+    variables = _on_device(variables)
     try:
         graph = trace(apply_fn, variables, shape)
     except GraphError as error:
@@ -386,8 +418,10 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
             f"{path}: the model given cannot be what the file was made from: {error}"
         ) from error
     restored, _ = artifact.restore(path, variables, expect={"graph": graph.digest})
+    # A file has leaves only: empty parts of the collection are added again, so that trees have one structure.
+    collection = restored[QUANTIZATION] if is_quantized(restored) else {}
     return Quantized(
-        variables=restored,
+        variables=with_quantization(restored, {TENSORS: {}, OPERANDS: {}, **collection}),
         graph=graph,
         report=_report_from(header["report"]),
         recipe=_recipe_from(header["recipe"]),

@@ -35,7 +35,7 @@ class Report:
       key: data of the JAX key.
       images: where the images came from, and how many.
       seconds: wall time of each stage, compilation included.
-      agreement: percent of the images that both networks put in the same class.
+      agreement: percent of the images that both networks put in the same class; None without classes.
       sqnr: of the outputs on the images, decibel.
       layers: one entry for each layer.
       skipped: what was left in float, and why.
@@ -66,9 +66,10 @@ class Report:
         """The facts above the table of layers."""
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         rows = [("recipe", self.recipe), ("convention", self.convention), ("images", self.images), ("time", stages)]
-        if self.agreement is not None:
-            sqnr = "" if self.sqnr is None else f", output SQNR {self.sqnr:.1f} dB"
-            rows.append(("on these images", f"agreement {self.agreement:.1f} %{sqnr}"))
+        compared = [] if self.agreement is None else [f"agreement {self.agreement:.1f} %"]
+        compared += [] if self.sqnr is None else [f"output SQNR {self.sqnr:.1f} dB"]
+        if compared:
+            rows.append(("on these images", ", ".join(compared)))
         ratio = self.size["quantized"] / self.size["float"]
         rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
         rows += [("", step) for step in self.steps]

@@ -272,7 +272,7 @@ def test_evaluate_repeats_what_quantize_measured(flags, tmp_path):
 @pytest.mark.parametrize(
     ("model", "data", "recipe"),
     [
-        ("nnx_net", "data", "fast"),
+        ("nnx_net", "data", "paper"),
         ("plain", "data", "noise"),
         ("with_preprocessing", "large", "noise"),
         ("no_norm", "data", "noise"),
@@ -388,7 +388,7 @@ REFUSED = {
     "no edge bits": ((*QUANTIZE, "--edge-bits", "some"), "--edge-bits"),
     "no images": ((*QUANTIZE, "--images", "0"), "num_images: expected an integer of at least 1, found 0"),
     "no steps": ((*QUANTIZE, "--steps", "-1"), "steps: expected an integer of at least 1, found -1"),
-    "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "int"),
+    "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),
     "checkpoint missing": (("quantize", "fashion_resnet20", "--checkpoint", "absent.th"), "absent.th"),
     "checkpoint foreign": (("quantize", "fashion_resnet20", "--checkpoint", "noise.th"), "none of the formats"),
     "checkpoint needed": (("quantize", "cifar_resnet20"), "comes without weights"),
@@ -496,7 +496,7 @@ sys.exit(main(["demo"]))"""
 
 
 def test_interrupted_synthesis_goes_on(folder, files_before, monkeypatch, tmp_path):
-    args = (*QUANTIZE, "--images", "8", "--steps", "30", "--batch-size", "8", "--json")
+    args = (*QUANTIZE, "--recipe", "paper", "--images", "8", "--steps", "30", "--batch-size", "8", "--json")
     succeed(*args, tmp_path / "expected.json")
     report = progress.Reporter.on_progress
 

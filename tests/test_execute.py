@@ -272,10 +272,8 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind(4, False, True, 4),
-    Kind(8, True, True, 8),
     Kind(8, False, True, 8),  # weights that do not fit int8 once centered
-    Kind(8, False, False, 6),
-    Kind(2, True, False, 3, symmetric_activations=True),
+    Kind(8, True, False, 3, symmetric_activations=True),
 )
 LOW, HIGH = -0.8, 2.1  # clips some of a standard Gaussian, and puts the zero point inside
 
@@ -364,6 +362,7 @@ def products(jaxpr: Any) -> list[tuple[str, ...]]:
     return found
 
 
+@functools.cache
 def quantized_by_noise(name: str, bits: str = "w4a4", **fields: Any) -> tuple[Graph, Any, Any, jax.Array]:
     """A network of the grid quantized with ranges from its noise images: graph, variables, qvariables, images."""
     graph, variables, x = traced(getattr(model_grid, name))
@@ -378,7 +377,7 @@ def quantized_by_noise(name: str, bits: str = "w4a4", **fields: Any) -> tuple[Gr
     return graph, variables, prepare(variables, x), x
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "general_dense", "bfloat16", "transposed_conv"])
+@pytest.mark.parametrize("name", ["dilated_grouped", "general_dense", "bfloat16", "transposed_conv"])
 def test_integer_products_are_integer(name):
     graph, _, qvariables, x = quantized_by_noise(name)
 
@@ -392,7 +391,9 @@ def test_integer_products_are_integer(name):
     assert kinds(False) == {("float32", "float32", "float32")}
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "mobilenet_v2", "transformer"])
+@pytest.mark.parametrize(
+    "name", ["private_batch_norm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobilenet_v2", "transformer"))]
+)
 def test_separate_programs_agree(name):
     """Two programs may fuse what is between layers differently, and one rounding there can flip a code on a tie.
 
@@ -407,7 +408,7 @@ def test_separate_programs_agree(name):
 
 
 def test_record_tensors():
-    graph, variables, x = traced(model_grid.cifar_resnet8)
+    graph, variables, x = traced(model_grid.dilated_grouped)
     outputs, recorded = jax.jit(record_tensors, static_argnums=0)(graph, variables, x)
     assert set(recorded) == {tensor.name for tensor in graph.tensors}
     assert all(recorded[tensor.name].shape == tensor.shape for tensor in graph.tensors)
@@ -419,7 +420,7 @@ def test_record_tensors():
 
 
 def test_weight_only_is_the_float_network_on_dequantized_weights():
-    graph, _, qvariables, x = quantized_by_noise("mobilenet_v2", "w4a16")
+    graph, _, qvariables, x = quantized_by_noise("shared_kernel", "w4a16")
     assert qvariables[QUANTIZATION] == {TENSORS: {}, OPERANDS: {}}
     plain = {k: v for k, v in qvariables.items() if k != QUANTIZATION}
     plain = jax.tree.map(
@@ -478,7 +479,7 @@ def test_after_layer_and_batch_norm_rules():
 
 @pytest.mark.parametrize("integer", [False, True])
 def test_other_batch_and_image_size(integer):
-    graph, _, qvariables, x = quantized_by_noise("cifar_resnet8")
+    graph, _, qvariables, x = quantized_by_noise("dilated_grouped")
     apply = jax.jit(functools.partial(apply_quantized, graph, integer=integer))
     whole = apply(qvariables, x)
     # An image's result does not depend on the others, up to a code on a rounding tie (another program).
@@ -524,7 +525,7 @@ def dense_layer(kind: Kind) -> tuple[Graph, Any, jax.Array, jax.Array]:
     return graph, quantize_one_layer(graph, variables, kind), x, direction
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_gradients_of_one_layer_in_closed_form(kind):
     """Straight-through for x; learned step size (LSQ) for the activation scale; linear in the weight scale."""
     graph, qvariables, x, direction = dense_layer(kind)
@@ -581,7 +582,10 @@ def test_gradients_of_batch_norm_leaves_by_finite_differences():
         np.testing.assert_allclose(gradient[path][channel], expected, rtol=1e-2, atol=1e-2, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "efficientnet", "bfloat16"])
+SLOW_EFFICIENTNET = pytest.param("efficientnet", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["private_batch_norm", "bfloat16", SLOW_EFFICIENTNET])
 def test_gradients_through_a_network_are_finite_and_reach_everything(name):
     graph, _, qvariables, x = quantized_by_noise(name, "w8a8")
     leaves = {path: graph.leaf(qvariables, path) for bn in graph.batch_norms for path in (bn.mean, bn.scale, bn.bias)}

@@ -21,7 +21,7 @@ from dfq_jax.data import Dataset, load_data
 from dfq_jax.evaluation import predict
 from dfq_jax.graph import Graph, trace
 from dfq_jax.synthesis.pixels import num_classes
-from dfq_jax.zoo.registry import _abstract
+from dfq_jax.zoo.registry import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.
 EVALUATION_BATCH = 100
@@ -107,7 +107,7 @@ def resolve(name: str, checkpoint: Path | None = None, *, weights: bool = True) 
     entries = {entry.name: entry for entry in zoo.list_models()}
     if name in entries and not weights and checkpoint is None:
         entry = entries[name]
-        network, variables, _ = _abstract(entry)
+        network, variables, _ = abstract_model(entry)
     else:
         try:
             loaded = zoo.load_model(name, checkpoint)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dfq_jax.artifact import _write_atomically as write_atomically
 from dfq_jax.convention import Convention
 from dfq_jax.evaluation import Accuracy
+from dfq_jax.files import write_atomically
 
 PACKAGES = ("dfq_jax", "jax", "jaxlib", "flax", "numpy", "optax", "safetensors")
 # Rich breaks lines at 80 characters where it knows no terminal; files and pipes have no such limit.
@@ -48,7 +48,7 @@ def check_targets(*targets: Path | None) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(os.fspath(path), text.encode())
+    write_atomically(path, text.encode())
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:

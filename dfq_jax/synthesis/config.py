@@ -22,14 +22,15 @@ class SynthesisConfig:
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
       learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1).
       schedule: of the learning rate: "cosine" to zero, "constant", or "exponential" (to 5 %).
-      statistics: what is matched: "batch" statistics, those of each "image" (ZeroQ), or of the whole "set" (DGH).
+      statistics: what is matched: "batch" statistics, those of each "image" (ZeroQ), or of the whole "set" (DGH),
+        whose batches take turns after each chunk.
       mean_weight, std_weight: of the two BatchNorm terms.
       layer_weighting: "uniform"; "first" (first BatchNorm tenfold); "deep" or "shallow" (from 0.2 to 1 with depth, or
         the reverse).
       input_weight: of the term that keeps each image at mean 0 and standard deviation 1.
       class_weight: of cross-entropy to balanced random labels.
       response_weight: of the AAC response term.
-      response_start: share of the steps after which the class and response terms begin.
+      response_start: share of the steps after which the response term begins.
       response_quantile: the response level is this quantile of the margins that the BN-matched images show at that
         point, each for the class it looks most like.
       total_variation_weight: of total variation.

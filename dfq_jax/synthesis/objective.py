@@ -135,7 +135,7 @@ def loop_friendly(call: LayerCall) -> jax.Array:
 
 
 def input_statistics(images: Float[Array, "n *s c"]) -> Float[Array, ""]:
-    """Distance of each image's channels from mean 0 and standard deviation 1, those of preprocessed images on average."""
+    """Distance of each image's channels from mean 0 and standard deviation 1, as of preprocessed images on average."""
     axes = tuple(range(1, images.ndim - 1))
     if not axes:  # vectors: statistics over the batch
         axes = (0,)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.graph import Graph, GraphError
 from dfq_jax.interrupt import catch_interrupt
+from dfq_jax.qtensor import QTensor
 from dfq_jax.synthesis.augment import augment, low_pass
 from dfq_jax.synthesis.checkpoint import Checkpoint
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -251,6 +252,8 @@ def check_variables(graph: Graph, variables: Any) -> None:
     """Refuse NaN and infinite weights and impossible BatchNorm statistics, by leaf path."""
     leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
     for path, leaf in leaves.items():
+        if isinstance(leaf, QTensor):
+            raise ValueError(f"variables: {path!r} is quantized already; pass the float variables.")
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             raise ValueError(f"variables: {path!r} holds NaN or infinite values; the checkpoint is damaged.")
     for bn in graph.batch_norms:
@@ -272,7 +275,8 @@ class _Run:
     def __init__(self, graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any, started: float):
         # Trace at the batch that is used, so that weights of any tree compile once.
         self.graph = graph.at((config.batch_size, *graph.input.shape[1:]), jnp.float32)
-        self.variables, self.key, self.config, self.optimizer = variables, key, config, optimizer
+        self.variables = jax.tree.map(jnp.asarray, variables)  # NumPy arrays would travel at every step
+        self.key, self.config, self.optimizer = key, config, optimizer
         self.started = started
         self.states: dict[int, BatchState] = {}
         self.targets: dict[int, Targets] = {}

@@ -190,12 +190,12 @@ class ZooEntry:
 
     def template(self) -> dict[str, Any]:
         """The model's variables as nested dictionaries of `jax.ShapeDtypeStruct`; computes nothing."""
-        return _abstract(self)[1]
+        return abstract_model(self)[1]
 
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of trained parameters, running statistics not counted."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_abstract(self)[2]))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(self)[2]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,7 +258,7 @@ def load_model(
     if random_key is not None:
         module, variables = _initialize(entry, random_key)
     else:
-        module, template, _ = _abstract(entry)
+        module, template, _ = abstract_model(entry)
         path = _bundled(entry) if checkpoint is None else checkpoint
         variables = jax.tree.map(jnp.asarray, load_checkpoint(path, template, layout))
         if isinstance(module, nnx.Module):
@@ -299,7 +299,7 @@ def _bundled(entry: ZooEntry) -> str:
     return os.fspath(path)
 
 
-def _abstract(entry: ZooEntry) -> tuple[nn.Module | nnx.Module, dict[str, Any], Any]:
+def abstract_model(entry: ZooEntry) -> tuple[nn.Module | nnx.Module, dict[str, Any], Any]:
     """The module, its variables as shapes, and the trained ones among them."""
     linen: list[nn.Module] = []
 
@@ -321,7 +321,7 @@ def _abstract(entry: ZooEntry) -> tuple[nn.Module | nnx.Module, dict[str, Any], 
 
 
 def _initialize(entry: ZooEntry, key: Key[Array, ""]) -> tuple[nn.Module | nnx.Module, dict[str, Any]]:
-    module, _, _ = _abstract(entry)
+    module, _, _ = abstract_model(entry)
     if isinstance(module, nnx.Module):
         module = entry.build(rngs=nnx.Rngs(key))
         return module, nnx.to_pure_dict(nnx.state(module))
@@ -377,7 +377,7 @@ def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> Z
 
 
 _ENTRIES = (
-    _fashion_entry("resnet20", None, "dfq_jax (Linen), after He et al. 2015, trained for this package"),
+    _fashion_entry("resnet20", 94.04, "dfq_jax (Linen), after He et al. 2015, trained for this package"),
     _fashion_entry("mobilenet", None, "dfq_jax (NNX), after Sandler et al. 2018, trained for this package"),
     # Accuracies as published with the checkpoints, on the 10,000 test images.
     _cifar_entry(cifar_resnet.resnet20, 20, 91.73),

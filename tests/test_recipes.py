@@ -1,0 +1,507 @@
+"""`quantize` from end to end on tiny networks: what it gives, reports, saves and refuses."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import model_grid
+import numpy as np
+import pytest
+from flax import nnx
+
+from dfq_jax import artifact, recipes
+from dfq_jax.artifact import ArtifactError
+from dfq_jax.batch_norm import BatchNormConfig
+from dfq_jax.convention import Convention
+from dfq_jax.execute import OPERANDS, TENSORS
+from dfq_jax.graph import QUANTIZATION, GraphError, trace
+from dfq_jax.qtensor import QTensor
+from dfq_jax.recipes import RECIPES, Recipe, load, quantize
+from dfq_jax.report import LayerReport, Report
+from dfq_jax.synthesis import SynthesisConfig
+
+SHAPE = (2, 8, 8, 3)
+SMALL = {"synthesis_steps": 5, "synthesis_num_images": 8, "synthesis_batch_size": 8}
+FAST = RECIPES["fast"].replace(**SMALL)
+
+
+class Net(nn.Module):
+    """A residual block between two layers."""
+
+    as_dict: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        def unit(x, name):
+            x = nn.Conv(6, (3, 3), use_bias=False, name=name)(x)
+            return nn.BatchNorm(use_running_average=not train, name=f"bn_{name}")(x)
+
+        x = nn.relu(unit(x, "conv1"))
+        x = nn.relu(x + unit(x, "conv2"))
+        logits = nn.Dense(5, name="head")(x.mean((1, 2)))
+        return {"features": x, "logits": logits} if self.as_dict else logits
+
+
+class NoNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="conv")(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(3, 6, (3, 3), use_bias=False, rngs=rngs)
+        self.bn1 = nnx.BatchNorm(6, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.bn1(self.conv1(x))).mean((1, 2))))
+
+
+def case_of(module, shape=SHAPE):
+    return model_grid.linen_case("net", module, shape)
+
+
+CASE = case_of(Net())
+NO_NORM = case_of(NoNorm())
+
+
+def apply_fn(variables, x):
+    return Net(as_dict=True).apply(variables, x)
+
+
+def no_progress(progress):
+    raise AssertionError(f"work has begun: {progress}")
+
+
+def run(model=CASE.model, variables=CASE.variables, **arguments):
+    return quantize(model, variables, **{"input_shape": SHAPE, "recipe": FAST, "bits": "w4a4", **arguments})
+
+
+@functools.cache
+def fast():
+    """The Linen network by the recipe "fast"."""
+    return run()
+
+
+def inputs(count=4, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(count, *SHAPE[1:])), jnp.float32)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "function"])
+def test_models_of_every_kind(kind):
+    if kind == "linen":
+        q = fast()
+        reference = CASE.model.apply(CASE.variables, inputs())
+    elif kind == "nnx":
+        model = NNXNet(nnx.Rngs(0))
+        q = run(model, None)
+        assert not model.bn1.use_running_average  # the caller's module keeps its mode
+        model.eval()
+        reference = model(inputs())
+    else:
+        q = run(apply_fn, CASE.variables)
+        reference = apply_fn(CASE.variables, inputs())
+        same(q.variables, fast().variables)  # the same network, so the same result
+    found = q(inputs())
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, reference)
+    logits, expected = q.graph.logits(found), q.graph.logits(reference)
+    assert 0.01 < np.abs(logits - expected).max() < 0.5 * np.abs(expected).max() + 0.2
+    kernels = [q.graph.leaf(q.variables, layer.kernel) for layer in q.graph.layers]
+    assert all(isinstance(k, QTensor) for k in kernels)
+    assert [k.bits for k in kernels] == [8] + [4] * (len(kernels) - 2) + [8]
+    for function in (q.apply, q.apply_integer):
+        compiled = jax.jit(function)(q.variables, inputs())
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), compiled, found)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe(name):
+    q = run(recipe=RECIPES[name].replace(**SMALL))
+    assert q.report.recipe == name
+    assert q.images.shape == (8, *SHAPE[1:])
+    assert np.isfinite(q(inputs())).all()
+    before, after = CASE.variables, q.variables
+    adapted = (after["batch_stats"]["bn_conv2"]["mean"] != before["batch_stats"]["bn_conv2"]["mean"]).any()
+    assert adapted == (RECIPES[name].batch_norm is not None)
+    corrected = (after["params"]["head"]["bias"] != before["params"]["head"]["bias"]).any()
+    assert corrected == RECIPES[name].bias_correction
+
+
+def test_fast_adapts_statistics_once():
+    """Bias correction leaves alone what differential adaptation has set right."""
+    without = run(recipe=FAST.replace(bias_correction=False))
+    same(fast().variables["batch_stats"], without.variables["batch_stats"])
+
+
+def test_eight_bits_are_nearly_exact():
+    q = run(bits="w8a8")
+    assert q.report.sqnr > 30
+    np.testing.assert_allclose(q(q.images), CASE.model.apply(CASE.variables, q.images), atol=0.1)
+
+
+def test_given_images():
+    images = np.asarray(inputs(12))
+    stages = []
+    q = run(images=images, on_progress=no_progress, on_stage=stages.append)
+    np.testing.assert_array_equal(q.images, images)
+    assert q.report.images == "12 given"
+    assert stages == ["trace", "images", "ranges", "weights", "adapt", "compare"] == list(q.report.seconds)
+    logits = CASE.model.apply(CASE.variables, images)
+    agreement = 100 * (q(images).argmax(1) == logits.argmax(1)).mean()
+    np.testing.assert_allclose(q.report.agreement, agreement, rtol=1e-6)
+    error = np.square(np.asarray(q(images) - logits, np.float64)).sum()
+    sqnr = 10 * np.log10(np.square(np.asarray(logits, np.float64)).sum() / error)
+    np.testing.assert_allclose(q.report.sqnr, sqnr, rtol=1e-3)
+
+
+def test_weights_only():
+    q = run(bits="w4a16")
+    assert q.variables[QUANTIZATION] == {TENSORS: {}, OPERANDS: {}}
+    assert all(layer.activation_bits is None and layer.weight_bits in (4, 8) for layer in q.report.layers)
+    assert "float activations" in q.report.convention
+    assert q.report.sqnr > fast().report.sqnr
+
+
+def test_networks_without_batch_norm():
+    stages = []
+    with pytest.raises(GraphError, match=r"no BatchNorm.*'w4a16'.*'noise'.*images="):
+        run(NO_NORM.model, NO_NORM.variables, on_stage=stages.append)
+    assert stages == ["trace", "images"]
+    noise = RECIPES["noise"].replace(**SMALL)
+    for arguments in ({"recipe": noise}, {"bits": "w4a16"}, {"images": inputs()}):
+        q = run(NO_NORM.model, NO_NORM.variables, **arguments)
+        assert np.isfinite(q(inputs())).all() and q.report.agreement >= 0
+
+
+def test_edges():
+    q = run(edge_bits=None, recipe=RECIPES["noise"].replace(**SMALL))
+    assert {layer.weight_bits for layer in q.report.layers} == {4}
+    assert {layer.activation_bits for layer in q.report.layers} == {4}
+    assert [layer.activation_bits for layer in fast().report.layers] == [8, 4, 8]
+
+
+@pytest.mark.parametrize("shortcuts", ["float", "quantized"])
+def test_shortcuts(shortcuts):
+    noise = RECIPES["noise"].replace(**SMALL)
+    q = run(recipe=noise, convention=Convention(shortcuts=shortcuts))
+    shared = [t.name for t in q.graph.tensors if t.shared]
+    assert shared
+    found = {kind: set(q.variables[QUANTIZATION][kind]) for kind in (TENSORS, OPERANDS)}
+    assert found[OPERANDS] == (set(shared) if shortcuts == "float" else set())
+    assert found[TENSORS] | found[OPERANDS] == {t.name for t in q.graph.tensors}
+    assert f"{shortcuts} shortcuts" in q.report.convention
+    assert all(layer.activation_bits for layer in q.report.layers)
+
+
+def test_outputs_that_are_not_class_scores():
+    def image_to_number(v, x):
+        return (x @ v["kernel"]).mean()
+
+    noise = RECIPES["noise"].replace(**SMALL)
+    q = quantize(image_to_number, {"kernel": jnp.ones((7, 2))}, input_shape=(1, 7), recipe=noise, bits="w4a4")
+    assert q.report.agreement is None and "agreement" not in str(q.report)
+    assert q.report.sqnr is not None
+
+
+def test_numpy_variables_of_any_width():
+    noise = RECIPES["noise"].replace(**SMALL)
+    expected = run(recipe=noise).variables
+    for dtype in (np.float32, np.float64):
+        variables = jax.tree.map(lambda leaf, d=dtype: np.asarray(leaf, d), CASE.variables)
+        same(run(variables=variables, recipe=noise).variables, expected)
+
+
+# --- determinism ---
+
+
+def test_the_same_key_gives_the_same_network():
+    for key in (0, np.int64(0), jax.random.key(0), jax.random.PRNGKey(0)):
+        again = run(key=key)
+        same(again.variables, fast().variables)
+        same(again.images, fast().images)
+        assert dataclasses.replace(again.report, seconds={}) == dataclasses.replace(fast().report, seconds={})
+    other = run(key=1)
+    assert (other.images != fast().images).any()
+    assert other.report.key != fast().report.key
+
+
+def test_arguments_are_left_alone():
+    before = jax.tree.map(np.array, CASE.variables)
+    run(images=inputs(8))
+    jax.tree.map(np.testing.assert_array_equal, before, CASE.variables)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(CASE.variables))
+
+
+def test_an_interrupted_call_resumes(tmp_path):
+    recipe = FAST.replace(synthesis_steps=20)
+    path = tmp_path / "work.npz"
+    with pytest.raises(KeyboardInterrupt, match="interrupted"):
+        run(recipe=recipe, checkpoint=path, on_progress=lambda p: p.step == 10 and os.kill(os.getpid(), signal.SIGINT))
+    assert os.listdir(tmp_path) == ["work.npz"]
+    resumed = run(recipe=recipe, checkpoint=path)
+    assert os.listdir(tmp_path) == []
+    same(resumed.variables, run(recipe=recipe).variables)
+
+
+# --- the report ---
+
+
+def test_the_report_says_what_was_done():
+    report = fast().report
+    text = str(report)
+    for words in (
+        "fast", "W4A4, first and last layer 8-bit, per-channel asymmetric weights", "8 synthesized in 5 steps",
+        "differential BatchNorm adaptation, layer by layer", "bias correction", "conv1", "conv2", "head", "agreement",
+        "output SQNR", "of float32",
+    ):  # fmt: skip
+        assert words in text, words
+    assert [layer.name for layer in report.layers] == [layer.name for layer in fast().graph.layers]
+    for layer in report.layers:
+        assert layer.weight_sqnr > (40 if layer.weight_bits == 8 else 10)
+        assert layer.low <= 0 < layer.high
+    assert report.key == [0, 0]
+    assert report.size["quantized"] < 0.6 * report.size["float"]
+    assert report.settings == dataclasses.asdict(FAST)
+    page = report._repr_html_()
+    assert page.count("<tr>") == len(report.summary()) + 1 + len(report.layers)
+
+
+def test_the_report_in_json():
+    report = fast().report
+    fields = json.loads(report.to_json())
+    assert recipes._report_from(fields) == dataclasses.replace(report)
+    assert recipes._recipe_from(fields["settings"]) == FAST
+
+
+def test_a_report_of_exact_layers():
+    """Weights without an error have an infinite SQNR, which JSON has not."""
+    kernel = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    noise = RECIPES["noise"].replace(**SMALL)
+    q = quantize(lambda v, x: x @ v["<k>"], {"<k>": kernel}, input_shape=(1, 3), recipe=noise, bits="w8a8")
+    assert q.report.layers[0].weight_sqnr == np.inf
+    assert json.loads(q.report.to_json())["layers"][0]["weight_sqnr"] is None
+    assert "inf" in str(q.report)
+    assert "&lt;k&gt;" in q.report._repr_html_() and "<k>" not in q.report._repr_html_()
+
+
+def test_a_report_of_skipped_and_float_layers():
+    layer = LayerReport(
+        name="a", kind="conv", weight_bits=None, activation_bits=None, weight_sqnr=None, low=None, high=None
+    )
+    report = Report(
+        recipe="none", settings={}, convention="-", key=[0], images="none", seconds={}, agreement=None, sqnr=None,
+        layers=(layer,), skipped=(("b", "its kernel is computed"),), steps=(), size={"float": 4, "quantized": 4},
+    )  # fmt: skip
+    assert "not quantized: b: its kernel is computed" in str(report)
+    assert report.rows() == [("a", "conv", "float", "float", "-", "-")]
+    assert recipes._report_from(json.loads(report.to_json())) == report
+
+
+# --- files ---
+
+
+KINDS = {
+    "linen": (Net(), CASE.variables),
+    "dict": (Net(as_dict=True), CASE.variables),
+    "nnx": (NNXNet(nnx.Rngs(0)), None),
+    "function": (apply_fn, CASE.variables),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_networks_come_back_bit_for_bit(tmp_path, kind):
+    model, variables = KINDS[kind]
+    q = run(model, variables, recipe=RECIPES["noise"].replace(**SMALL))
+    path = tmp_path / "net.safetensors"
+    q.save(path, note="mine")
+    assert os.listdir(tmp_path) == ["net.safetensors"]
+    back = load(path, model, variables)
+    same(back.variables, q.variables)
+    same(back(inputs()), q(inputs()))
+    same(jax.jit(back.apply_integer)(back.variables, inputs()), jax.jit(q.apply_integer)(q.variables, inputs()))
+    assert back.report == q.report
+    assert (back.recipe, back.convention, back.graph) == (q.recipe, q.convention, q.graph)
+    assert back.images is None
+    assert artifact.load(path)[1]["note"] == "mine"
+    if kind in ("linen", "dict"):  # the structure alone will do
+        same(load(path, model).variables, q.variables)
+        same(load(path, model, jax.eval_shape(lambda: variables)).variables, q.variables)
+
+
+@functools.cache
+def other_models():
+    wide = case_of(model_grid.VGG())
+    return {"other layers": (wide.model, wide.variables), "no norm": (NO_NORM.model, NO_NORM.variables)}
+
+
+def test_files_of_other_networks_are_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    fast().save(path)
+    for model, variables in other_models().values():
+        with pytest.raises(ArtifactError, match=r"net\.safetensors is of another network"):
+            load(path, model, variables)
+    with pytest.raises(ArtifactError, match=r"net\.safetensors: the model given cannot be what"):
+        load(path, *KINDS["linen"][:1], model_grid.mlp().variables)
+    with pytest.raises(TypeError, match="needs its variables"):
+        load(path, apply_fn)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    fast().save(path)
+    data = path.read_bytes()
+    for damaged in (data[:-1], data[:2000], data[:4], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"net\.safetensors is truncated"):
+            load(path, CASE.model, CASE.variables)
+    path.write_bytes(data[:-50] + bytes(50))
+    with pytest.raises(ArtifactError, match=r"net\.safetensors is damaged"):
+        load(path, CASE.model, CASE.variables)
+    artifact.save(path, fast().variables, header={"graph": "x"})
+    with pytest.raises(ArtifactError, match=r"header lacks \['convention', 'input_shape', 'recipe', 'report'\]"):
+        load(path, CASE.model, CASE.variables)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none.safetensors", CASE.model, CASE.variables)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="JSON"):
+        fast().save(tmp_path / "net.safetensors", thing=object())
+    with pytest.raises(FileNotFoundError):
+        fast().save(tmp_path / "none" / "net.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+# --- recipes ---
+
+
+def test_replacing_fields():
+    recipe = RECIPES["fast"].replace(synthesis_steps=7, batch_norm_order="all_at_once", batch_size=5, name="mine")
+    assert recipe.synthesis == dataclasses.replace(RECIPES["fast"].synthesis, steps=7)
+    assert recipe.batch_norm == dataclasses.replace(RECIPES["fast"].batch_norm, order="all_at_once")
+    assert (recipe.batch_size, recipe.name, recipe.estimator) == (5, "mine", RECIPES["fast"].estimator)
+    whole = RECIPES["fast"].replace(synthesis=SynthesisConfig(num_images=3), synthesis_steps=7)
+    assert whole.synthesis == SynthesisConfig(num_images=3, steps=7)
+    adapted = RECIPES["noise"].replace(batch_norm=BatchNormConfig(), batch_norm_method="absolute")
+    assert adapted.batch_norm == BatchNormConfig(method="absolute")
+    assert RECIPES["fast"].synthesis.steps != 7
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("fast", {"stepps": 3}, "stepps: recipe 'fast' has no such field; it has "),
+        ("fast", {"synthesis_stepps": 3}, r"synthesis_stepps: no such field; synthesis has \["),
+        ("fast", {"batch_norm_steps": 3}, r"batch_norm_steps: no such field; batch_norm has \["),
+        ("noise", {"batch_norm_order": "all_at_once"}, "batch_norm_order: recipe 'noise' has no such field"),
+        ("fast", {"synthesis_steps": 0}, "^steps: expected an integer of at least 1, found 0"),
+        ("fast", {"estimator": "median"}, r"estimator: expected one of .*'lp'.*found 'median'"),
+        ("fast", {"weight_range": "median"}, r"weight_range: expected one of .*found 'median'"),
+        ("fast", {"source": "photos"}, r"source: expected one of .*found 'photos'"),
+        ("fast", {"batch_size": 0}, "batch_size: expected an integer of at least 1, found 0"),
+        ("fast", {"batch_norm_method": "both"}, "method: expected one of "),
+    ],
+)
+def test_recipes_are_checked(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        RECIPES[name].replace(**fields)
+
+
+# --- bad input ---
+
+
+def changed(path, value):
+    collection, layer, leaf = path.split("/")
+    tree = jax.tree.map(lambda x: x, CASE.variables)
+    tree[collection][layer][leaf] = jnp.full_like(tree[collection][layer][leaf], value)
+    return tree
+
+
+def training(variables, x):
+    return Net().apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+
+class Training(nn.Module):
+    """Has no way to choose inference."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Net()(x, train=True)
+
+
+TRAINING = case_of(Training())
+KERNEL, VAR = "params/conv2/kernel", "batch_stats/bn_conv2/var"
+BAD_INPUT = {
+    "channels": ({"input_shape": (2, 8, 8, 4)}, GraphError, r"input of shape \(2, 8, 8, 4\).*[Cc]heck the input shape"),
+    "rank": ({"input_shape": (8, 8, 3)}, GraphError, r"input of shape \(8, 8, 3\)"),
+    "no batch": ({"input_shape": (3,)}, ValueError, "input_shape: expected a shape"),
+    "negative": ({"input_shape": (1, -8, 8, 3)}, ValueError, "input_shape: expected a shape"),
+    "number": ({"input_shape": 8}, ValueError, "input_shape: expected a shape"),
+    "train": ({"model": training}, GraphError, "training mode"),
+    "train module": ({"model": TRAINING.model, "variables": TRAINING.variables}, GraphError, "training mode"),
+    "nan": ({"variables": changed(KERNEL, np.nan)}, ValueError, f"'{KERNEL}' holds NaN or infinite"),
+    "inf": ({"variables": changed(KERNEL, -np.inf)}, ValueError, f"'{KERNEL}' holds NaN or infinite"),
+    "zero variance": ({"variables": changed(VAR, 0.0)}, ValueError, f"'{VAR}' is zero in every channel"),
+    "negative variance": ({"variables": changed(VAR, -1.0)}, ValueError, f"'{VAR}' has a negative variance"),
+    "no variables": ({"variables": None}, TypeError, "a Linen module needs its variables"),
+    "other variables": ({"variables": NO_NORM.variables}, GraphError, "cannot be traced"),
+    "class": ({"model": Net}, TypeError, "Net is a class; pass an instance"),
+    "model": ({"model": "resnet"}, TypeError, "expected a Linen module, an NNX module or a function"),
+    "1 bit": ({"bits": "w1a4"}, ValueError, "weight_bits: expected an integer from 2 to 8, found 1"),
+    "9 bits": ({"bits": "w4a9"}, ValueError, "activation_bits: expected an integer from 2 to 8, found 9"),
+    "bits": ({"bits": "4"}, ValueError, "bits: expected a name like 'w4a4' or 'w4a16', found '4'"),
+    "number of bits": ({"bits": 8}, ValueError, "bits: expected a name like 'w4a4'"),
+    "edge bits": ({"edge_bits": 16}, ValueError, "edge_bits: expected an integer from 2 to 8, found 16"),
+    "convention": ({"convention": "w4a4"}, TypeError, "convention: expected a Convention"),
+    "recipe": ({"recipe": "best"}, ValueError, r"recipe: expected a Recipe or one of \['fast', .*found 'best'"),
+    "no recipe": ({"recipe": ["fast"]}, ValueError, "recipe: expected a Recipe"),
+    "key": ({"key": "0"}, TypeError, "key: expected a JAX key or an integer seed, found '0'"),
+    "bool": ({"key": True}, TypeError, "key: expected"),
+    "keys": ({"key": jax.random.split(jax.random.key(0), 3)}, TypeError, "key: expected"),
+    "large seed": ({"key": 2**70}, ValueError, "key: expected a seed of at most 64 bits"),
+    "no images": ({"images": np.zeros((0, 8, 8, 3), np.float32)}, ValueError, "images: found none"),
+    "image channels": ({"images": np.zeros((4, 8, 8, 1), np.float32)}, ValueError, r"images: .*found \(4, 8, 8, 1\)"),
+    "nan images": ({"images": np.full((4, 8, 8, 3), np.nan, np.float32)}, ValueError, "images: found NaN"),
+    "raw images": ({"images": np.zeros((4, 8, 8, 3), np.uint8)}, ValueError, "images: expected preprocessed"),
+    "checkpoint": ({"checkpoint": "none/work.npz"}, ValueError, "checkpoint: there is no folder 'none'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_refused_before_any_work(name, tmp_path, monkeypatch):
+    arguments, error, message = BAD_INPUT[name]
+    monkeypatch.chdir(tmp_path)
+    stages = []
+    arguments = {"checkpoint": "work.npz", **arguments}
+    with pytest.raises(error, match=message):
+        run(**arguments, on_stage=stages.append, on_progress=no_progress)
+    assert set(stages) <= {"trace", "images"}
+    assert os.listdir(tmp_path) == []
+
+
+def test_quantized_variables_are_refused():
+    with pytest.raises(ValueError, match=r"'params/conv1/kernel' is quantized already; pass the float variables"):
+        run(variables=fast().variables)
+
+
+def test_the_graph_of_a_quantized_network_is_that_of_the_float_one():
+    graph = trace(*CASE.function(), SHAPE)
+    assert fast().graph == graph
+    assert isinstance(fast().recipe, Recipe)
