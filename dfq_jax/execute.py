@@ -369,15 +369,15 @@ def _integer_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:
 
 def _as_int8(codes: jax.Array, params: QuantizerParams) -> tuple[jax.Array, jax.Array]:
     """Activation codes as int8 and the code of zero, int8; unsigned 8-bit codes move down by 128."""
-    if params.zero_point is None:
-        return codes.astype(jnp.int8), jnp.zeros((), jnp.int8)
     shift = 128 if params.bits == 8 and not params.signed else 0
-    zero = (params.zero_point - shift).astype(jnp.int8)
-    return (codes.astype(jnp.int16) - shift).astype(jnp.int8), zero
+    zero = jnp.zeros(()) if params.zero_point is None else params.zero_point
+    return (codes.astype(jnp.int16) - shift).astype(jnp.int8), (zero - shift).astype(jnp.int8)
 
 
 def _kernel_as_int8(kernel: QTensor) -> tuple[jax.Array, jax.Array | None]:
     """Kernel codes as int8, centered if they fit, else with the int32 zero point that is left."""
-    if kernel.zero_point is None or kernel.bits < 8:
+    if kernel.bits < 8 or (kernel.signed and kernel.zero_point is None):
         return kernel.centered().astype(jnp.int8), None
-    return (kernel.qvalue.astype(jnp.int16) - 128).astype(jnp.int8), kernel.zero_point.astype(jnp.int32) - 128
+    shift = 0 if kernel.signed else 128
+    zero = jnp.zeros_like(kernel.scale) if kernel.zero_point is None else kernel.zero_point
+    return (kernel.qvalue.astype(jnp.int16) - shift).astype(jnp.int8), zero.astype(jnp.int32) - shift

@@ -27,6 +27,7 @@ BINS = 4096
 # Histograms are taken over at most so many elements of a tensor in each batch; peaks are over all of them.
 MAX_SAMPLES = 1 << 19
 Range = tuple[Float[Array, ""], Float[Array, ""]]
+Peaks = tuple[Float[Array, " n"], Float[Array, " n"]]
 Estimator = Callable[..., Range]
 Recorder = Callable[[Graph, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 
@@ -291,7 +292,7 @@ def batches(images: Any, batch_size: int) -> Iterator[Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "record"))
-def _peaks(graph: Graph, record: Recorder, variables: Any, images: jax.Array) -> dict[str, Range]:
+def _peaks(graph: Graph, record: Recorder, variables: Any, images: jax.Array) -> dict[str, Peaks]:
     _, tensors = record(graph, variables, images)
 
     def per_image(x: jax.Array) -> tuple[jax.Array, jax.Array]:

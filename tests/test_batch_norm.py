@@ -344,6 +344,7 @@ def test_both_can_be_traced():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), eager, traced)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -360,6 +361,7 @@ def test_bad_images(function, images, message):
         function(GRAPH, VARIABLES, quantized(), images)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "fields",
     [{"method": "relative"}, {"order": "random"}, {"prior_images": -1}, {"max_ratio": 0.5}, {"max_ratio": np.inf},

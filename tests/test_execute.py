@@ -19,7 +19,7 @@ from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized, normalize, record_tensors, run
 from dfq_jax.graph import QUANTIZATION, Graph, GraphError, trace, with_quantization
-from dfq_jax.qtensor import QTensor, fake_quant, params_from_range
+from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, params_from_range
 from dfq_jax.tracing.program import sub_jaxprs
 from dfq_jax.weights import quantize_kernel
 
@@ -328,6 +328,22 @@ def test_one_layer_equals_its_definition(name):
         np.testing.assert_allclose(integer, expected, rtol=0, atol=1e-6 * np.abs(expected).max(), err_msg=str(kind))
 
 
+def test_unsigned_codes_without_zero_point():
+    """Not what the library makes itself, but what others do: 8-bit codes up to 255 exceed int8."""
+    layer = LAYERS["dense"]
+    case = layer.case
+    apply_fn, variables = case.function()
+    graph, x = trace(apply_fn, variables, case.input_shape), jnp.abs(case.images())
+    codes = jnp.asarray(np.random.default_rng(3).integers(0, 256, (7, 4)), jnp.uint8)
+    kernel = QTensor(codes, jnp.full((1, 1), 0.01), None, bits=8, signed=False, dtype="float32")
+    params = QuantizerParams(jnp.float32(0.01), None, bits=8, signed=False)
+    qvariables = with_quantization({"params": {"kernel": kernel}}, {TENSORS: {graph.layers[0].tensor: params}})
+    expected = reference_output(layer, graph, qvariables, x)
+    for integer in (False, True):
+        found = apply_quantized(graph, qvariables, x, integer=integer)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 def test_bias_and_bfloat16_of_one_layer():
     """Computing in bfloat16 rounds the layer's result and not its codes: 8-bit codes would lose a bit."""
     case = linen_case("bf16", nn.Conv(4, (3, 3), 2, dtype=jnp.bfloat16), (2, 8, 7, 3))
@@ -582,10 +598,9 @@ def test_gradients_of_batch_norm_leaves_by_finite_differences():
         np.testing.assert_allclose(gradient[path][channel], expected, rtol=1e-2, atol=1e-2, err_msg=path)
 
 
-SLOW_EFFICIENTNET = pytest.param("efficientnet", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", ["private_batch_norm", "bfloat16", SLOW_EFFICIENTNET])
+@pytest.mark.parametrize(
+    "name", ["private_batch_norm", "bfloat16", pytest.param("efficientnet", marks=pytest.mark.slow)]
+)
 def test_gradients_through_a_network_are_finite_and_reach_everything(name):
     graph, _, qvariables, x = quantized_by_noise(name, "w8a8")
     leaves = {path: graph.leaf(qvariables, path) for bn in graph.batch_norms for path in (bn.mean, bn.scale, bn.bias)}

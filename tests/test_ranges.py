@@ -240,6 +240,7 @@ def test_other_image_sizes_are_taken():
     assert estimate_ranges(graph, case.variables, images, Convention(), estimator="max")
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -258,6 +259,7 @@ def test_bad_images(images, message):
         estimate_ranges(GRAPH, VARIABLES, images, Convention())
 
 
+@pytest.mark.untyped
 def test_other_errors():
     x = jnp.zeros((2, WIDTH))
     with pytest.raises(ValueError, match=r"estimator: expected a function or one of \['aciq.*found 'median'"):

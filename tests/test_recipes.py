@@ -122,7 +122,7 @@ def test_models_of_every_kind(kind):
     found = q(inputs())
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, reference)
     logits, expected = q.graph.logits(found), q.graph.logits(reference)
-    assert 0.01 < np.abs(logits - expected).max() < 0.5 * np.abs(expected).max() + 0.2
+    assert 1e-4 < np.abs(logits - expected).max() < 0.5 * np.abs(expected).max() + 0.2
     kernels = [q.graph.leaf(q.variables, layer.kernel) for layer in q.graph.layers]
     assert all(isinstance(k, QTensor) for k in kernels)
     assert [k.bits for k in kernels] == [8] + [4] * (len(kernels) - 2) + [8]

@@ -278,6 +278,7 @@ class _Run:
         self.variables = jax.tree.map(jnp.asarray, variables)  # NumPy arrays would travel at every step
         self.key, self.config, self.optimizer = key, config, optimizer
         self.started = started
+        self.keys: dict[int, tuple[jax.Array, jax.Array]] = {}
         self.states: dict[int, BatchState] = {}
         self.targets: dict[int, Targets] = {}
         self.evaluations: dict[int, Evaluation] = {}
@@ -329,8 +330,9 @@ class _Run:
 
     def visit(self, batch: int) -> int:
         """One chunk of one batch; returns its step number."""
-        key = jax.random.fold_in(self.key, batch)
-        init_key, step_key = jax.random.split(key)
+        if batch not in self.keys:
+            self.keys[batch] = tuple(jax.random.split(jax.random.fold_in(self.key, batch)))
+        init_key, step_key = self.keys[batch]
         if batch not in self.states:
             self.states[batch], self.targets[batch] = _init(self.graph, self.config, self.optimizer, init_key)
         state = self.states[batch]

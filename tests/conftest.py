@@ -1,0 +1,33 @@
+"""Options of the test suite."""
+
+import pytest
+
+# Functions of these modules are checked against their jaxtyping signatures by `pytest --typecheck`. It is an option
+# because these checks come before the library's own: tests of bad input (marked `untyped`) would see other errors.
+TYPECHECKED = (
+    "dfq_jax.analytic",
+    "dfq_jax.batch_norm",
+    "dfq_jax.evaluation",
+    "dfq_jax.execute",
+    "dfq_jax.ranges",
+    "dfq_jax.synthesis",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--typecheck", action="store_true", help="check array shapes and types of public functions")
+
+
+def pytest_configure(config):
+    if config.getoption("--typecheck"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook(TYPECHECKED, "beartype.beartype")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--typecheck"):
+        skip = pytest.mark.skip(reason="passes other types than the signatures say, on purpose")
+        for item in items:
+            if "untyped" in item.keywords:
+                item.add_marker(skip)

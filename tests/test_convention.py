@@ -1,0 +1,285 @@
+"""What is quantized to how many bits: names, checks, edges, and the tree that `quantize_params` makes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import model_grid
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from model_grid import GRID
+
+from dfq_jax.convention import Convention, quantize_params
+from dfq_jax.execute import OPERANDS, TENSORS
+from dfq_jax.graph import QUANTIZATION, Graph, GraphError, trace, without_quantization
+from dfq_jax.qtensor import QTensor, QuantizerParams
+from dfq_jax.weights import WEIGHT_RANGES
+
+
+@functools.cache
+def traced(build: Any) -> tuple[Graph, Any]:
+    case = build()
+    apply_fn, variables = case.function()
+    return trace(apply_fn, variables, case.input_shape), variables
+
+
+def unit_ranges(graph: Graph) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {tensor.name: (jnp.float32(-0.5), jnp.float32(1.5)) for tensor in graph.tensors}
+
+
+def quantized_shapes(graph: Graph, variables: Any, convention: Convention) -> Any:
+    """The quantized tree without its arrays: structure, shapes and bits, at no cost."""
+    make = functools.partial(quantize_params, graph, convention=convention)
+    return jax.eval_shape(make, variables, unit_ranges(graph))
+
+
+def kernels(graph: Graph, qvariables: Any) -> dict[str, QTensor]:
+    return {layer.name: graph.leaf(qvariables, layer.kernel) for layer in graph.layers}
+
+
+def quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
+    return {**qvariables[QUANTIZATION][TENSORS], **qvariables[QUANTIZATION][OPERANDS]}
+
+
+# --- names and checks ---
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "activation_bits"),
+    [("w4a4", 4, 4), ("W8A8", 8, 8), (" w2a4 ", 2, 4), ("w3a16", 3, None), ("w8a16", 8, None)],
+)
+def test_parse(name, weight_bits, activation_bits):
+    convention = Convention.parse(name)
+    assert convention == Convention(weight_bits=weight_bits, activation_bits=activation_bits, edge_bits=8)
+    assert convention.name == name.strip().lower()
+    assert Convention.parse(convention.name) == convention
+
+
+def test_parse_takes_the_other_fields():
+    convention = Convention.parse("w4a4", edge_bits=None, per_channel=False, shortcuts="quantized", weight_range="mse")
+    assert convention == Convention(edge_bits=None, per_channel=False, shortcuts="quantized", weight_range="mse")
+
+
+@pytest.mark.parametrize("name", ["", "4", "w4", "a4w4", "w4a4x", "w-4a4", "w4.0a4", None, 8])
+def test_parse_refuses_other_names(name):
+    with pytest.raises(ValueError, match="expected a name like 'w4a4'"):
+        Convention.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("w1a4", "weight_bits"), ("w9a4", "weight_bits"), ("w16a4", "weight_bits"),
+                        ("w4a1", "activation_bits"), ("w4a9", "activation_bits"), ("w4a32", "activation_bits")]
+)  # fmt: skip
+def test_parse_refuses_bits_out_of_range(name, field):
+    with pytest.raises(ValueError, match=f"{field}: expected an integer from 2 to 8"):
+        Convention.parse(name)
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "edge_bits"])
+@pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, "4", True, 16])
+def test_bits_are_checked(field, bits):
+    with pytest.raises(ValueError, match=f"{field}: expected an integer from 2 to 8"):
+        Convention(**{field: bits})
+
+
+def test_none_is_for_activations_and_edges_only():
+    Convention(activation_bits=None, edge_bits=None)
+    with pytest.raises(ValueError, match="weight_bits"):
+        Convention(weight_bits=None)
+
+
+def test_choices_are_checked():
+    with pytest.raises(ValueError, match=r"weight_range: expected one of \['lp', 'min_max', 'mse'\], found 'max'"):
+        Convention(weight_range="max")
+    with pytest.raises(ValueError, match="shortcuts: expected one of"):
+        Convention(shortcuts="int8")
+
+
+def test_is_static():
+    """A convention is a static argument of `jax.jit`: hashable, and equal by its fields."""
+    assert hash(Convention()) == hash(Convention()) and Convention() != Convention(weight_bits=3)
+    with pytest.raises(AttributeError):
+        Convention().weight_bits = 8
+
+
+@pytest.mark.parametrize(
+    ("convention", "expected"),
+    [
+        (
+            Convention(),
+            "W4A4, first and last layer 8-bit, per-channel asymmetric weights (lp ranges), "
+            "per-tensor static activations, float shortcuts",
+        ),
+        (
+            Convention(activation_bits=None, edge_bits=None, per_channel=False, symmetric_weights=True),
+            "W4A16, edges as all layers, per-tensor symmetric weights (lp ranges), float activations",
+        ),
+        (
+            Convention(weight_bits=2, activation_bits=8, edge_bits=4, weight_range="mse", shortcuts="quantized"),
+            "W2A8, first and last layer 4-bit, per-channel asymmetric weights (mse ranges), "
+            "per-tensor static activations, quantized shortcuts",
+        ),
+    ],
+)
+def test_describe(convention, expected):
+    assert convention.describe() == expected
+
+
+def test_description_tells_conventions_apart():
+    changes = [{}, {"weight_bits": 3}, {"activation_bits": 3}, {"activation_bits": None}, {"edge_bits": None},
+               {"edge_bits": 4}, {"per_channel": False}, {"symmetric_weights": True}, {"weight_range": "mse"},
+               {"shortcuts": "quantized"}]  # fmt: skip
+    assert len({Convention(**change).describe() for change in changes}) == len(changes)
+
+
+# --- bits ---
+
+
+def test_bits_of_layers_and_tensors():
+    graph, _ = traced(model_grid.cifar_resnet8)
+    first, last = graph.first_layer.name, graph.last_layer.name
+    convention = Convention.parse("w4a3")
+    assert {x.name: convention.layer_bits(graph, x) for x in graph.layers} == {
+        x.name: 8 if x.name in (first, last) else 4 for x in graph.layers
+    }
+    edges = (graph.first_layer.tensor, graph.last_layer.tensor)
+    assert {t.name: convention.tensor_bits(graph, t) for t in graph.tensors} == {
+        t.name: 8 if t.name in edges else 3 for t in graph.tensors
+    }
+    same = Convention.parse("w4a3", edge_bits=None)
+    assert {same.layer_bits(graph, x) for x in graph.layers} == {4}
+    assert {same.tensor_bits(graph, t) for t in graph.tensors} == {3}
+
+
+def test_narrow_edges():
+    """Edges may have fewer bits in their weights; a tensor never gets fewer than the other layers ask for."""
+    graph, _ = traced(model_grid.cifar_resnet8)
+    convention = Convention(weight_bits=4, activation_bits=6, edge_bits=2)
+    assert convention.layer_bits(graph, graph.first_layer) == 2
+    assert convention.tensor_bits(graph, graph.tensor(graph.first_layer.tensor)) == 6
+
+
+def test_weight_only_has_no_activation_bits():
+    graph, variables = traced(model_grid.mlp)
+    convention = Convention.parse("w4a16")
+    assert [convention.tensor_bits(graph, t) for t in graph.tensors] == [None] * 3
+    make = functools.partial(quantize_params, graph, ranges={}, convention=convention)  # no ranges needed
+    qvariables = jax.eval_shape(make, variables)
+    assert qvariables[QUANTIZATION] == {TENSORS: {}, OPERANDS: {}}
+
+
+def test_tensor_shared_with_an_edge_layer_has_the_bits_of_the_edge():
+    def apply_fn(v, x):
+        return x @ v["a"]["kernel"] + x @ v["b"]["kernel"] @ v["c"]["kernel"]
+
+    shapes = {"a": {"kernel": (4, 5)}, "b": {"kernel": (4, 3)}, "c": {"kernel": (3, 5)}}
+    case = model_grid.function_case("branches", apply_fn, shapes, (2, 4))
+    graph = trace(*case.function(), case.input_shape)
+    convention = Convention()
+    assert [convention.layer_bits(graph, graph.layer(name)) for name in "abc"] == [8, 4, 8]
+    assert {t.layers: convention.tensor_bits(graph, t) for t in graph.tensors} == {("a", "b"): 8, ("c",): 8}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("edge_bits", [8, None])
+def test_eight_bit_weights_are_symmetric(symmetric, edge_bits):
+    graph, variables = traced(model_grid.mlp)
+    convention = Convention.parse("w4a8", edge_bits=edge_bits, symmetric_weights=symmetric)
+    qvariables = quantized_shapes(graph, variables, convention)
+    for kernel in kernels(graph, qvariables).values():
+        is_symmetric = symmetric or kernel.bits == 8
+        assert kernel.signed == is_symmetric and (kernel.zero_point is None) == is_symmetric
+    # Activations always have a zero point: a ReLU's output would waste half of a symmetric quantizer.
+    assert all(not q.signed and q.zero_point is not None for q in quantizers(qvariables).values())
+
+
+# --- the quantized tree ---
+
+
+@pytest.mark.parametrize("shortcuts", ["float", "quantized"])
+@pytest.mark.parametrize("build", GRID)
+def test_structure(build, shortcuts):
+    graph, variables = traced(build)
+    convention = Convention(shortcuts=shortcuts)
+    qvariables = quantized_shapes(graph, variables, convention)
+    assert type(qvariables) is type(variables)
+    assert set(qvariables) == {*variables, QUANTIZATION}
+    bits = {}
+    for layer in graph.layers:
+        bits.setdefault(layer.kernel, (convention.layer_bits(graph, layer), layer.channel_axes))  # the first use
+    found = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    for path, before in zip(graph.leaf_paths, graph.leaves(variables), strict=True):
+        after = found[path]
+        assert after.shape == before.shape
+        if path not in bits:
+            assert not isinstance(after, QTensor) and after.dtype == before.dtype
+            continue
+        assert isinstance(after, QTensor) and after.bits == bits[path][0] and after.dtype == before.dtype
+        kept = [size if axis in bits[path][1] else 1 for axis, size in enumerate(before.shape)]
+        assert after.scale.shape == tuple(kept) and after.scale.dtype == jnp.float32
+    collection = qvariables[QUANTIZATION]
+    assert set(collection) == {TENSORS, OPERANDS}
+    for_layers = {t.name for t in graph.tensors if t.shared and shortcuts == "float"}
+    assert set(collection[OPERANDS]) == for_layers
+    assert set(collection[TENSORS]) == {t.name for t in graph.tensors} - for_layers
+    for name, params in quantizers(qvariables).items():
+        assert params.scale.shape == () and params.bits == convention.tensor_bits(graph, graph.tensor(name))
+
+
+def test_per_tensor_weights():
+    graph, variables = traced(model_grid.dilated_grouped)
+    qvariables = quantized_shapes(graph, variables, Convention(per_channel=False))
+    assert all(kernel.scale.size == 1 for kernel in kernels(graph, qvariables).values())
+
+
+@pytest.mark.parametrize("weight_range", sorted(WEIGHT_RANGES))
+def test_values(weight_range):
+    graph, variables = traced(model_grid.mlp)
+    convention = Convention(weight_range=weight_range)
+    qvariables = jax.jit(functools.partial(quantize_params, graph, convention=convention))(
+        variables, unit_ranges(graph)
+    )
+    for layer in graph.layers:
+        kernel, before = graph.leaf(qvariables, layer.kernel), graph.leaf(variables, layer.kernel)
+        span = before.max(0) - before.min(0)
+        error = jnp.abs(kernel.dequantize() - before).max(0)
+        # Half a step, and for the searched ranges what they clip.
+        assert bool((error <= span / 15 * (0.51 if weight_range == "min_max" else 3)).all())
+        params = quantizers(qvariables)[layer.tensor]
+        step = 2.0 / (2**params.bits - 1)
+        np.testing.assert_allclose([params.lo, params.hi], [-0.5, 1.5], atol=0.51 * step)
+    plain = without_quantization(qvariables)
+    for path, a, b in zip(graph.leaf_paths, graph.leaves(plain), graph.leaves(variables), strict=True):
+        if not isinstance(a, QTensor):
+            np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_frozen_dict_stays_frozen():
+    graph, variables = traced(model_grid.frozen_dict)
+    qvariables = quantized_shapes(graph, variables, Convention())
+    assert isinstance(qvariables, FrozenDict)
+
+
+def test_shared_kernel_is_quantized_once():
+    graph, variables = traced(model_grid.shared_kernel)
+    qvariables = quantized_shapes(graph, variables, Convention())
+    found = [leaf for leaf in graph.leaves(qvariables) if isinstance(leaf, QTensor)]
+    assert len(found) == len({layer.kernel for layer in graph.layers}) == len(graph.layers) - 1
+
+
+def test_missing_range():
+    graph, variables = traced(model_grid.mlp)
+    ranges = unit_ranges(graph)
+    del ranges["dense1"]
+    with pytest.raises(ValueError, match="no range for tensor 'dense1'"):
+        quantize_params(graph, variables, ranges, Convention())
+
+
+def test_other_variables_are_refused():
+    graph, variables = traced(model_grid.mlp)
+    with pytest.raises(GraphError, match="missing"):
+        quantize_params(graph, {"params": variables["params"]}, unit_ranges(graph), Convention())
