@@ -76,7 +76,7 @@ def percentile(summary: Summary, *, bits: int, percent: float = 99.9) -> Range:
     tail = 1.0 - percent / 100.0
     two_sided = (summary.lo < 0) & (summary.hi > 0)
     tail = jnp.where(two_sided, tail / 2, tail)
-    cumulative = jnp.cumsum(summary.counts) / jnp.maximum(summary.counts.sum(), 1.0)
+    cumulative = jnp.cumsum(summary.counts) / jnp.maximum(summary.counts.sum(), 1e-30)
     width = (summary.hi - summary.lo) / summary.counts.shape[0]
     below = jnp.sum(cumulative <= tail)
     above = jnp.sum(cumulative < 1.0 - tail) + 1
@@ -101,7 +101,7 @@ def mse(summary: Summary, *, bits: int) -> Range:
 
 @functools.partial(jax.jit, static_argnames=("bits", "p"))
 def _search(summary: Summary, bits: int, p: float) -> Range:
-    x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1.0)
+    x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1e-30)
     fractions = jnp.linspace(0.01, 1.0, 100)
 
     def error(pair: jax.Array) -> jax.Array:
@@ -133,7 +133,7 @@ def aciq_laplace(summary: Summary, *, bits: int) -> Range:
 
 
 def _aciq(summary: Summary, bits: int, family: str) -> Range:
-    x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1.0)
+    x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1e-30)
     mean = jnp.sum(weight * x)
     # A rectified tensor: half of a symmetric distribution around zero, with the other half set to zero.
     half_spread = jnp.sqrt(2 * jnp.sum(weight * x**2)) if family == "gaussian" else 2 * jnp.sum(weight * jnp.abs(x))
