@@ -6,6 +6,7 @@ runs it with eight simulated ones.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import model_grid
 import numpy as np
+import optax
 import pytest
 
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
@@ -184,22 +186,25 @@ def test_nothing_compiles_twice():
 
 
 def test_synthesis_compiles_once():
-    """However many batches and steps, and again for other variables and another key: no more programs."""
+    """One program of optimizer steps for all batches and steps, and none more for other variables and another key."""
     graph, variables = traced()
-    key = jax.random.key(0)
-    synthesize(graph, variables, key, SYNTHESIS)  # with what is outside of the steps, such as key handling
-    first = len(COMPILED)
-    synthesize(graph, other_variables(variables), jax.random.key(1), SYNTHESIS)
-    assert len(COMPILED) == first
-    config = SynthesisConfig(**{**vars(SYNTHESIS), "num_images": 24})
-    assert config.num_batches == 3
-    optimizer = make_optimizer(SYNTHESIS)
-    state, targets = init_batch(graph, SYNTHESIS, optimizer, key)
-    for chunk in (1, 2):  # one program for each length of a chunk
-        before = len(COMPILED)
-        for _ in range(4):
-            state, _ = advance(graph, SYNTHESIS, optimizer, chunk, variables, state, targets, key)
-        assert len(COMPILED) - before <= 1
+    other = other_variables(variables)
+    traces = []
+    inner = make_optimizer(SYNTHESIS)
+
+    def update(*arguments):
+        traces.append(len(traces))
+        return inner.update(*arguments)
+
+    optimizer = optax.GradientTransformation(inner.init, update)
+    for chunk in (1, 2):
+        config = dataclasses.replace(SYNTHESIS, num_images=24, chunk=chunk)
+        traces.clear()
+        result = synthesize(graph, variables, jax.random.key(0), config, optimizer=optimizer)
+        assert len(result.losses) == 3 and len(traces) == 1
+        first = len(COMPILED)
+        synthesize(graph, other, jax.random.key(1), config, optimizer=optimizer)
+        assert len(COMPILED) == first and len(traces) == 1
 
 
 # --- vmap and grad ---

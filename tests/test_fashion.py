@@ -13,7 +13,7 @@ from dfq_jax.zoo import fashion
 WEIGHTS = resources.files("dfq_jax.zoo") / "weights"
 SIZE_LIMIT = 8_000_000
 # Lowest float top-1 in percent on the 10,000 test images.
-TARGETS = {"resnet20": 93.5, "mobilenet": 92.5}
+TARGETS = {"resnet20": 93.5, "mobilenet": 91.8}
 # The first 1,000 test images are a small sample: 1.5 points leave room for its own deviation.
 SAMPLE_MARGIN = 1.5
 
