@@ -315,7 +315,8 @@ def test_orbax_round_trip(tmp_path):
 def sharded_work() -> dict[str, Any]:
     """Largest relative difference of each stage between one device and the batch over all devices."""
     devices = jax.devices()
-    # A mesh of the old kind: its axes are left to the compiler.
+    # Axes left to the compiler. Explicit ones (newer JAX has them by default in `jax.make_mesh`) would ask for the
+    # sharding of every intermediate result, which a network traced without a mesh does not have.
     mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
     by_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

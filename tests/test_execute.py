@@ -321,6 +321,8 @@ def test_one_layer_equals_its_definition(name):
             outputs.append((q, apply_quantized(graph, q, x), apply_quantized(graph, q, x, integer=True)))
         return outputs
 
+    if name in ("padded_before", "causal_1d"):  # zeros added before the layer are no part of the tensor
+        assert graph.tensors[0].shape == x.shape
     for kind, (qvariables, simulated, integer) in zip(KINDS, quantized(variables, x), strict=True):
         expected = reference_output(layer, graph, qvariables, x)
         np.testing.assert_array_equal(simulated, integer, err_msg=str(kind))
@@ -455,21 +457,28 @@ def test_weight_only_is_the_float_network_on_dequantized_weights():
     assert_same_outputs(simulated, expected, 1e-6)
 
 
+def flat_residual(v, x):
+    x = x.reshape(x.shape[0], -1)
+    return x + x @ v["layer"]["kernel"]
+
+
+@pytest.mark.parametrize("input_shape", [(4, 6), (4, 2, 3)])  # read by both as it is, or both in another layout
 @pytest.mark.parametrize("shortcuts", ["float", "quantized"])
-def test_shortcuts(shortcuts):
+def test_shortcuts(shortcuts, input_shape):
     """The residual sum reads the tensor before ("float") or after ("quantized") its quantizer."""
-    case = function_case("residual", lambda v, x: x + x @ v["layer"]["kernel"], {"layer": {"kernel": (6, 6)}}, (4, 6))
+    case = function_case("residual", flat_residual, {"layer": {"kernel": (6, 6)}}, input_shape)
     apply_fn, variables = case.function()
     graph, x = trace(apply_fn, variables, case.input_shape), case.images()
     convention = Convention(edge_bits=None, shortcuts=shortcuts)
     qvariables = quantize_params(graph, variables, {"layer": (jnp.float32(LOW), jnp.float32(HIGH))}, convention)
     kind, other = (OPERANDS, TENSORS) if shortcuts == "float" else (TENSORS, OPERANDS)
     assert list(qvariables[QUANTIZATION][kind]) == ["layer"] and not qvariables[QUANTIZATION][other]
+    x = x.reshape(4, 6)
     x_hat = fake_quant(x, qvariables[QUANTIZATION][kind]["layer"])
     product = x_hat @ qvariables["layer"]["kernel"].dequantize()
     expected = product + (x if shortcuts == "float" else x_hat)
     for integer in (False, True):
-        found = apply_quantized(graph, qvariables, x, integer=integer)
+        found = apply_quantized(graph, qvariables, x.reshape(input_shape), integer=integer)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -201,7 +201,7 @@ def test_the_response_stops_at_its_level():
     np.testing.assert_allclose(margins, wanted, rtol=1e-5)
 
     def response(logits, level):
-        return objective.response(objective.class_margin(logits, labels), level)
+        return objective.response(objective.class_margin(logits, labels), jnp.float32(level))
 
     np.testing.assert_allclose(response(logits, 3.0), np.maximum(3 - np.array(wanted), 0).mean(), rtol=1e-5)
     gradient = jax.grad(response)(logits, 3.0)

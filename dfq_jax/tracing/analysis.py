@@ -241,20 +241,23 @@ class _Analysis:
         norm_at = {bn.output: bn.name for bn in batch_norms}
         readers: dict[int, list[str]] = {}
         leading: set[int] = set()  # operations between tensors and the layers that read them
+        forms: dict[int, set[int]] = {}  # each tensor's value, and the rearrangements of it on the way to layers
         for product, name, (source, chain) in zip(self.products, self.names, self.sources, strict=True):
             readers.setdefault(source, []).append(name)
             leading.update((*chain, product.op.index))
+            forms.setdefault(source, {source}).update(self.program.ops[i].outputs[0] for i in chain)
         tensors = []
         for source, layers in sorted(readers.items()):
             activation, start = self.activations.results.get(source, ("none", source))
-            others = [op for op in self.program.consumers(source) if op.index not in leading]
+            values = forms[source]
+            others = any(op.index not in leading for value in values for op in self.program.consumers(value))
             tensors.append(
                 Tensor(
                     name=self.tensor_names[source],
                     layers=tuple(layers),
                     activation="input" if source == self.program.input else activation,
                     batch_norm=norm_at.get(start),
-                    shared=bool(others) or source in self.program.output_values,
+                    shared=others or not values.isdisjoint(self.program.output_values),
                     value=source,
                     shape=self.program.avals[source].shape,
                 )

@@ -274,7 +274,9 @@ class _Builder:
             stack = str(eqn.source_info.name_stack) if hasattr(eqn, "source_info") else ""
             inner = "/".join(part for part in (scope, stack) if part)
             body = _call_body(eqn)
-            if body is not None and not self._keep_whole(eqn, inputs):
+            if _casts_a_number(eqn, inputs):  # the padding value of jnp.pad: a constant again
+                outputs = [Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))]
+            elif body is not None and not self._keep_whole(eqn, inputs):
                 outputs = self.inline(*body, inputs, inner)
             else:
                 outputs = self._append(eqn, inputs, inner)
@@ -295,6 +297,13 @@ class _Builder:
             self.parameter_only.update(outputs)
         self.ops.append(Op(len(self.ops), eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), scope))
         return outputs
+
+
+def _casts_a_number(eqn: Any, inputs: Sequence[Operand]) -> bool:
+    """Whether an equation gives a constant number another type."""
+    if eqn.primitive.name != "convert_element_type" or not isinstance(inputs[0], Constant):
+        return False
+    return inputs[0].shape == () and jax.dtypes.issubdtype(eqn.params["new_dtype"], np.number)
 
 
 def _small_array(const: Any) -> Any:
