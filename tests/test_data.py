@@ -1,5 +1,6 @@
 """Evaluation data: every kind of spec, and everything that must not load."""
 
+import importlib.resources
 import importlib.util
 import os
 import pathlib
@@ -368,5 +369,6 @@ def test_tfds_refusals(prepared, tmp_path):
 
 
 def test_bundled_file_is_readable_by_our_own_reader():
-    arrays = read_npz(ROOT / "dfq_jax" / "zoo" / "weights" / "fashion_test.npz")
+    # From the installed package: the tests may run where there is no checkout of it.
+    arrays = read_npz(importlib.resources.files("dfq_jax.zoo") / "weights" / "fashion_test.npz")
     assert set(arrays) == {"images", "labels"}
