@@ -13,15 +13,8 @@ import pytest
 import safetensors.numpy
 
 from dfq_jax.zoo import cifar_resnet
-from dfq_jax.zoo.checkpoint import (
-    LAYOUTS,
-    Layout,
-    Rule,
-    flatten_names,
-    load_checkpoint,
-    read_arrays,
-    read_npz,
-)
+from dfq_jax.zoo.checkpoint import flatten_names, load_checkpoint, read_arrays, read_npz
+from dfq_jax.zoo.layouts import LAYOUTS, Layout, Rule
 
 STRUCT = jax.ShapeDtypeStruct
 TEMPLATE = {

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import flax.serialization
@@ -20,122 +18,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dfq_jax.zoo.layouts import FLAX, LAYOUTS, TRANSFORMS, Layout, Rule
 from dfq_jax.zoo.torch_reader import check_archive, read_member, read_torch
 
-__all__ = ["LAYOUTS", "Layout", "Rule", "flatten_names", "load_checkpoint", "read_arrays", "read_npz"]
+__all__ = ["flatten_names", "load_checkpoint", "read_arrays", "read_npz"]
 
 _FORMATS = "safetensors, torch (.pth, .pt, .th), npz, Flax msgpack"
 # Compressed images may be mostly background; 1032 is what deflate can reach at all.
 _NPZ_EXPANSION = 200
 _NPZ_FLOOR = 64 << 20
-
-_TRANSFORMS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
-    # name: (axes the source must have or -1 for any, how to turn them)
-    "copy": (-1, lambda array: array),
-    "conv": (4, lambda array: array.transpose(2, 3, 1, 0)),  # OIHW -> HWIO, grouped and depthwise ones too
-    "linear": (2, lambda array: array.transpose(1, 0)),  # [out, in] -> [in, out]
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    r"""Where the arrays of some names go.
-
-    Attributes:
-        pattern: regular expression for the whole name in the file.
-        target: '/'-joined path in the variables, with ``\1``... for the pattern's groups; None to leave the
-            array out.
-        transform: ``copy``, ``conv`` (OIHW to HWIO) or ``linear`` (transpose).
-
-    Raises:
-        ValueError: if the pattern is no regular expression or the transform is unknown.
-    """
-
-    pattern: str
-    target: str | None
-    transform: str = "copy"
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"pattern: {self.pattern!r} is no regular expression: {error}") from error
-        if self.transform not in _TRANSFORMS:
-            raise ValueError(f"transform: must be one of {', '.join(_TRANSFORMS)}, not {self.transform!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How one program names and arranges its weights.
-
-    Attributes:
-        name: what to call it.
-        description: one line for error messages.
-        signature: regular expressions, each of which matches some whole name of every file in this layout; by
-            them a file's layout is recognized.
-        rules: the table; the first rule that matches a name holds.
-
-    Raises:
-        ValueError: if there are no rules.
-    """
-
-    name: str
-    description: str
-    signature: tuple[str, ...]
-    rules: tuple[Rule, ...]
-
-    def __post_init__(self) -> None:
-        if not self.rules:
-            raise ValueError(f"rules: layout {self.name!r} has none")
-
-    def matches(self, names: Mapping[str, Any]) -> bool:
-        """Whether a file with these names looks like this layout."""
-        return bool(self.signature) and all(
-            any(re.fullmatch(pattern, name) for name in names) for pattern in self.signature
-        )
-
-    def place(self, name: str) -> tuple[Rule, str | None] | None:
-        """The rule for a name and the path it gives (None: left out); None if no rule knows the name."""
-        for rule in self.rules:
-            match = re.fullmatch(rule.pattern, name)
-            if match:
-                return rule, None if rule.target is None else match.expand(rule.target)
-        return None
-
-
-FLAX = Layout(
-    name="flax",
-    description="Flax variables by their paths joined with '/': params/conv1/kernel",
-    signature=(r"[^/]+/.+",),
-    rules=(Rule(pattern=r"(.+)", target=r"\1"),),
-)
-
-AKAMASTER = Layout(
-    name="akamaster",
-    description="CIFAR ResNets of pytorch_resnet_cifar10: layer1.0.conv1.weight, linear.weight",
-    signature=(r"conv1\.weight", r"layer1\.0\.conv1\.weight", r"linear\.weight"),
-    rules=(
-        Rule(pattern=r"conv1\.weight", target=r"params/conv1/kernel", transform="conv"),
-        Rule(pattern=r"bn1\.weight", target=r"params/bn1/scale"),
-        Rule(pattern=r"bn1\.bias", target=r"params/bn1/bias"),
-        Rule(pattern=r"bn1\.running_mean", target=r"batch_stats/bn1/mean"),
-        Rule(pattern=r"bn1\.running_var", target=r"batch_stats/bn1/var"),
-        Rule(
-            pattern=r"layer(\d)\.(\d+)\.(conv\d)\.weight",
-            target=r"params/layer\1_\2/\3/kernel",
-            transform="conv",
-        ),
-        Rule(pattern=r"layer(\d)\.(\d+)\.(bn\d)\.weight", target=r"params/layer\1_\2/\3/scale"),
-        Rule(pattern=r"layer(\d)\.(\d+)\.(bn\d)\.bias", target=r"params/layer\1_\2/\3/bias"),
-        Rule(pattern=r"layer(\d)\.(\d+)\.(bn\d)\.running_mean", target=r"batch_stats/layer\1_\2/\3/mean"),
-        Rule(pattern=r"layer(\d)\.(\d+)\.(bn\d)\.running_var", target=r"batch_stats/layer\1_\2/\3/var"),
-        Rule(pattern=r"linear\.weight", target=r"params/linear/kernel", transform="linear"),
-        Rule(pattern=r"linear\.bias", target=r"params/linear/bias"),
-        Rule(pattern=r".*\.num_batches_tracked", target=None),
-    ),
-)
-
-LAYOUTS: tuple[Layout, ...] = (AKAMASTER, FLAX)
 
 
 def load_checkpoint(
@@ -225,7 +116,7 @@ def _find_layout(
 
 def _fit(array: np.ndarray, rule: Rule, leaf: Any) -> np.ndarray | str:
     """The array turned and cast for a leaf of the template, or what is wrong with it."""
-    rank, turn = _TRANSFORMS[rule.transform]
+    rank, turn = TRANSFORMS[rule.transform]
     if rank not in (-1, array.ndim):
         return f"shape {array.shape}, expected {rank} axes for {rule.transform!r}"
     array = turn(array)

@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from dfq_jax.zoo import cifar_resnet
-from dfq_jax.zoo.checkpoint import Layout, load_checkpoint
+from dfq_jax.zoo.checkpoint import load_checkpoint
+from dfq_jax.zoo.layouts import Layout
 
 __all__ = ["Preprocessing", "ZooEntry", "ZooModel", "list_models", "load_model"]
 

@@ -1,0 +1,9 @@
+"""The layouts that `load_checkpoint` recognizes, one program a module."""
+
+from dfq_jax.zoo.layouts.akamaster import AKAMASTER
+from dfq_jax.zoo.layouts.flax import FLAX
+from dfq_jax.zoo.layouts.table import TRANSFORMS, Layout, Rule
+
+__all__ = ["AKAMASTER", "FLAX", "LAYOUTS", "TRANSFORMS", "Layout", "Rule"]
+
+LAYOUTS: tuple[Layout, ...] = (AKAMASTER, FLAX)
