@@ -21,9 +21,11 @@ from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.execute import apply_quantized, record_tensors, run
 from dfq_jax.folding import fold_batch_norm
 from dfq_jax.graph import Graph, GraphError, trace
+from dfq_jax.pipeline import quantize
 from dfq_jax.qtensor import QTensor, QuantizerParams, dequantize, fake_quant, params_from_range
+from dfq_jax.quantized import Quantized, load
 from dfq_jax.ranges import ESTIMATORS, estimate_ranges, summarize
-from dfq_jax.recipes import RECIPES, Quantized, Recipe, load, quantize
+from dfq_jax.recipes import RECIPES, Recipe
 from dfq_jax.report import Report
 from dfq_jax.synthesis import Progress, Synthesis, SynthesisConfig, SynthesisError, synthesize
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 ApplyFn = Callable[[Any, jax.Array], Any]
 
@@ -53,6 +55,11 @@ def as_function(model: Any, variables: Any = None) -> tuple[ApplyFn, Any]:
     if variables is None:
         raise TypeError("variables: a function (variables, x) needs its variables.")
     return model, variables
+
+
+def on_device(variables: Any) -> Any:
+    """NumPy leaves as JAX arrays: transferred once, and in a type that JAX computes in."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
 
 
 def is_module(model: Any) -> bool:

@@ -6,8 +6,12 @@ import dataclasses
 import html
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from dfq_jax.evaluation import sqnr
+from dfq_jax.execute import OPERANDS, TENSORS
+from dfq_jax.graph import QUANTIZATION, Graph
 from dfq_jax.qtensor import QTensor
 
 
@@ -111,6 +115,37 @@ class Report:
         facts = "".join(row(pair, "td") for pair in self.summary())
         layers = row(self.HEADER, "th") + "".join(row(r, "td") for r in self.rows())
         return f"<table>{facts}</table><table>{layers}</table>"
+
+
+def report_from(fields: Mapping[str, Any]) -> Report:
+    """The report that `Report.to_dict` made these fields of."""
+    layers = tuple(LayerReport(**layer) for layer in fields["layers"])
+    skipped = tuple((name, reason) for name, reason in fields["skipped"])
+    return Report(**{**fields, "layers": layers, "skipped": skipped, "steps": tuple(fields["steps"])})
+
+
+def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerReport, ...]:
+    """One entry for each layer, from the float and the quantized variables."""
+    before = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    after = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    collection = qvariables[QUANTIZATION]
+    quantizers = {**collection[TENSORS], **collection[OPERANDS]}
+    reports = []
+    for layer in graph.layers:
+        kernel, params = after[layer.kernel], quantizers.get(layer.tensor)
+        quantized = isinstance(kernel, QTensor)
+        reports.append(
+            LayerReport(
+                name=layer.name,
+                kind=layer.kind,
+                weight_bits=kernel.bits if quantized else None,
+                activation_bits=None if params is None else params.bits,
+                weight_sqnr=sqnr(before[layer.kernel], kernel.dequantize()) if quantized else None,
+                low=None if params is None else float(params.lo),
+                high=None if params is None else float(params.hi),
+            )
+        )
+    return tuple(reports)
 
 
 def _finite(value: Any) -> Any:

@@ -458,7 +458,7 @@ def test_failing_output_leaves_no_json(folder, files_before, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recipes.Quantized, "save", full)
+    monkeypatch.setattr(dfq_jax.Quantized, "save", full)
     result = run(*QUANTIZE, "--recipe", "noise", "--images", 8, "--output", "a.safetensors", "--json", "a.json")
     assert result.code == 2 and "No space left" in result.err
     assert not new_files(folder, files_before)

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dfq_jax import artifact, recipes
+from dfq_jax import artifact
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig
 from dfq_jax.convention import Convention
 from dfq_jax.execute import OPERANDS, TENSORS
 from dfq_jax.graph import QUANTIZATION, GraphError, trace
+from dfq_jax.pipeline import quantize
 from dfq_jax.qtensor import QTensor
-from dfq_jax.recipes import RECIPES, Recipe, load, quantize
-from dfq_jax.report import LayerReport, Report
+from dfq_jax.quantized import load
+from dfq_jax.recipes import RECIPES, Recipe, recipe_from
+from dfq_jax.report import LayerReport, Report, report_from
 from dfq_jax.synthesis import SynthesisConfig
 
 SHAPE = (2, 8, 8, 3)
@@ -286,8 +288,8 @@ def test_the_report_says_what_was_done():
 def test_the_report_in_json():
     report = fast().report
     fields = json.loads(report.to_json())
-    assert recipes._report_from(fields) == dataclasses.replace(report)
-    assert recipes._recipe_from(fields["settings"]) == FAST
+    assert report_from(fields) == dataclasses.replace(report)
+    assert recipe_from(fields["settings"]) == FAST
 
 
 def test_a_report_of_exact_layers():
@@ -311,7 +313,7 @@ def test_a_report_of_skipped_and_float_layers():
     )  # fmt: skip
     assert "not quantized: b: its kernel is computed" in str(report)
     assert report.rows() == [("a", "conv", "float", "float", "-", "-")]
-    assert recipes._report_from(json.loads(report.to_json())) == report
+    assert report_from(json.loads(report.to_json())) == report
 
 
 # --- files ---

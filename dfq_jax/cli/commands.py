@@ -24,8 +24,9 @@ from dfq_jax.cli.output import (
 )
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.evaluation import accuracy
-from dfq_jax.recipes import Quantized, Recipe, get_recipe, load
-from dfq_jax.recipes import quantize as quantize_network
+from dfq_jax.pipeline import quantize as quantize_network
+from dfq_jax.quantized import Quantized, load
+from dfq_jax.recipes import Recipe, get_recipe
 from dfq_jax.synthesis import SynthesisError
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."

@@ -21,7 +21,8 @@ from dfq_jax.cli.output import (
 )
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.evaluation import accuracy
-from dfq_jax.recipes import RECIPES, Recipe, quantize
+from dfq_jax.pipeline import quantize
+from dfq_jax.recipes import RECIPES, Recipe
 
 MODEL = "fashion_resnet20"
 DATA = "bundled"

@@ -1,0 +1,255 @@
+"""The one call that runs a recipe: `quantize`."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from dfq_jax.adapters import as_function, on_device
+from dfq_jax.batch_norm import adapt_batch_norm, correct_bias
+from dfq_jax.comparison import Comparison, compare
+from dfq_jax.convention import Convention, Ranges, quantize_params
+from dfq_jax.graph import Graph, trace
+from dfq_jax.quantized import Quantized
+from dfq_jax.ranges import check_images, estimate_ranges
+from dfq_jax.recipes import Recipe, get_recipe
+from dfq_jax.report import Report, layer_reports, packed_size
+from dfq_jax.synthesis import Progress, synthesize
+from dfq_jax.synthesis.pixels import check_variables
+
+# Fewer held-out images than this decide nothing.
+MIN_HELD_OUT = 8
+
+
+def quantize(
+    model: Any,
+    variables: Any = None,
+    *,
+    input_shape: Sequence[int],
+    recipe: str | Recipe = "fast",
+    bits: str = "w8a8",
+    edge_bits: int | None = 8,
+    convention: Convention | None = None,
+    key: Key[Array, ""] | int = 0,
+    images: Float[Array, "n ..."] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Quantized:
+    """Quantize a trained network without data.
+
+    Args:
+      model: a Linen module, an NNX module, or a function `(variables, x) -> outputs` in inference mode.
+      variables: its variables (optional for NNX).
+      input_shape: shape of its input, `[N, H, W, C]`; N is free.
+      recipe: a name in `RECIPES`, or a `Recipe` (`RECIPES["fast"].replace(synthesis_steps=500)`).
+      bits: "w8a8", "w4a4", "w4a16" (float activations), ...
+      edge_bits: bits of the first and last layer; None for the same as all others.
+      convention: everything about bits, in place of `bits` and `edge_bits`.
+      key: a JAX key or a seed.
+      images: preprocessed images to use in place of synthetic ones, `[N, H, W, C]`.
+      on_progress: called while images are made.
+      on_stage: called with the name of each stage as it begins.
+      checkpoint: file to keep unfinished synthesis in; the same call resumes from it.
+
+    Returns:
+      The quantized network.
+
+    Raises:
+      ValueError, TypeError: arguments, weights or a network that cannot be quantized so; before any long work.
+      KeyboardInterrupt: interrupted during synthesis (a checkpoint, if asked for, is kept).
+    """
+    recipe = get_recipe(recipe)
+    if convention is None:
+        convention = Convention.parse(bits, edge_bits=edge_bits, weight_range=recipe.weight_range)
+    elif not isinstance(convention, Convention):
+        raise TypeError(f"convention: expected a Convention, found {convention!r}; for a name use bits=...")
+    key = as_key(key)
+    input_shape = _as_shape(input_shape)
+    apply_fn, variables = as_function(model, variables)
+    variables = on_device(variables)
+    clock = _Clock(on_stage)
+    with clock("trace"):
+        graph = trace(apply_fn, variables, input_shape)
+        check_variables(graph, variables)
+    with clock("images"):
+        images, origin = _images(graph, variables, recipe, convention, key, images, on_progress, checkpoint)
+    job = _Job(graph=graph, variables=variables, recipe=recipe, convention=convention, images=images)
+    with clock("ranges"):
+        ranges = job.ranges()
+    with clock("weights"):
+        qvariables = quantize_params(graph, variables, ranges, convention)
+    with clock("adapt"):
+        qvariables = job.adapt(qvariables)
+    with clock("compare"):
+        compared = compare(graph, variables, qvariables, images, batch_size=recipe.batch_size)
+    report = Report(
+        recipe=recipe.name,
+        settings=dataclasses.asdict(recipe),
+        convention=convention.describe(),
+        key=np.asarray(jax.random.key_data(key)).reshape(-1).tolist(),
+        images=origin,
+        seconds=clock.seconds,
+        agreement=compared.agreement,
+        sqnr=compared.sqnr,
+        layers=layer_reports(graph, variables, qvariables),
+        skipped=tuple((s.name, s.reason) for s in graph.skipped),
+        steps=tuple(job.steps),
+        size=packed_size(graph.leaves(qvariables)),
+    )
+    return Quantized(
+        variables=qvariables, graph=graph, report=report, recipe=recipe, convention=convention, images=images
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Job:
+    """What the stages of one call share, and the list of what they decided."""
+
+    graph: Graph
+    variables: Any
+    recipe: Recipe
+    convention: Convention
+    images: Any
+    steps: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        held_out = round(self.recipe.held_out * len(self.images))
+        if held_out < MIN_HELD_OUT:
+            held_out = 0
+        # Steps are fitted to one part of the images and judged on the other.
+        self.fitted = self.images[: len(self.images) - held_out]
+        self.held_out = self.images[len(self.images) - held_out :]
+
+    def ranges(self) -> Ranges:
+        if self.convention.activation_bits is None:
+            return {}
+        return estimate_ranges(
+            self.graph,
+            self.variables,
+            self.images,
+            self.convention,
+            estimator=self.recipe.estimator,
+            batch_size=self.recipe.batch_size,
+        )
+
+    def adapt(self, qvariables: Any) -> Any:
+        """Adaptation of BatchNorm statistics and biases."""
+        config = self.recipe.batch_norm
+        if config is not None and self.graph.batch_norms:
+            qvariables = self.consider(
+                f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}",
+                qvariables,
+                lambda q: adapt_batch_norm(
+                    self.graph, self.variables, q, self.fitted, config, batch_size=self.recipe.batch_size
+                ),
+            )
+        if self.recipe.bias_correction:
+            # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
+            qvariables = self.consider(
+                "bias correction",
+                qvariables,
+                lambda q: correct_bias(self.graph, self.variables, q, self.fitted, normalized=config is None),
+            )
+        return qvariables
+
+    def consider(self, name: str, current: Any, step: Callable[[Any], Any]) -> Any:
+        """`step(current)`, or `current` where the step raises the error on the held-out images."""
+        candidate = step(current)
+        if not len(self.held_out):
+            self.steps.append(name)
+            return candidate
+        before, after = (self.judge(v).divergence for v in (current, candidate))
+        kept = after <= before
+        self.steps.append(f"{name}: {'kept' if kept else 'dropped'}, held-out divergence {before:.4g} -> {after:.4g}")
+        return candidate if kept else current
+
+    def judge(self, qvariables: Any) -> Comparison:
+        return compare(self.graph, self.variables, qvariables, self.held_out, batch_size=self.recipe.batch_size)
+
+
+# --- arguments ---
+
+
+def as_key(key: Any) -> Key[Array, ""]:
+    """A JAX key from a key or a seed."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        try:
+            return jax.random.key(int(key))
+        except OverflowError:
+            raise ValueError(f"key: expected a seed of at most 64 bits, found {key}.") from None
+    if hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    if getattr(key, "dtype", None) == jnp.uint32 and getattr(key, "shape", None) == (2,):
+        return jax.random.wrap_key_data(key)
+    raise TypeError(f"key: expected a JAX key or an integer seed, found {key!r}.")
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(map(operator.index, shape))
+    except TypeError:
+        found = ()
+    if len(found) < 2 or any(d < 1 for d in found):
+        raise ValueError(f"input_shape: expected a shape [N, ..., C] such as (1, 32, 32, 3), found {shape!r}.")
+    return found
+
+
+# --- images ---
+
+
+def _images(
+    graph: Graph,
+    variables: Any,
+    recipe: Recipe,
+    convention: Convention,
+    key: jax.Array,
+    images: Any,
+    on_progress: Callable[[Progress], None] | None,
+    checkpoint: str | Path | None,
+) -> tuple[Any, str]:
+    """The images to work with, and where they came from."""
+    if images is not None:
+        images = jnp.asarray(images)
+        check_images(graph, images)
+        return images, f"{len(images)} given"
+    count = recipe.synthesis.num_images
+    needed = convention.activation_bits is not None or graph.batch_norms
+    if recipe.source == "noise" or not needed:
+        noise = jax.random.normal(key, (count, *graph.input.shape[1:]), jnp.float32)
+        return noise, f"{count} of Gaussian noise"
+    result = synthesize(graph, variables, key, recipe.synthesis, on_progress=on_progress, checkpoint=checkpoint)
+    if not result.completed:
+        raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
+    loss = np.mean(result.losses)
+    return result.images, f"{count} synthesized in {recipe.synthesis.steps} steps (final loss {loss:.3g})"
+
+
+class _Clock:
+    """Wall time of named stages."""
+
+    def __init__(self, on_stage: Callable[[str], None] | None):
+        self.seconds: dict[str, float] = {}
+        self._on_stage = on_stage
+        self._stage = ""
+
+    def __call__(self, stage: str) -> _Clock:
+        self._stage = stage
+        if self._on_stage is not None:
+            self._on_stage(stage)
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self._stage] = round(time.perf_counter() - self._began, 3)

@@ -1,0 +1,115 @@
+"""A quantized network as one value that runs, saves and loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dfq_jax import artifact
+from dfq_jax.adapters import as_function, on_device
+from dfq_jax.comparison import apply_jitted
+from dfq_jax.convention import Convention
+from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized
+from dfq_jax.graph import QUANTIZATION, Graph, GraphError, is_quantized, trace, with_quantization
+from dfq_jax.recipes import Recipe, recipe_from
+from dfq_jax.report import Report, report_from
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A quantized network.
+
+    Attributes:
+      variables: the variables with `QTensor` kernels, adapted BatchNorm statistics and the collection "quantization".
+      graph: the traced network.
+      report: what was done.
+      recipe, convention: how.
+      images: the images it was made with, `[N, H, W, C]`.
+    """
+
+    variables: Any
+    graph: Graph
+    report: Report
+    recipe: Recipe
+    convention: Convention
+    images: Any
+
+    @property
+    def apply(self) -> Callable[[Any, jax.Array], Any]:
+        """`(variables, x) -> outputs`: the same contract as the float network, ready for `jax.jit`."""
+        return functools.partial(apply_quantized, self.graph)
+
+    @property
+    def apply_integer(self) -> Callable[[Any, jax.Array], Any]:
+        """As `apply`, with int8 products."""
+        return functools.partial(apply_quantized, self.graph, integer=True)
+
+    def __call__(self, x: Float[Array, "n ..."]) -> Any:
+        return apply_jitted(self.graph, self.variables, x)
+
+    def save(self, path: str | Path, **header: Any) -> None:
+        """Write one safetensors file that `dfq_jax.load` reads; `header` adds facts of your own."""
+        save_quantized(path, self, **header)
+
+
+def save_quantized(path: str | Path, quantized: Quantized, **header: Any) -> None:
+    """Write a quantized network to one safetensors file."""
+    facts = {
+        **header,
+        "graph": quantized.graph.digest,
+        "input_shape": list(quantized.graph.input.shape),
+        "recipe": dataclasses.asdict(quantized.recipe),
+        "convention": dataclasses.asdict(quantized.convention),
+        "report": quantized.report.to_dict(),
+    }
+    artifact.save(path, quantized.variables, header=facts)
+
+
+def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
+    """Read a quantized network back.
+
+    Args:
+      path: a file written by `Quantized.save`.
+      model: the same model it was made from.
+      variables: a tree of the model's structure: its float variables, or `jax.eval_shape` of them. Optional for NNX
+        modules, and for Linen modules that `init` with a key and an input alone.
+
+    Returns:
+      The quantized network (without the images it was made with).
+
+    Raises:
+      ArtifactError: the file is damaged, foreign, or of another model; the message says what differs.
+    """
+    _, header = artifact.load(path)
+    missing = {"graph", "input_shape", "recipe", "convention", "report"} - set(header)
+    if missing:
+        raise artifact.ArtifactError(f"{path}: the header lacks {sorted(missing)}; was it written by Quantized.save?")
+    shape = tuple(header["input_shape"])
+    if variables is None and hasattr(model, "init"):
+        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+    apply_fn, variables = as_function(model, variables)
+    variables = on_device(variables)
+    try:
+        graph = trace(apply_fn, variables, shape)
+    except GraphError as error:
+        raise artifact.ArtifactError(
+            f"{path}: the model given cannot be what the file was made from: {error}"
+        ) from error
+    restored, _ = artifact.restore(path, variables, expect={"graph": graph.digest})
+    # A file has leaves only: empty parts of the collection are added again, so that trees have one structure.
+    collection = restored[QUANTIZATION] if is_quantized(restored) else {}
+    return Quantized(
+        variables=with_quantization(restored, {TENSORS: {}, OPERANDS: {}, **collection}),
+        graph=graph,
+        report=report_from(header["report"]),
+        recipe=recipe_from(header["recipe"]),
+        convention=Convention(**header["convention"]),
+        images=None,
+    )
