@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import apply_quantized
 from dfq_jax.graph import Graph
-from dfq_jax.ranges import batches
+from dfq_jax.ranges import batches, check_images
 from dfq_jax.synthesis.pixels import num_classes
 
 
@@ -44,7 +44,11 @@ def compare(
       qvariables: from `quantize_params`.
       images: `[N, H, W, C]`, preprocessed.
       batch_size: images in one pass.
+
+    Raises:
+      ValueError: no images, or images that the network does not take.
     """
+    check_images(graph, images)
     classes = num_classes(graph)
 
     def scores(outputs: Any) -> np.ndarray:

@@ -507,3 +507,59 @@ def test_the_graph_of_a_quantized_network_is_that_of_the_float_one():
     graph = trace(*CASE.function(), SHAPE)
     assert fast().graph == graph
     assert isinstance(fast().recipe, Recipe)
+
+
+# --- steps judged on held-out images ---
+
+
+@functools.cache
+def judged(batch_norm_method="differential"):
+    case = model_grid.cifar_resnet8()
+    recipe = FAST.replace(held_out=0.5, batch_norm=BatchNormConfig(method=batch_norm_method), bias_correction=False)
+    images = jax.random.normal(jax.random.key(3), (32, *case.input_shape[1:]))
+    return case, recipe, images
+
+
+def test_step_that_helps_is_kept():
+    case, recipe, images = judged()
+    result = quantize(
+        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w3a3", images=images
+    )
+    (step,) = result.report.steps
+    assert "kept, held-out divergence" in step
+    before, after = map(float, step.split("divergence ")[1].split(" -> "))
+    assert after < before
+
+
+def test_step_that_harms_is_dropped():
+    # Noise is far from what the network was trained on: its statistics in place of the stored ones ruin it.
+    case, recipe, images = judged("absolute")
+    images = 5 + 3 * images
+    without = quantize(
+        case.model,
+        case.variables,
+        input_shape=case.input_shape,
+        recipe=recipe.replace(batch_norm=None),
+        bits="w4a4",
+        images=images,
+    )
+    result = quantize(
+        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w4a4", images=images
+    )
+    assert "dropped" in result.report.steps[0]
+    for ours, theirs in zip(jax.tree.leaves(result.variables), jax.tree.leaves(without.variables), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_too_few_images_decide_nothing():
+    case, recipe, images = judged()
+    result = quantize(
+        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w4a4", images=images[:8]
+    )
+    assert result.report.steps == ("differential BatchNorm adaptation, layer by layer",)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, "half"])
+def test_held_out_share(share):
+    with pytest.raises(ValueError, match="held_out"):
+        FAST.replace(held_out=share)
