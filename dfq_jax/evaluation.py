@@ -15,22 +15,41 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dfq_jax.adapters import ApplyFn
 
+TOP = 5
 Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 accuracy in percent over `n` images, and agreement with a reference network in percent."""
+    """Accuracy in percent over `n` images, and agreement of the first choices with a reference network in percent.
+
+    Attributes:
+      top1: images whose label is the likeliest class.
+      n: number of images.
+      agreement: images for which the reference network has the same likeliest class; None without a reference.
+      top5: images whose label is among the five likeliest classes; None where there are no more classes than that.
+    """
 
     top1: float
     n: int
     agreement: float | None = None
+    top5: float | None = None
 
     @property
     def margin(self) -> float:
         """Half width of the 95 % confidence interval of `top1`, in percent (Wilson)."""
-        p, n, z = self.top1 / 100, self.n, 1.96
-        return 100 * z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        return wilson_margin(self.top1, self.n)
+
+    @property
+    def top5_margin(self) -> float | None:
+        """As `margin`, of `top5`."""
+        return None if self.top5 is None else wilson_margin(self.top5, self.n)
+
+
+def wilson_margin(percent: float, n: int) -> float:
+    """Half width, in percent, of Wilson's 95 % confidence interval of a share of `n`."""
+    p, z = percent / 100, 1.96
+    return 100 * z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
 
 
 def predict(
@@ -42,8 +61,8 @@ def predict(
     logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
     batch_size: int = 256,
     on_progress: Progress | None = None,
-) -> Int[np.ndarray, " n"]:
-    """The predicted class of each image.
+) -> Int[np.ndarray, "n k"]:
+    """The likeliest classes of each image.
 
     Args:
       apply_fn: `(variables, x) -> outputs`; compiled once, with the last batch padded to the same size.
@@ -55,7 +74,7 @@ def predict(
       on_progress: called with (images done, images in all).
 
     Returns:
-      `[N]` class indices.
+      `[N, 5]` class indices, the likeliest first; `[N, 1]` where there are no more than five classes.
     """
     if len(images) == 0:
         raise ValueError("images: found none to evaluate on.")
@@ -75,17 +94,37 @@ def predict(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _classes(apply_fn: ApplyFn, logits: Callable[[Any], jax.Array], variables: Any, x: jax.Array) -> jax.Array:
-    return logits(apply_fn(variables, x)).argmax(-1)
+    scores = logits(apply_fn(variables, x))
+    return jax.lax.top_k(scores, TOP if scores.shape[-1] > TOP else 1)[1]
 
 
 def accuracy(
-    predicted: Int[np.ndarray, " n"],
+    predicted: Int[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
-    reference: Int[np.ndarray, " n"] | None = None,
+    reference: Int[np.ndarray, "n k"] | None = None,
 ) -> Accuracy:
-    """Top-1 against labels, and agreement with the reference's predictions."""
-    agreement = None if reference is None else 100.0 * float((predicted == reference).mean())
-    return Accuracy(top1=100.0 * float((predicted == np.asarray(labels)).mean()), n=len(labels), agreement=agreement)
+    """Top-1 and top-5 against labels, and agreement with the reference's first choices.
+
+    Args:
+      predicted: from `predict`, the likeliest class first.
+      labels: `[N]`.
+      reference: of another network on the same images.
+
+    Raises:
+      ValueError: the shapes do not belong to the same images.
+    """
+    labels = np.asarray(labels)
+    if predicted.ndim != 2 or len(predicted) != len(labels):
+        raise ValueError(f"predicted: expected [N, k] for {len(labels)} labels, found shape {predicted.shape}.")
+    if reference is not None and len(reference) != len(labels):
+        raise ValueError(f"reference: expected [N, k] for {len(labels)} labels, found shape {reference.shape}.")
+    hits = predicted == labels[:, None]
+    return Accuracy(
+        top1=100.0 * float(hits[:, 0].mean()),
+        n=len(labels),
+        agreement=None if reference is None else 100.0 * float((predicted[:, 0] == reference[:, 0]).mean()),
+        top5=100.0 * float(hits.any(1).mean()) if predicted.shape[1] == TOP else None,
+    )
 
 
 def sqnr(reference: Float[Array, "..."], other: Float[Array, "..."]) -> float:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dfq_jax.depthwise import depthwise_product, is_supported
 from dfq_jax.graph import QUANTIZATION, BatchNorm, Graph, Layer, Tensor, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
@@ -68,7 +69,17 @@ class LayerCall:
 
     def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """The program's own primitive on other operands of the same types."""
+        if self.shifted:
+            return self._shifted_product(operand, kernel)
         return self.op(*self._ordered(operand, kernel))[0]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the layer is computed as a sum of shifted products: a depthwise convolution on CPU."""
+        if self.layer.kind != "conv" or self.layer.kernel_operand != 1 or jax.default_backend() != "cpu":
+            return False
+        avals = self.graph.program.avals
+        return is_supported(self.op.params, *(avals[value].shape for value in self.op.inputs))
 
     def float32_product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """The product of float32 operands, in full precision."""
@@ -139,7 +150,14 @@ class LayerCall:
     def _ordered(self, operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (kernel, operand) if self.layer.kernel_operand == 0 else (operand, kernel)
 
+    def _shifted_product(self, operand: jax.Array, kernel: jax.Array, padding: Any = None) -> jax.Array:
+        params = self.op.params
+        padding = params["padding"] if padding is None else padding
+        return depthwise_product(operand, kernel, tuple(params["window_strides"]), tuple(map(tuple, padding)))
+
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padding: Any) -> jax.Array:
+        if self.shifted:
+            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
         params = self.op.params
         lhs, rhs = self._ordered(operand, kernel)
         precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -225,12 +243,12 @@ def run(
             bn = norms[op.index]
             result = batch_norm(bn, env[bn.input], batch_norm_parameters(bn, leaves))
             store(op.outputs[0], result.astype(program.avals[op.outputs[0]].dtype))
-        elif op.index in layers and layer is not None:
+        elif op.index in layers:
             item = layers[op.index]
             source = sources.get(item.tensor, env[graph.tensor(item.tensor).value])
             operand = env[op.inputs[1 - item.kernel_operand]]
             call = LayerCall(item, op, graph, source, operand, leaves[item.kernel_index])
-            store(op.outputs[0], layer(call).astype(program.avals[op.outputs[0]].dtype))
+            store(op.outputs[0], (layer or LayerCall.default)(call).astype(program.avals[op.outputs[0]].dtype))
         else:
             for value, result in zip(op.outputs, op(*map(read, op.inputs)), strict=True):
                 store(value, result)

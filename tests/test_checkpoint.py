@@ -269,7 +269,7 @@ def test_bad_rules():
         Rule(pattern="a", target="b", transform="flip")
     with pytest.raises(ValueError, match="rules: layout 'x' has none"):
         Layout(name="x", description="", signature=(), rules=())
-    assert [layout.name for layout in LAYOUTS] == ["akamaster", "flax"]
+    assert [layout.name for layout in LAYOUTS] == ["akamaster", "efficientnet_lite", "flax"]
 
 
 # Bad files

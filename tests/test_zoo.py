@@ -37,6 +37,11 @@ def test_list():
         "cifar_resnet44",
         "cifar_resnet56",
         "cifar_resnet110",
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
+        "efficientnet_lite3",
+        "efficientnet_lite4",
     )
     start = time.perf_counter()
     zoo.list_models()

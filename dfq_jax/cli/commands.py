@@ -19,6 +19,7 @@ from dfq_jax.cli.output import (
     convention_facts,
     environment,
     print_table,
+    top5_with_margin,
     with_margin,
     write_json,
 )
@@ -114,7 +115,7 @@ def quantize(
         before = after = None
         if data is not None:
             reference, seconds["evaluate_float"] = reporter.timed(
-                "evaluating the float network", target.classify, *target.function, data.images
+                "evaluating the float network", target.classify, *target.traced_function, data.images
             )
             found, seconds["evaluate_quantized"] = reporter.timed(
                 "evaluating the quantized network",
@@ -129,11 +130,17 @@ def quantize(
     print(quantized.report.table())
     if after is not None:
         rows = [
-            ("float", with_margin(before), "", str(before.n)),
-            (quantized.convention.name.upper(), with_margin(after), f"{after.agreement:.2f}", str(after.n)),
+            ("float", with_margin(before), top5_with_margin(before), "", str(before.n)),
+            (
+                quantized.convention.name.upper(),
+                with_margin(after),
+                top5_with_margin(after),
+                f"{after.agreement:.2f}",
+                str(after.n),
+            ),
         ]
         print()
-        print_table(("network", "top-1 %", "agreement %", "images"), rows, right=("agreement %", "images"))
+        print_table(("network", "top-1 %", "top-5 %", "agreement %", "images"), rows, right=("agreement %", "images"))
     seconds["total"] = round(time.perf_counter() - began, 3)
     if json is not None:
         measured = {
@@ -174,8 +181,9 @@ def evaluate(
             "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images.images
         )
     result = accuracy(found, images.labels)
-    row = (quantized.convention.name.upper(), with_margin(result), str(result.n), f"{seconds:.1f}")
-    print_table(("network", "top-1 %", "images", "seconds"), [row], right=("images", "seconds"))
+    name_of_bits = quantized.convention.name.upper()
+    row = (name_of_bits, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
+    print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
     print(f"convention: {quantized.convention.describe()}")
     if json is not None:
         timing = {"evaluate_quantized": seconds, "total": round(time.perf_counter() - began, 3)}

@@ -54,7 +54,7 @@ def demo(*, json: Annotated[Path | None, arg(metavar="FILE")] = None) -> None:
     data = model.load_data(DATA)
     with open_display() as display:
         reporter = Reporter(display)
-        reference, seconds = reporter.timed("float: evaluating", model.classify, *model.function, data.images)
+        reference, seconds = reporter.timed("float: evaluating", model.classify, *model.traced_function, data.images)
         before = accuracy(reference, data.labels)
         rows = [("float", "", "", "", "", with_margin(before), "", "")]
         results: list[dict[str, Any]] = []

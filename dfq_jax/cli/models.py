@@ -19,6 +19,7 @@ from dfq_jax import zoo
 from dfq_jax.adapters import ApplyFn, as_function
 from dfq_jax.data import Dataset, load_data
 from dfq_jax.evaluation import predict
+from dfq_jax.execute import run
 from dfq_jax.graph import Graph, trace
 from dfq_jax.synthesis.pixels import num_classes
 from dfq_jax.zoo.registry import abstract_model
@@ -58,6 +59,11 @@ class Model:
         """The network as traced."""
         return trace(*self.function, self.input_shape)
 
+    @functools.cached_property
+    def traced_function(self) -> tuple[ApplyFn, Any]:
+        """As `function`, run from the graph: the same outputs, and much faster for depthwise networks on CPU."""
+        return functools.partial(run, self.graph), self.function[1]
+
     def load_data(self, spec: str, limit: int | None = None) -> Dataset:
         """Labeled images that fit the network.
 
@@ -76,8 +82,8 @@ class Model:
 
     def classify(
         self, apply_fn: ApplyFn, variables: Any, images: np.ndarray, on_progress: Callable[[int, int], None]
-    ) -> Int[np.ndarray, " n"]:
-        """Classes that this network, or a quantized form of it, sees in raw images."""
+    ) -> Int[np.ndarray, "n k"]:
+        """The likeliest classes that this network, or a quantized form of it, sees in raw images."""
         return predict(
             apply_fn,
             variables,

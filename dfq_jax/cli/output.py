@@ -63,14 +63,25 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
 
 
 def accuracy_facts(accuracy: Accuracy) -> dict[str, float]:
-    """Percentages for JSON: top-1, half width of its 95 % interval, and agreement where it was measured."""
-    facts = {"top1": accuracy.top1, "margin": accuracy.margin, "agreement": accuracy.agreement}
+    """Percentages for JSON: top-1 and top-5 with half widths of their 95 % intervals, and agreement, where measured."""
+    facts = {
+        "top1": accuracy.top1,
+        "margin": accuracy.margin,
+        "top5": accuracy.top5,
+        "top5_margin": accuracy.top5_margin,
+        "agreement": accuracy.agreement,
+    }
     return {name: round(value, 4) for name, value in facts.items() if value is not None}
 
 
 def with_margin(accuracy: Accuracy) -> str:
     """Top-1 with its 95 % interval."""
     return f"{accuracy.top1:.2f} +/- {accuracy.margin:.2f}"
+
+
+def top5_with_margin(accuracy: Accuracy) -> str:
+    """Top-5 with its 95 % interval; empty where there are too few classes."""
+    return "" if accuracy.top5 is None else f"{accuracy.top5:.2f} +/- {accuracy.top5_margin:.2f}"
 
 
 def convention_facts(convention: Convention) -> dict[str, Any]:

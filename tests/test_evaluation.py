@@ -1,0 +1,50 @@
+"""Top-1 and top-5 against a count in NumPy, and their intervals."""
+
+import numpy as np
+import pytest
+
+from dfq_jax.evaluation import accuracy, predict
+
+rng = np.random.default_rng(0)
+
+
+def scores(variables, x):
+    return x.reshape(x.shape[0], -1) @ variables
+
+
+@pytest.mark.parametrize(("classes", "columns"), [(3, 1), (5, 1), (6, 5), (20, 5)])
+def test_predictions_are_sorted(classes, columns):
+    weights = rng.normal(size=(12, classes)).astype(np.float32)
+    images = rng.integers(0, 256, (23, 2, 2, 3), np.uint8)
+    seen = []
+    found = predict(
+        scores, weights, images, lambda x: x / np.float32(255), batch_size=5, on_progress=lambda *p: seen.append(p)
+    )
+    expected = np.argsort(-(images.reshape(23, -1) / 255 @ weights), axis=1)[:, :columns]
+    np.testing.assert_array_equal(found, expected)
+    assert seen == [(5, 23), (10, 23), (15, 23), (20, 23), (23, 23)]
+
+
+def test_accuracy():
+    predicted = np.array([[0, 1, 2, 3, 4], [5, 0, 1, 2, 3], [1, 2, 3, 4, 5], [2, 1, 0, 5, 4]])
+    found = accuracy(predicted, np.array([0, 3, 0, 4]), predicted[::-1])
+    assert (found.top1, found.top5, found.agreement, found.n) == (25.0, 75.0, 0.0, 4)
+    assert accuracy(predicted[:, :1], np.array([0, 3, 0, 4])).top5 is None
+
+
+def test_margins_are_those_of_wilson():
+    # Wilson's interval solves (p - share)^2 = z^2 p (1 - p) / n for p.
+    found = accuracy(np.tile(np.arange(5), (100, 1)), np.where(np.arange(100) < 80, 0, 9))
+    n, share, z = 100, 0.8, 1.96
+    roots = np.roots([1 + z**2 / n, -(2 * share + z**2 / n), share**2])
+    assert found.margin == pytest.approx(100 * abs(roots[0] - roots[1]) / 2)
+    assert found.top5_margin == pytest.approx(found.margin)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="predicted: expected"):
+        accuracy(np.zeros(3, int), np.zeros(3, int))
+    with pytest.raises(ValueError, match="reference: expected"):
+        accuracy(np.zeros((3, 1), int), np.zeros(3, int), np.zeros((2, 1), int))
+    with pytest.raises(ValueError, match="found none to evaluate on"):
+        predict(scores, np.zeros((12, 3)), np.zeros((0, 2, 2, 3), np.uint8), lambda x: x)
