@@ -114,6 +114,14 @@ class InceptionC(nn.Module):
         return jnp.concatenate([a, *b, *c, d], axis=-1)
 
 
+# The blocks of each image size, with the number of channels that they leave open.
+STAGES = (
+    ((InceptionA, 32), (InceptionA, 64), (InceptionA, 64)),
+    ((ReductionA,), (InceptionB, 128), (InceptionB, 160), (InceptionB, 160), (InceptionB, 192)),
+    ((ReductionB,), (InceptionC,), (InceptionC,)),
+)
+
+
 class InceptionV3(nn.Module):
     """An Inception v3.
 
@@ -145,13 +153,8 @@ class InceptionV3(nn.Module):
         x = conv(80, name="stem4")(x, train)
         x = conv(192, 3, 1, 0, name="stem5")(x, train)
         x = max_pool(x, 3, 2, (0, 0))
-        stages = (
-            (InceptionA(32), InceptionA(64), InceptionA(64)),
-            (ReductionA(), InceptionB(128), InceptionB(160), InceptionB(160), InceptionB(192)),
-            (ReductionB(), InceptionC(), InceptionC()),
-        )
-        for stage, blocks in enumerate(stages, start=1):
-            for block, module in enumerate(blocks, start=1):
-                x = module.clone(name=f"stage{stage}_block{block}", dtype=self.dtype)(x, train)
+        for stage, blocks in enumerate(STAGES, start=1):
+            for block, (module, *inner) in enumerate(blocks, start=1):
+                x = module(*inner, dtype=self.dtype, name=f"stage{stage}_block{block}")(x, train)
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)

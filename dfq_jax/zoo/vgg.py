@@ -24,6 +24,8 @@ class VGG16(nn.Module):
 
     Attributes:
         num_classes: number of logits.
+        conv_bias: whether convolutions have a bias before their BatchNorm, as in torchvision, timm and pytorchcv's
+            `bn_vgg16b`; pytorchcv's `bn_vgg16` has none.
         dropout: rate after each hidden dense layer in training, for which `apply` then needs the stream `dropout`.
         dtype: computation dtype; None takes that of the input and the parameters.
 
@@ -32,6 +34,7 @@ class VGG16(nn.Module):
     """
 
     num_classes: int = 1000
+    conv_bias: bool = True
     dropout: float = 0.5
     dtype: Any = None
 
@@ -51,7 +54,7 @@ class VGG16(nn.Module):
         for stage, (features, count) in enumerate(STAGES, start=1):
             for index in range(1, count + 1):
                 name = f"stage{stage}_conv{index}"
-                x = ConvNorm(features, 3, use_bias=True, dtype=self.dtype, name=name)(x, train)
+                x = ConvNorm(features, 3, use_bias=self.conv_bias, dtype=self.dtype, name=name)(x, train)
             x = max_pool(x, 2, 2, (0, 0))
         x = adaptive_average_pool(x, POOLED_SIDE)
         # Channels first, then flat: the order that the trained dense layers have their inputs in.
