@@ -98,7 +98,7 @@ def _find_layout(
 ) -> Layout:
     if isinstance(layout, Layout):
         return layout
-    known = "; ".join(f"{known.name} ({known.description})" for known in LAYOUTS)
+    known = ", ".join(known.name for known in LAYOUTS) + " (dfq_jax.zoo.LAYOUTS describes them)"
     if layout is not None:
         for candidate in LAYOUTS:
             if candidate.name == layout:

@@ -177,8 +177,8 @@ class ZooEntry:
             measured.
         trained_on: name of the training data.
         source: where the architecture and the weights come from.
-        known_size: the network's size where it is stated, so that asking for it builds nothing; None to have it
-            counted.
+        known_size: what `num_parameters` and `macs` are, stated so that listing models builds none; None to have
+            them counted in the network, which takes a second for a deep one.
 
     Raises:
         ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
@@ -212,21 +212,19 @@ class ZooEntry:
         return abstract_model(self)[1]
 
     @functools.cached_property
-    def size(self) -> Size:
-        """Parameters and multiply-accumulates: as stated, or counted in the traced network, which takes seconds."""
-        if self.known_size is not None:
-            return self.known_size
-        module, template, parameters = abstract_model(self)
-        graph = trace(*as_function(module, template), self.input_shape)
-        return Size(
-            sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)),
-            sum(layer.macs for layer in graph.layers),
-        )
-
-    @property
     def num_parameters(self) -> int:
         """Number of trained parameters, running statistics not counted."""
-        return self.size.parameters
+        if self.known_size is not None:
+            return self.known_size.parameters
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(self)[2]))
+
+    @functools.cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of the layers for one image of `input_shape`, found by tracing."""
+        if self.known_size is not None:
+            return self.known_size.macs
+        module, template, _ = abstract_model(self)
+        return sum(layer.macs for layer in trace(*as_function(module, template), self.input_shape).layers)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
