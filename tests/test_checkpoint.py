@@ -265,11 +265,23 @@ def test_bad_template(tmp_path):
 def test_bad_rules():
     with pytest.raises(ValueError, match=r"pattern: .* is no regular expression"):
         Rule(pattern="(", target=None)
-    with pytest.raises(ValueError, match="transform: must be one of copy, conv, linear, not 'flip'"):
+    with pytest.raises(ValueError, match="transform: must be one of copy, conv, linear, conv_linear, not 'flip'"):
         Rule(pattern="a", target="b", transform="flip")
     with pytest.raises(ValueError, match="rules: layout 'x' has none"):
         Layout(name="x", description="", signature=(), rules=())
-    assert [layout.name for layout in LAYOUTS] == ["akamaster", "efficientnet_lite", "flax"]
+    names = [layout.name for layout in LAYOUTS]
+    assert len(set(names)) == len(names) and names[:2] == ["akamaster", "efficientnet_lite"] and names[-1] == "flax"
+
+
+def test_arithmetic_of_rules():
+    layout = Layout(
+        name="counted",
+        description="",
+        signature=(),
+        rules=(Rule(pattern=r"b(\d+)\.(\d+)", target=r"params/s{\1+1}/u{\2-10}"),),
+    )
+    assert layout.place("b9.12")[1] == "params/s10/u2"
+    assert layout.place("b9.x") is None
 
 
 # Bad files

@@ -15,6 +15,7 @@ from flax import nnx
 from dfq_jax import zoo
 from dfq_jax.zoo import cifar_resnet, fashion
 from dfq_jax.zoo.checkpoint import flatten_names, read_npz
+from dfq_jax.zoo.imagenet import IMAGENET_MODELS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("DFQ_JAX_DATA") or ROOT / ".." / "shared" / "data")
@@ -29,7 +30,7 @@ def shared(name):
 
 
 def test_list():
-    assert NAMES == (
+    first = (
         "fashion_resnet20",
         "fashion_mobilenet",
         "cifar_resnet20",
@@ -37,12 +38,17 @@ def test_list():
         "cifar_resnet44",
         "cifar_resnet56",
         "cifar_resnet110",
+        "cifar_resnet20_projection",
+        "cifar_resnet56_projection",
+        "cifar_resnet110_projection",
         "efficientnet_lite0",
         "efficientnet_lite1",
         "efficientnet_lite2",
         "efficientnet_lite3",
         "efficientnet_lite4",
     )
+    assert NAMES[: len(first)] == first
+    assert len(set(NAMES)) == len(NAMES) and set(NAMES) > {model.name for model in IMAGENET_MODELS}
     start = time.perf_counter()
     zoo.list_models()
     assert time.perf_counter() - start < 0.1

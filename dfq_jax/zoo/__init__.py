@@ -9,7 +9,7 @@ model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
 
 from dfq_jax.zoo.checkpoint import load_checkpoint
 from dfq_jax.zoo.layouts import LAYOUTS, Layout, Rule
-from dfq_jax.zoo.registry import Preprocessing, ZooEntry, ZooModel, list_models, load_model
+from dfq_jax.zoo.registry import Preprocessing, Size, ZooEntry, ZooModel, list_models, load_model
 from dfq_jax.zoo.torch_reader import read_torch
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Layout",
     "Preprocessing",
     "Rule",
+    "Size",
     "ZooEntry",
     "ZooModel",
     "list_models",

@@ -65,10 +65,11 @@ def load_checkpoint(
         place = layout.place(name)
         if place is not None and place[1] is None:
             continue
-        if place is None or place[1] not in wanted:
+        target = None if place is None else _existing(place[1], wanted)
+        if target is None:
             unexpected.append(name)
             continue
-        rule, target = place
+        rule = place[0]
         if target in sources:
             misfits.append(f"{name}: goes to {target}, as does {sources[target]}")
             continue
@@ -97,7 +98,7 @@ def _find_layout(
 ) -> Layout:
     if isinstance(layout, Layout):
         return layout
-    known = "; ".join(f"{known.name} ({known.description})" for known in LAYOUTS)
+    known = ", ".join(known.name for known in LAYOUTS) + " (dfq_jax.zoo.LAYOUTS describes them)"
     if layout is not None:
         for candidate in LAYOUTS:
             if candidate.name == layout:
@@ -105,13 +106,28 @@ def _find_layout(
         raise ValueError(f"layout: unknown layout {layout!r}; known are: {known}")
     if any(name in wanted for name in arrays):
         return FLAX
-    for candidate in LAYOUTS:
-        if candidate.matches(arrays):
-            return candidate
+    candidates = [candidate for candidate in LAYOUTS if candidate.matches(arrays)]
+    if candidates:
+        # Networks of one program may share the names that tell its layouts: the one that fits the model best.
+        return max(candidates, key=lambda candidate: _count_placed(candidate, arrays, wanted))
     raise ValueError(
         f"path: {os.fspath(path)!r} is in no known layout; it starts with {_some(list(arrays)[:8])}. "
         f"Known are: {known}. Pass a dfq_jax.zoo.checkpoint.Layout for it"
     )
+
+
+def _existing(target: str, wanted: Mapping[str, Any]) -> str | None:
+    """The template's name for a target, None if it has none.
+
+    Targets are written for Linen. The state of an NNX module has no collections: the mean of a BatchNorm stands beside
+    its scale.
+    """
+    return next((name for name in (target, target.partition("/")[2]) if name in wanted), None)
+
+
+def _count_placed(layout: Layout, arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
+    places = [layout.place(name) for name in arrays]
+    return sum(bool(place and place[1] and _existing(place[1], wanted)) for place in places)
 
 
 def _fit(array: np.ndarray, rule: Rule, leaf: Any) -> np.ndarray | str:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,12 +18,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
+from dfq_jax.adapters import as_function
+from dfq_jax.graph import trace
 from dfq_jax.zoo import cifar_resnet, efficientnet_lite
 from dfq_jax.zoo.checkpoint import load_checkpoint
+from dfq_jax.zoo.imagenet import IMAGENET_MODELS, ImageNetModel
 from dfq_jax.zoo.layouts import Layout
 from dfq_jax.zoo.packaged import PackagedWeights
 
-__all__ = ["Preprocessing", "ZooEntry", "ZooModel", "list_models", "load_model"]
+__all__ = ["Preprocessing", "Size", "ZooEntry", "ZooModel", "list_models", "load_model"]
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -147,6 +150,18 @@ def _crop(images: np.ndarray, side: int) -> np.ndarray:
     return images[:, top : top + side, left : left + side]
 
 
+class Size(NamedTuple):
+    """How large a network is.
+
+    Attributes:
+        parameters: number of trained parameters, running statistics not counted.
+        macs: multiply-accumulates of its convolutions and matrix products for one image.
+    """
+
+    parameters: int
+    macs: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ZooEntry:
     """A model that `load_model` knows.
@@ -163,6 +178,8 @@ class ZooEntry:
             measured.
         trained_on: name of the training data.
         source: where the architecture and the weights come from.
+        known_size: what `num_parameters` and `macs` are, stated so that listing models builds none; None to have
+            them counted in the network, which takes a second for a deep one.
 
     Raises:
         ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
@@ -178,6 +195,7 @@ class ZooEntry:
     float_top1: float | None
     trained_on: str
     source: str
+    known_size: Size | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_shape
@@ -197,7 +215,17 @@ class ZooEntry:
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of trained parameters, running statistics not counted."""
+        if self.known_size is not None:
+            return self.known_size.parameters
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(self)[2]))
+
+    @functools.cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of the layers for one image of `input_shape`, found by tracing."""
+        if self.known_size is not None:
+            return self.known_size.macs
+        module, template, _ = abstract_model(self)
+        return sum(layer.macs for layer in trace(*as_function(module, template), self.input_shape).layers)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -367,6 +395,37 @@ def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float)
     )
 
 
+def _projection_entry(depth: int, float_top1: float, file: str) -> ZooEntry:
+    return ZooEntry(
+        name=f"cifar_resnet{depth}_projection",
+        build=functools.partial(cifar_resnet.CifarResNet, depth, shortcut="projection"),
+        input_shape=(1, 32, 32, 3),
+        num_classes=10,
+        preprocessing=Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+        weights=None,
+        float_top1=float_top1,
+        trained_on="CIFAR-10",
+        source=f"pytorchcv's {file} (https://github.com/osmr/imgclsmob)",
+    )
+
+
+def _imagenet_entry(model: ImageNetModel) -> ZooEntry:
+    return ZooEntry(
+        name=model.name,
+        build=model.build,
+        input_shape=(1, model.side, model.side, 3),
+        num_classes=1000,
+        preprocessing=Preprocessing(
+            mean=model.mean, std=model.std, resize=model.resize, crop=model.side, interpolation="bilinear"
+        ),
+        weights=None,
+        float_top1=model.top1,
+        trained_on="ImageNet-1k",
+        source=model.weights,
+        known_size=Size(model.parameters, model.macs),
+    )
+
+
 def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> ZooEntry:
     return ZooEntry(
         name=f"fashion_{constructor}",
@@ -409,10 +468,14 @@ _ENTRIES = (
     _cifar_entry(cifar_resnet.resnet44, 44, 93.10),
     _cifar_entry(cifar_resnet.resnet56, 56, 93.39),
     _cifar_entry(cifar_resnet.resnet110, 110, 93.68),
+    _projection_entry(20, 94.03, "resnet20_cifar10-0597-9b0024ac.pth"),
+    _projection_entry(56, 95.48, "resnet56_cifar10-0452-628c42a2.pth"),
+    _projection_entry(110, 96.31, "resnet110_cifar10-0369-4d6ca1fc.pth"),
     # Accuracies as published by TensorFlow's authors, on the 50,000 validation images.
     _lite_entry(0, 224, 75.1, packaged=True),
     _lite_entry(1, 240, 76.7, packaged=True),
     _lite_entry(2, 260, 77.6, packaged=True),
     _lite_entry(3, 280, 79.8, packaged=False),
     _lite_entry(4, 300, 81.5, packaged=False),
+    *map(_imagenet_entry, IMAGENET_MODELS),
 )
