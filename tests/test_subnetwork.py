@@ -1,0 +1,1 @@
+"""Blocks run by themselves, one after the other, are the network."""
