@@ -98,9 +98,7 @@ def subnetwork(graph: Graph, block: Block, batch_size: int) -> Subnetwork:
     kernels = [graph.leaf_paths[names[layer.kernel]] for layer in own.layers]
     if kernels != [graph.layer(name).kernel for name in block.layers]:
         raise GraphError(f"block {block.name!r}: its layers {block.layers} are not found when it is traced by itself.")
-    tensors = {
-        layer.tensor: graph.layer(name).tensor for layer, name in zip(own.layers, block.layers, strict=True)
-    }
+    tensors = {layer.tensor: graph.layer(name).tensor for layer, name in zip(own.layers, block.layers, strict=True)}
     return Subnetwork(own, tuple(graph.leaf_paths[leaf] for leaf in used), block.layers, tuple(tensors.items()))
 
 
