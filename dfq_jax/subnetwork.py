@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from dfq_jax.execute import OPERANDS, TENSORS, block_outputs, place_block, run_block
 from dfq_jax.graph import QUANTIZATION, Block, Graph, GraphError, is_quantized, trace, with_quantization
-from dfq_jax.qtensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +99,3 @@ def subnetwork(graph: Graph, block: Block, batch_size: int) -> Subnetwork:
         raise GraphError(f"block {block.name!r}: its layers {block.layers} are not found when it is traced by itself.")
     tensors = {layer.tensor: graph.layer(name).tensor for layer, name in zip(own.layers, block.layers, strict=True)}
     return Subnetwork(own, tuple(graph.leaf_paths[leaf] for leaf in used), block.layers, tuple(tensors.items()))
-
-
-def quantized_leaves(own: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the leaves that hold integer codes."""
-    return tuple(name for name, leaf in own.items() if isinstance(leaf, QTensor))

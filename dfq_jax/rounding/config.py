@@ -34,8 +34,8 @@ class ReconstructionConfig:
     rounding_rate: float = 1e-2
     scale_rate: float = 1e-3
     step_rate: float = 1e-3
-    bias_rate: float = 1e-3
-    regularizer: float = 0.1
+    bias_rate: float = 1e-2
+    regularizer: float = 0.01
     beta: tuple[float, float] = (20.0, 2.0)
     warm_up: float = 0.2
     trust: float = 0.0
