@@ -18,7 +18,7 @@ from dfq_jax.analytic import analytic_summaries
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.execute import apply_quantized, record_tensors, run
+from dfq_jax.execute import apply_quantized, record_tensors, run, run_block
 from dfq_jax.folding import fold_batch_norm
 from dfq_jax.graph import Graph, GraphError, trace
 from dfq_jax.pipeline import quantize
@@ -27,6 +27,8 @@ from dfq_jax.quantized import Quantized, load
 from dfq_jax.ranges import ESTIMATORS, estimate_ranges, summarize
 from dfq_jax.recipes import RECIPES, Recipe
 from dfq_jax.report import Report
+from dfq_jax.rounding.config import ReconstructionConfig
+from dfq_jax.rounding.learned import reconstruct
 from dfq_jax.synthesis import Progress, Synthesis, SynthesisConfig, SynthesisError, synthesize
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ __all__ = [
     "Quantized",
     "QuantizerParams",
     "Recipe",
+    "ReconstructionConfig",
     "Report",
     "Synthesis",
     "SynthesisConfig",
@@ -62,8 +65,10 @@ __all__ = [
     "params_from_range",
     "quantize",
     "quantize_params",
+    "reconstruct",
     "record_tensors",
     "run",
+    "run_block",
     "summarize",
     "synthesize",
     "trace",

@@ -8,7 +8,7 @@ variables and the input, so `jax.jit`, `jax.grad` and `jax.vmap` apply.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.depthwise import depthwise_product, is_supported
-from dfq_jax.graph import QUANTIZATION, BatchNorm, Graph, Layer, Tensor, is_quantized
+from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
 
@@ -216,11 +216,85 @@ def run(
     """
     graph = graph.at(x.shape, x.dtype)
     program = graph.program
+    env = _interpret(graph, variables, program.ops, program.input, x, layer, tensor, batch_norm)
+    return _outputs(graph, env)
+
+
+def run_block(
+    graph: Graph,
+    block: Block,
+    variables: Any,
+    x: Float[Array, "n ..."],
+    *,
+    layer: LayerRule | None = None,
+    tensor: TensorRule | None = None,
+    batch_norm: BatchNormRule | None = None,
+) -> Any:
+    """Run the operations of one block alone; the blocks of a network one after the other are the network.
+
+    Args:
+      graph: from `trace`.
+      block: one of `graph.blocks`, or neighbors joined by `merge_blocks`.
+      variables: as in `run`; leaves that the block does not read may be `jax.ShapeDtypeStruct`.
+      x: value of the block's input, any batch size. The rule for tensors applies to it, and not to the block's result,
+        which is the next block's input.
+      layer, tensor, batch_norm: as in `run`.
+
+    Returns:
+      The value of the block's output; what `apply_fn` returns for the last block.
+
+    Raises:
+      GraphError: the block is not of this graph, or `variables` or `x` do not fit.
+    """
+    block = place_block(graph, block)
+    if x.shape != graph.program.avals[block.input].shape:
+        graph = graph.at((*x.shape[:1], *graph.input.shape[1:]), graph.input.dtype)
+        block = place_block(graph, block)
+        expected = graph.program.avals[block.input].shape
+        if x.shape != expected:
+            raise GraphError(f"x: block {block.name!r} takes a value of shape {expected}, found {x.shape}.")
+    ops = graph.program.between(block.input, block_outputs(graph, block))
+    env = _interpret(graph, variables, ops, block.input, x, layer, tensor, batch_norm, end=block.output)
+    return _outputs(graph, env) if block.output < 0 else env[block.output]
+
+
+def place_block(graph: Graph, block: Block) -> Block:
+    """The block with its places in this graph, which may be of another batch size than the one it was taken from."""
+    first = [b for b in graph.blocks if b.layers[0] == block.layers[0]]
+    last = [b for b in graph.blocks if b.layers[-1] == block.layers[-1]]
+    if not first or not last:
+        raise GraphError(f"block: {block.name!r} is no block of this network; its blocks are in graph.blocks.")
+    return dataclasses.replace(block, input=first[0].input, output=last[0].output)
+
+
+def block_outputs(graph: Graph, block: Block) -> frozenset[int]:
+    """The values that a block is run for."""
+    return graph.program.output_values if block.output < 0 else frozenset({block.output})
+
+
+def _outputs(graph: Graph, env: dict[int, Any]) -> Any:
+    outputs = [o.value if isinstance(o, Constant) else env[o] for o in graph.program.outputs]
+    return jax.tree.unflatten(graph.output_treedef, outputs)
+
+
+def _interpret(
+    graph: Graph,
+    variables: Any,
+    ops: Sequence[Op],
+    begin: int,
+    x: jax.Array,
+    layer: LayerRule | None,
+    tensor: TensorRule | None,
+    batch_norm: BatchNormRule | None,
+    end: int | None = None,
+) -> dict[int, Any]:
+    """Run operations by the rules from the value `begin` on; the rule for tensors leaves the value `end` alone."""
+    program = graph.program
     leaves = graph.leaves(variables)
     env: dict[int, Any] = {i: leaf.dequantize() if isinstance(leaf, QTensor) else leaf for i, leaf in enumerate(leaves)}
     sources: dict[str, jax.Array] = {}
     layers = {item.op: item for item in graph.layers}
-    tensors = {item.value: item for item in graph.tensors}
+    tensors = {item.value: item for item in graph.tensors if item.value != end}
     norms = {bn.chain[-1]: bn for bn in graph.batch_norms} if batch_norm is not None else {}
     inside = {i for bn in norms.values() for i in bn.chain[:-1]}
 
@@ -235,8 +309,8 @@ def run(
             result = result.astype(program.avals[value].dtype)
         env[value] = result
 
-    store(program.input, x)
-    for op in program.ops:
+    store(begin, x)
+    for op in ops:
         if op.index in inside:
             continue
         if op.index in norms:
@@ -252,7 +326,7 @@ def run(
         else:
             for value, result in zip(op.outputs, op(*map(read, op.inputs)), strict=True):
                 store(value, result)
-    return jax.tree.unflatten(graph.output_treedef, [read(o) for o in program.outputs])
+    return env
 
 
 def batch_norm_parameters(bn: BatchNorm, leaves: list[Any]) -> BatchNormParameters:

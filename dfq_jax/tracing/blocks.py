@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Sequence
 
 from dfq_jax.tracing.program import Program
@@ -16,15 +18,19 @@ def find_blocks(program: Program, layers: Sequence[Layer], tensors: Collection[i
       program: the program.
       layers: its layers, in order.
       tensors: values that layers read. Where several values could be the joint between two pieces (the steps of a
-        BatchNorm and its activation), that one is taken, else the last.
+        BatchNorm, its activation, pooling), it is the last before the next piece's first layer reads that is not
+        reduced yet: pooling belongs to the piece behind it, since what is pooled away tells pieces apart.
     """
     cuts = [program.input]
     joints = _joints(program)
     layer_ops = [layer.op for layer in layers]
     for before, after in itertools.pairwise(layer_ops):
         between = [joints[i] for i in range(before, after) if i in joints]
+        read = [place for place, value in enumerate(between) if value in tensors]
+        between = between[: read[-1] + 1] if read else between
         if between:
-            cuts.append(next((v for v in reversed(between) if v in tensors), between[-1]))
+            # Of equals `max` takes the first: the last one here.
+            cuts.append(max(reversed(between), key=lambda value: math.prod(program.avals[value].shape)))
     blocks = []
     for begin, end in zip(cuts, [*cuts[1:], None], strict=True):
         first = -1 if begin == program.input else program.producer(begin).index
@@ -32,6 +38,17 @@ def find_blocks(program: Program, layers: Sequence[Layer], tensors: Collection[i
         names = tuple(layer.name for layer in layers if first < layer.op <= last)
         blocks.append(Block(name=names[0], layers=names, input=begin, output=-1 if end is None else end))
     return tuple(blocks)
+
+
+def merge_blocks(blocks: Sequence[Block], min_layers: int) -> tuple[Block, ...]:
+    """Join neighbors, from the input on, until each piece has at least so many layers (the last may have fewer)."""
+    merged: list[Block] = []
+    for block in blocks:
+        if merged and len(merged[-1].layers) < min_layers:
+            last = merged.pop()
+            block = dataclasses.replace(last, layers=last.layers + block.layers, output=block.output)
+        merged.append(block)
+    return tuple(merged)
 
 
 def _joints(program: Program) -> dict[int, int]:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +128,16 @@ class Program:
                 leaves = frozenset().union(*(table[v] for v in op.value_inputs))
                 table.update(dict.fromkeys(op.outputs, leaves))
         return table
+
+    def between(self, begin: int, ends: Collection[int]) -> tuple[Op, ...]:
+        """The operations that compute the values `ends` when the value `begin` is given, in order."""
+        needed = set(ends)
+        found = []
+        for op in reversed(self.ops):
+            if needed.intersection(op.outputs) and begin not in op.outputs:
+                found.append(op)
+                needed.update(op.value_inputs)
+        return tuple(found[::-1])
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         return operand.shape if isinstance(operand, Constant) else self.avals[operand].shape

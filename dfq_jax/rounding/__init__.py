@@ -1,0 +1,1 @@
+"""How weights are rounded: beyond nearest, by what the rounding does to the network."""

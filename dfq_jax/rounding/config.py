@@ -1,0 +1,69 @@
+"""The settings of block reconstruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """How blocks are reconstructed. The learning rates are chosen for short budgets (a few thousand steps a block).
+
+    Attributes:
+      steps: optimizer steps for each block.
+      batch_size: images in a step.
+      drop: probability that an element of the block's input and of its quantized activations stays in float (QDrop).
+      rounding_rate: Adam's learning rate of the rounding variables, constant.
+      scale_rate: that of weight scales, relative to the scale, cosine to zero.
+      step_rate: that of activation steps, relative to the step, cosine to zero.
+      bias_rate: that of the biases behind layers (of the BatchNorm, where there is one), relative to their size,
+        cosine to zero; 0 keeps them.
+      regularizer: weight of the term that drives weights to codes.
+      beta: its exponent, at first and in the end.
+      warm_up: share of the steps before it begins.
+      trust: where rounding starts: 0 from the float weight between its two codes, 1 from the code that it has.
+      min_layers: neighboring blocks are joined until each has so many layers.
+      held_out: share of the images kept for deciding whether what was learned is better.
+      chunk: steps in one compiled call; 0 for the measured default of the backend.
+    """
+
+    steps: int = 3000
+    batch_size: int = 32
+    drop: float = 0.5
+    rounding_rate: float = 1e-2
+    scale_rate: float = 1e-3
+    step_rate: float = 1e-3
+    bias_rate: float = 1e-2
+    regularizer: float = 0.01
+    beta: tuple[float, float] = (20.0, 2.0)
+    warm_up: float = 0.2
+    trust: float = 0.0
+    min_layers: int = 1
+    held_out: float = 0.125
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "min_layers"):
+            _check(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        _check("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
+        for name in ("rounding_rate", "scale_rate", "step_rate", "bias_rate", "regularizer"):
+            _check(name, getattr(self, name), "a finite number of at least 0", _non_negative)
+        for name in ("drop", "warm_up", "trust"):
+            _check(name, getattr(self, name), "a number from 0 to 1", lambda v: _non_negative(v) and v <= 1)
+        _check("held_out", self.held_out, "a number above 0 and below 1", lambda v: _non_negative(v) and 0 < v < 1)
+        _check(
+            "beta",
+            self.beta,
+            "two positive numbers",
+            lambda v: type(v) is tuple and len(v) == 2 and all(_non_negative(b) and b > 0 for b in v),
+        )
+
+
+def _non_negative(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _check(name: str, value: object, wanted: str, ok: object) -> None:
+    if not ok(value):
+        raise ValueError(f"{name}: expected {wanted}, found {value!r}.")

@@ -1,0 +1,76 @@
+"""Learned rounding: its pieces against closed forms, and blocks that come out better than they went in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_grid import cifar_resnet8
+
+from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params, trace
+from dfq_jax.qtensor import QTensor
+from dfq_jax.rounding.block import random_mask
+from dfq_jax.rounding.learned import reconstruct
+from dfq_jax.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
+from dfq_jax.weights import quantize_kernel
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, False), (8, True)])
+def test_soft_rounding_starts_at_the_float_weights_and_hardens_to_the_codes(bits, symmetric):
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 8)), jnp.float32)
+    kernel = quantize_kernel(weight, bits=bits, symmetric=symmetric, channel_axes=(3,))
+    base, soft = base_codes(weight, kernel), init_soft(weight, kernel, 0.0)
+    low, high = (np.asarray(end) for end in (kernel.params.lo, kernel.params.hi))
+    expected = np.clip(weight, low, high)  # but for the margin that keeps the variables finite
+    np.testing.assert_allclose(
+        soft_weight(soft, base, kernel), expected, rtol=0, atol=0.0101 * float(kernel.scale.max())
+    )
+    np.testing.assert_array_equal(harden(soft, base, kernel).qvalue, kernel.qvalue)
+    trusted = harden(init_soft(weight, kernel, 1.0), base, kernel)
+    np.testing.assert_array_equal(trusted.qvalue, kernel.qvalue)
+
+
+def test_the_regularizer_is_zero_where_all_is_decided():
+    weight = jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)
+    soft = init_soft(weight, quantize_kernel(weight, bits=4, symmetric=False, channel_axes=()), 0.0)
+    decided = soft._replace(rounding=jnp.where(soft.rounding > 0, 10.0, -10.0))
+    assert float(undecided(decided, jnp.float32(2.0))) == 0
+    assert float(undecided(soft, jnp.float32(2.0))) > 1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.3, 1.0])
+def test_random_mask_has_the_share_asked_for(share):
+    mask = np.asarray(random_mask(jax.random.key(0), (41, 31, 33), share))
+    assert mask.shape == (41, 31, 33) and abs(mask.mean() - share) < 0.01
+
+
+@pytest.mark.parametrize("shortcuts", ["float", "quantized"])
+def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
+    case = cifar_resnet8()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(20, 16, 16, 3)), jnp.float32)
+    convention = Convention.parse("w3a4", shortcuts=shortcuts)
+    ranges = estimate_ranges(graph, variables, images, convention)
+    qvariables = quantize_params(graph, variables, ranges, convention)
+    config = ReconstructionConfig(steps=30, batch_size=8, rounding_rate=0.1)
+    reports = []
+    learned, info = reconstruct(
+        graph, variables, qvariables, images, jax.random.key(0), config, on_progress=reports.append
+    )
+    assert info.completed and [b.layers for b in info.blocks] == [b.layers for b in graph.blocks]
+    assert sum(b.kept for b in info.blocks) >= 3 and all(b.after < b.before for b in info.blocks if b.kept)
+    assert reports[-1].eta == 0 and jax.tree.structure(learned) == jax.tree.structure(qvariables)
+    kernels = [leaf for leaf in graph.leaves(learned) if isinstance(leaf, QTensor)]
+    assert len(kernels) == len(graph.layers)
+    simulated, integer = (apply_quantized(graph, learned, images[:2], integer=i) for i in (False, True))
+    np.testing.assert_allclose(simulated, integer, rtol=0, atol=1e-5 * float(jnp.abs(simulated).max()))
+
+
+def test_bad_input_is_refused():
+    case = cifar_resnet8()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    with pytest.raises(ValueError, match="found float variables"):
+        reconstruct(graph, variables, variables, case.images(), jax.random.key(0))
+    with pytest.raises(ValueError, match="steps: expected an integer"):
+        ReconstructionConfig(steps=0)
