@@ -1,0 +1,256 @@
+"""GPTQ: codes from images, one weight after the other.
+
+Frantar et al., "GPTQ" (arXiv 2210.17323), here for convolutions of every kind: the inputs of a layer are the patches
+that its kernel meets. Rounding a weight makes an error in the layer's result; the weights still to come take on the
+values that make up for it best, which the second moments of the inputs tell.
+
+The form computed here is Babai's nearest-plane algorithm, which gives the same codes (Chen et al., arXiv 2507.18553):
+with the Cholesky factor `H = R^T R` of the second moments, the error `|R (w - q)|^2` is made small by rounding from the
+last weight to the first. It needs no inverse of H.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dfq_jax.execute import LayerCall, apply_quantized, run
+from dfq_jax.graph import Graph
+from dfq_jax.ranges import batches, check_images
+from dfq_jax.matrix_form import Codes, kernel_codes, patches, quantized_kernels, with_codes
+
+ORDERS = ("natural", "activation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQConfig:
+    """How codes are found.
+
+    Attributes:
+      damping: added to the diagonal of the second moments, relative to its mean.
+      order: "activation" rounds first the weights whose inputs are largest, "natural" those that come last.
+      centered: take the mean of the inputs off: the shift that errors make in a channel's mean is left to
+        `adapt_batch_norm` or `correct_bias`, which take it away whatever the codes are.
+      compensation: from 0, reproduce what the float weights make of the quantized network's inputs (GPTQ), to 1,
+        reproduce the float network's result in spite of errors in the inputs (asymmetric calibration: GPTAQ, arXiv
+        2504.02692; QEP, arXiv 2504.09629).
+      passes: the inputs are those of a network with codes of the pass before, at first the given ones.
+      block: weights rounded between two matrix products.
+      max_patches: patches of one batch of images that count, at most; all alike thinned out.
+    """
+
+    damping: float = 0.01
+    order: str = "activation"
+    centered: bool = True
+    compensation: float = 0.0
+    passes: int = 1
+    block: int = 128
+    max_patches: int = 1 << 15
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order: expected one of {ORDERS}, found {self.order!r}.")
+        if not (math.isfinite(self.damping) and self.damping > 0):
+            raise ValueError(f"damping: expected a positive number such as 0.01, found {self.damping!r}.")
+        if not 0 <= self.compensation <= 1:
+            raise ValueError(f"compensation: expected a number from 0 to 1, found {self.compensation!r}.")
+        for name in ("passes", "block", "max_patches"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, found {getattr(self, name)!r}.")
+
+
+def gptq(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    config: GPTQConfig = GPTQConfig(),
+    *,
+    batch_size: int = 32,
+) -> Any:
+    """Quantized variables with codes found from the layers' inputs on images.
+
+    All layers are treated at once in each pass, so the network is compiled once and memory holds one batch.
+
+    Args:
+      graph: from `trace`.
+      variables: the float variables.
+      qvariables: from `quantize_params`; BatchNorm statistics may be adapted already.
+      images: `[N, H, W, C]`, preprocessed.
+      config: order, damping, and what is reproduced.
+      batch_size: images in one pass of the network.
+
+    Returns:
+      `qvariables` with other codes.
+
+    Raises:
+      ValueError: no kernel is quantized, `variables` are not the float ones, no images, or images with NaN or infinity.
+    """
+    check_images(graph, images)
+    kernels = quantized_kernels(graph, variables, qvariables)
+    for _ in range(config.passes):
+        total = None
+        for batch in batches(images, batch_size):
+            new = _moments(graph, variables, qvariables, batch, config)
+            total = new if total is None else jax.tree.map(jnp.add, total, new)
+        updates = {}
+        for path, (layers, leaf, kernel) in kernels.items():
+            codes = kernel_codes(graph, layers[0], kernel, leaf)
+            better = _round(codes, total[path], config)
+            updates[path] = with_codes(graph, layers[0], kernel, better)
+        qvariables = graph.replace(qvariables, updates)
+    return qvariables
+
+
+# --- second moments of inputs ---
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums over patches, for each group.
+
+    Attributes:
+      count: of patches.
+      first: of the inputs x, `[G, D]`.
+      second: of x x^T, `[G, D, D]`.
+      shift: of the float network's inputs less x, `[G, D]`; None without compensation.
+      cross: of x (float input - x)^T, `[G, D, D]`; None without compensation.
+    """
+
+    count: Any
+    first: Any
+    second: Any
+    shift: Any
+    cross: Any
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"))
+def _moments(graph: Graph, variables: Any, qvariables: Any, images: jax.Array, config: GPTQConfig) -> dict[str, Moments]:
+    reference: dict[str, jax.Array] = {}
+    totals: dict[str, Moments] = {}
+
+    def note(call: LayerCall) -> jax.Array:
+        reference[call.layer.name] = call.operand
+        return call.default()
+
+    if config.compensation:
+        run(graph, variables, images, layer=note)
+
+    def measure(call: LayerCall, result: jax.Array) -> jax.Array:
+        new = _layer_moments(call, reference.get(call.layer.name), config.max_patches)
+        path = call.layer.kernel  # layers that share a kernel add up
+        totals[path] = new if path not in totals else jax.tree.map(jnp.add, totals[path], new)
+        return result
+
+    apply_quantized(graph, qvariables, images, after_layer=measure)
+    return totals
+
+
+def _layer_moments(call: LayerCall, reference: jax.Array | None, max_patches: int) -> Moments:
+    x = _thinned(patches(call), max_patches)
+    product = functools.partial(jnp.einsum, "mgd,mge->gde", precision=lax.Precision.HIGHEST)
+    first, second = x.sum(0), product(x, x)
+    shift = cross = None
+    if reference is not None:
+        error = _thinned(patches(dataclasses.replace(call, operand=reference)), max_patches) - x
+        shift, cross = error.sum(0), product(x, error)
+    return Moments(jnp.float32(x.shape[0]), first, second, shift, cross)
+
+
+def _thinned(x: Float[Array, "m g d"], count: int) -> Float[Array, "n g d"]:
+    stride = -(-x.shape[0] // count)
+    if stride > 1:
+        stride += 1 - stride % 2  # odd, so as not to stay in a few columns of images of even width
+    return x[::stride]
+
+
+# --- rounding ---
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _round(kernel: Codes, moments: Moments, config: GPTQConfig) -> Float[Array, "g o i k"]:
+    """Codes of a kernel; compiled once for each shape."""
+    shape = kernel.values.shape
+    flat = Codes(*(a.reshape(*shape[:2], -1) for a in kernel))
+    second, cross = moments.second / moments.count, None
+    mean = moments.first / moments.count
+    if config.centered:
+        second = second - mean[:, :, None] * mean[:, None, :]
+    if moments.cross is not None:
+        cross = moments.cross / moments.count
+        if config.centered:
+            cross = cross - mean[:, :, None] * (moments.shift / moments.count)[:, None, :]
+    return jax.vmap(functools.partial(_round_group, config=config))(flat, second, cross).reshape(shape)
+
+
+def _round_group(
+    kernel: Codes, second: Float[Array, "d d"], cross: Float[Array, "d d"] | None, config: GPTQConfig
+) -> Float[Array, "o d"]:
+    size = second.shape[0]
+    diagonal = jnp.diagonal(second)
+    # The floor stands for inputs that are never seen: their weights are rounded to nearest.
+    damping = jnp.maximum(config.damping * diagonal.mean(), 1e-12)
+    order = jnp.argsort(diagonal) if config.order == "activation" else jnp.arange(size)
+    second = second[order][:, order] + damping * jnp.eye(size)
+    values, low, high = (a[:, order] for a in (kernel.values, kernel.low, kernel.high))
+    lower = jnp.linalg.cholesky(second)
+    if cross is not None:
+        # The least-squares solution that reproduces the float network's result from the inputs there are.
+        wanted = jnp.matmul(cross[order][:, order], values.T, precision=lax.Precision.HIGHEST)
+        values = values + config.compensation * jax.scipy.linalg.cho_solve((lower, True), wanted).T
+    codes = nearest_plane(lower.T, values, low, high, block=config.block)
+    return codes[:, jnp.argsort(order)]
+
+
+def nearest_plane(
+    upper: Float[Array, "d d"],
+    values: Float[Array, "o d"],
+    low: Float[Array, "o d"],
+    high: Float[Array, "o d"],
+    *,
+    block: int,
+) -> Float[Array, "o d"]:
+    """Integers `q` from `low` to `high` with small `|upper (values - q)|` in each row (Babai's nearest plane).
+
+    Args:
+      upper: upper triangular, of positive diagonal.
+      values: what to round.
+      low, high: limits.
+      block: columns between two matrix products.
+    """
+    size = values.shape[1]
+    block = min(block, size)
+    padding = -size % block
+    # Coordinates that are added come first, so they are rounded last, and are independent of all others.
+    upper = jnp.pad(upper / jnp.diagonal(upper)[:, None], ((padding, 0), (padding, 0)))
+    values, low, high = (jnp.pad(a, ((0, 0), (padding, 0))) for a in (values, low, high))
+
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+    def round_block(number: jax.Array, errors: jax.Array) -> jax.Array:
+        """Errors `values - codes`, zero before a column is rounded; blocks from the last to the first."""
+        start = size + padding - (number + 1) * block
+        rows = lax.dynamic_slice_in_dim(upper, start, block, axis=0)
+        inner = lax.dynamic_slice_in_dim(rows, start, block, axis=1)
+        own, least, most = (lax.dynamic_slice_in_dim(a, start, block, axis=1) for a in (values, low, high))
+        ahead = own + exact(errors, rows.T)
+
+        def round_column(step: jax.Array, found: jax.Array) -> jax.Array:
+            column = block - 1 - step
+            wanted = ahead[:, column] + exact(found, inner[column])
+            code = jnp.clip(jnp.round(wanted), least[:, column], most[:, column])
+            return found.at[:, column].set(own[:, column] - code)
+
+        found = lax.fori_loop(0, block, round_column, jnp.zeros_like(own))
+        return lax.dynamic_update_slice_in_dim(errors, found, start, axis=1)
+
+    errors = lax.fori_loop(0, (size + padding) // block, round_block, jnp.zeros_like(values))
+    return jnp.round(values - errors)[:, padding:]
