@@ -9,15 +9,17 @@ Each step is a pure function of pytrees and can be used alone:
     images = synthesize(graph, variables, key).images
     ranges = estimate_ranges(graph, variables, images, convention)
     qvariables = quantize_params(graph, variables, ranges, convention)
+    qvariables = gptq(graph, variables, qvariables, images)
     qvariables = adapt_batch_norm(graph, variables, qvariables, images)
     outputs = apply_quantized(graph, qvariables, x)
 """
 
 from dfq_jax.adapters import as_function
-from dfq_jax.analytic import analytic_summaries
+from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.convention import Convention, quantize_params
+from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.execute import apply_quantized, record_tensors, run
 from dfq_jax.folding import fold_batch_norm
 from dfq_jax.graph import Graph, GraphError, trace
@@ -25,6 +27,7 @@ from dfq_jax.qtensor import QTensor, QuantizerParams, dequantize, fake_quant, pa
 from dfq_jax.ranges import ESTIMATORS, estimate_ranges, summarize
 from dfq_jax.recipes import RECIPES, Quantized, Recipe, load, quantize
 from dfq_jax.report import Report
+from dfq_jax.rounding import GPTQConfig, gptq, squant
 from dfq_jax.synthesis import Progress, Synthesis, SynthesisConfig, SynthesisError, synthesize
 
 __version__ = "0.1.0"
@@ -35,6 +38,7 @@ __all__ = [
     "ArtifactError",
     "BatchNormConfig",
     "Convention",
+    "GPTQConfig",
     "Graph",
     "GraphError",
     "Progress",
@@ -46,22 +50,29 @@ __all__ = [
     "Synthesis",
     "SynthesisConfig",
     "SynthesisError",
+    "absorb_high_bias",
     "adapt_batch_norm",
+    "analytic_correction",
     "analytic_summaries",
     "apply_quantized",
     "as_function",
     "batch_norm_moments",
     "correct_bias",
     "dequantize",
+    "equalize",
     "estimate_ranges",
     "fake_quant",
+    "find_pairs",
     "fold_batch_norm",
+    "gptq",
+    "gptq_from_noise",
     "load",
     "params_from_range",
     "quantize",
     "quantize_params",
     "record_tensors",
     "run",
+    "squant",
     "summarize",
     "synthesize",
     "trace",

@@ -20,6 +20,7 @@ from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.execute import BatchNormParameters, along_channels, run
 from dfq_jax.graph import BatchNorm, Graph, GraphError, Tensor
 from dfq_jax.ranges import Summary, summarize
+from dfq_jax.rounding import GPTQConfig, gptq
 
 # Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
 # pooling) would have no spread. Natural images have some; the exact value matters little.
@@ -79,6 +80,29 @@ def analytic_correction(
     noise = _input_noise(graph, num_samples)
     adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=_noise)
     return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=_noise)
+
+
+def gptq_from_noise(
+    graph: Graph, variables: Any, qvariables: Any, config: GPTQConfig = GPTQConfig(), *, num_samples: int = 32
+) -> Any:
+    """GPTQ without images: the layers' inputs are noise of the moments that the BatchNorms in front promise.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`.
+      config: as for `gptq`.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      `qvariables` with other codes.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+      ValueError: as `gptq`.
+    """
+    noise = _input_noise(graph, num_samples)
+    return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=_noise)
 
 
 def _input_noise(graph: Graph, num_samples: int) -> jax.Array:

@@ -2,9 +2,9 @@
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (DFQ, arXiv 1906.04721). Between
 two layers with nothing but a ReLU in between, each channel can be divided by a positive number in the first and
-multiplied by it in the second. Numbers that give both the same range help where a range serves several channels: weights
-with one scale per tensor, and activations always. Chains of pairs (the three convolutions of an inverted bottleneck,
-with the depthwise one in the middle) are equalized together, by turns until they agree.
+multiplied by it in the second. Numbers that give both the same range help where a range serves several channels:
+weights with one scale per tensor, and activations always. Chains of pairs (the three convolutions of an inverted
+bottleneck, with the depthwise one in the middle) are equalized together, by turns until they agree.
 """
 
 from __future__ import annotations

@@ -93,12 +93,11 @@ def input_channels(graph: Graph, layer: Layer, axis: int) -> Int[np.ndarray, "g 
     labels = 1 + np.arange(shape[axis], dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
     with jax.ensure_compile_time_eval():
         operand = np.asarray(call.rearrange(jnp.broadcast_to(labels, shape)))  # padding has the label 0
-    params = call.op.params
     if layer.kind == "conv":
-        numbers = params["dimension_numbers"]
-        found = np.moveaxis(operand, numbers.lhs_spec[1], -1).reshape(-1, layer.groups, operand.shape[numbers.lhs_spec[1]] // layer.groups)
+        operand = np.moveaxis(operand, call.op.params["dimension_numbers"].lhs_spec[1], -1)
+        found = operand.reshape(-1, layer.groups, operand.shape[-1] // layer.groups)
     else:
-        found = np.asarray(_dense_operand(call, operand))
+        found = _dense_operand(call, operand)
     largest = found.max(0)
     unique = np.where(found == 0, largest, found).min(0) == largest
     return largest.astype(int) - 1 if unique.all() else None
@@ -134,7 +133,9 @@ def with_codes(graph: Graph, layer: Layer, kernel: QTensor, codes: Float[Array, 
     )
 
 
-def quantized_kernels(graph: Graph, variables: Any, qvariables: Any) -> dict[str, tuple[tuple[Layer, ...], Any, QTensor]]:
+def quantized_kernels(
+    graph: Graph, variables: Any, qvariables: Any
+) -> dict[str, tuple[tuple[Layer, ...], Any, QTensor]]:
     """The layers that read each quantized kernel, its float leaf and its `QTensor`, by the kernel's path.
 
     Raises:

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import LayerCall, apply_quantized, run
+from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized, run
 from dfq_jax.graph import Graph
-from dfq_jax.ranges import batches, check_images
 from dfq_jax.matrix_form import Codes, kernel_codes, patches, quantized_kernels, with_codes
+from dfq_jax.ranges import batches, check_images
 
 ORDERS = ("natural", "activation")
 
@@ -74,6 +74,7 @@ def gptq(
     config: GPTQConfig = GPTQConfig(),
     *,
     batch_size: int = 32,
+    batch_norm: BatchNormRule | None = None,
 ) -> Any:
     """Quantized variables with codes found from the layers' inputs on images.
 
@@ -86,6 +87,7 @@ def gptq(
       images: `[N, H, W, C]`, preprocessed.
       config: order, damping, and what is reproduced.
       batch_size: images in one pass of the network.
+      batch_norm: what each BatchNorm computes in place of itself; `analytic.gptq_from_noise` puts noise there.
 
     Returns:
       `qvariables` with other codes.
@@ -98,12 +100,12 @@ def gptq(
     for _ in range(config.passes):
         total = None
         for batch in batches(images, batch_size):
-            new = _moments(graph, variables, qvariables, batch, config)
+            new = _moments(graph, variables, qvariables, batch, config, batch_norm)
             total = new if total is None else jax.tree.map(jnp.add, total, new)
         updates = {}
         for path, (layers, leaf, kernel) in kernels.items():
             codes = kernel_codes(graph, layers[0], kernel, leaf)
-            better = _round(codes, total[path], config)
+            better = round_kernel(codes, total[path], config)
             updates[path] = with_codes(graph, layers[0], kernel, better)
         qvariables = graph.replace(qvariables, updates)
     return qvariables
@@ -132,8 +134,15 @@ class Moments:
     cross: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"))
-def _moments(graph: Graph, variables: Any, qvariables: Any, images: jax.Array, config: GPTQConfig) -> dict[str, Moments]:
+@functools.partial(jax.jit, static_argnames=("graph", "config", "batch_norm"))
+def _moments(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: jax.Array,
+    config: GPTQConfig,
+    batch_norm: BatchNormRule | None,
+) -> dict[str, Moments]:
     reference: dict[str, jax.Array] = {}
     totals: dict[str, Moments] = {}
 
@@ -142,7 +151,7 @@ def _moments(graph: Graph, variables: Any, qvariables: Any, images: jax.Array, c
         return call.default()
 
     if config.compensation:
-        run(graph, variables, images, layer=note)
+        run(graph, variables, images, layer=note, batch_norm=batch_norm)
 
     def measure(call: LayerCall, result: jax.Array) -> jax.Array:
         new = _layer_moments(call, reference.get(call.layer.name), config.max_patches)
@@ -150,7 +159,7 @@ def _moments(graph: Graph, variables: Any, qvariables: Any, images: jax.Array, c
         totals[path] = new if path not in totals else jax.tree.map(jnp.add, totals[path], new)
         return result
 
-    apply_quantized(graph, qvariables, images, after_layer=measure)
+    apply_quantized(graph, qvariables, images, batch_norm=batch_norm, after_layer=measure)
     return totals
 
 
@@ -176,7 +185,7 @@ def _thinned(x: Float[Array, "m g d"], count: int) -> Float[Array, "n g d"]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _round(kernel: Codes, moments: Moments, config: GPTQConfig) -> Float[Array, "g o i k"]:
+def round_kernel(kernel: Codes, moments: Moments, config: GPTQConfig) -> Float[Array, "g o i k"]:
     """Codes of a kernel; compiled once for each shape."""
     shape = kernel.values.shape
     flat = Codes(*(a.reshape(*shape[:2], -1) for a in kernel))
