@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
+from model_grid import linen_case
 
 from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.execute import run
 from dfq_jax.graph import trace
+from dfq_jax.matrix_form import Codes, kernel_codes
 from dfq_jax.qtensor import QTensor
 from dfq_jax.rounding import GPTQConfig, gptq, squant, squant_codes
 from dfq_jax.rounding.gptq import Moments, nearest_plane, round_kernel

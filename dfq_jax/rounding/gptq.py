@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized, run
+from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized
 from dfq_jax.graph import Graph
 from dfq_jax.matrix_form import Codes, kernel_codes, patches, quantized_kernels, with_codes
 from dfq_jax.ranges import batches, check_images
@@ -38,9 +38,6 @@ class GPTQConfig:
       order: "activation" rounds first the weights whose inputs are largest, "natural" those that come last.
       centered: take the mean of the inputs off: the shift that errors make in a channel's mean is left to
         `adapt_batch_norm` or `correct_bias`, which take it away whatever the codes are.
-      compensation: from 0, reproduce what the float weights make of the quantized network's inputs (GPTQ), to 1,
-        reproduce the float network's result in spite of errors in the inputs (asymmetric calibration: GPTAQ, arXiv
-        2504.02692; QEP, arXiv 2504.09629).
       passes: the inputs are those of a network with codes of the pass before, at first the given ones.
       block: weights rounded between two matrix products.
       max_patches: patches of one batch of images that count, at most; all alike thinned out.
@@ -49,7 +46,6 @@ class GPTQConfig:
     damping: float = 0.01
     order: str = "activation"
     centered: bool = True
-    compensation: float = 0.0
     passes: int = 1
     block: int = 128
     max_patches: int = 1 << 15
@@ -59,8 +55,6 @@ class GPTQConfig:
             raise ValueError(f"order: expected one of {ORDERS}, found {self.order!r}.")
         if not (math.isfinite(self.damping) and self.damping > 0):
             raise ValueError(f"damping: expected a positive number such as 0.01, found {self.damping!r}.")
-        if not 0 <= self.compensation <= 1:
-            raise ValueError(f"compensation: expected a number from 0 to 1, found {self.compensation!r}.")
         for name in ("passes", "block", "max_patches"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {getattr(self, name)!r}.")
@@ -100,7 +94,7 @@ def gptq(
     for _ in range(config.passes):
         total = None
         for batch in batches(images, batch_size):
-            new = _moments(graph, variables, qvariables, batch, config, batch_norm)
+            new = _moments(graph, qvariables, batch, config.max_patches, batch_norm)
             total = new if total is None else jax.tree.map(jnp.add, total, new)
         updates = {}
         for path, (layers, leaf, kernel) in kernels.items():
@@ -123,55 +117,30 @@ class Moments:
       count: of patches.
       first: of the inputs x, `[G, D]`.
       second: of x x^T, `[G, D, D]`.
-      shift: of the float network's inputs less x, `[G, D]`; None without compensation.
-      cross: of x (float input - x)^T, `[G, D, D]`; None without compensation.
     """
 
     count: Any
     first: Any
     second: Any
-    shift: Any
-    cross: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "batch_norm"))
+@functools.partial(jax.jit, static_argnames=("graph", "max_patches", "batch_norm"))
 def _moments(
-    graph: Graph,
-    variables: Any,
-    qvariables: Any,
-    images: jax.Array,
-    config: GPTQConfig,
-    batch_norm: BatchNormRule | None,
+    graph: Graph, qvariables: Any, images: jax.Array, max_patches: int, batch_norm: BatchNormRule | None
 ) -> dict[str, Moments]:
-    reference: dict[str, jax.Array] = {}
+    """Moments of the inputs that each kernel meets, by its path."""
     totals: dict[str, Moments] = {}
 
-    def note(call: LayerCall) -> jax.Array:
-        reference[call.layer.name] = call.operand
-        return call.default()
-
-    if config.compensation:
-        run(graph, variables, images, layer=note, batch_norm=batch_norm)
-
     def measure(call: LayerCall, result: jax.Array) -> jax.Array:
-        new = _layer_moments(call, reference.get(call.layer.name), config.max_patches)
+        x = _thinned(patches(call), max_patches)
+        second = jnp.einsum("mgd,mge->gde", x, x, precision=lax.Precision.HIGHEST)
+        new = Moments(jnp.float32(x.shape[0]), x.sum(0), second)
         path = call.layer.kernel  # layers that share a kernel add up
         totals[path] = new if path not in totals else jax.tree.map(jnp.add, totals[path], new)
         return result
 
     apply_quantized(graph, qvariables, images, batch_norm=batch_norm, after_layer=measure)
     return totals
-
-
-def _layer_moments(call: LayerCall, reference: jax.Array | None, max_patches: int) -> Moments:
-    x = _thinned(patches(call), max_patches)
-    product = functools.partial(jnp.einsum, "mgd,mge->gde", precision=lax.Precision.HIGHEST)
-    first, second = x.sum(0), product(x, x)
-    shift = cross = None
-    if reference is not None:
-        error = _thinned(patches(dataclasses.replace(call, operand=reference)), max_patches) - x
-        shift, cross = error.sum(0), product(x, error)
-    return Moments(jnp.float32(x.shape[0]), first, second, shift, cross)
 
 
 def _thinned(x: Float[Array, "m g d"], count: int) -> Float[Array, "n g d"]:
@@ -189,20 +158,14 @@ def round_kernel(kernel: Codes, moments: Moments, config: GPTQConfig) -> Float[A
     """Codes of a kernel; compiled once for each shape."""
     shape = kernel.values.shape
     flat = Codes(*(a.reshape(*shape[:2], -1) for a in kernel))
-    second, cross = moments.second / moments.count, None
-    mean = moments.first / moments.count
+    second = moments.second / moments.count
     if config.centered:
+        mean = moments.first / moments.count
         second = second - mean[:, :, None] * mean[:, None, :]
-    if moments.cross is not None:
-        cross = moments.cross / moments.count
-        if config.centered:
-            cross = cross - mean[:, :, None] * (moments.shift / moments.count)[:, None, :]
-    return jax.vmap(functools.partial(_round_group, config=config))(flat, second, cross).reshape(shape)
+    return jax.vmap(functools.partial(_round_group, config=config))(flat, second).reshape(shape)
 
 
-def _round_group(
-    kernel: Codes, second: Float[Array, "d d"], cross: Float[Array, "d d"] | None, config: GPTQConfig
-) -> Float[Array, "o d"]:
+def _round_group(kernel: Codes, second: Float[Array, "d d"], config: GPTQConfig) -> Float[Array, "o d"]:
     size = second.shape[0]
     diagonal = jnp.diagonal(second)
     # The floor stands for inputs that are never seen: their weights are rounded to nearest.
@@ -210,12 +173,7 @@ def _round_group(
     order = jnp.argsort(diagonal) if config.order == "activation" else jnp.arange(size)
     second = second[order][:, order] + damping * jnp.eye(size)
     values, low, high = (a[:, order] for a in (kernel.values, kernel.low, kernel.high))
-    lower = jnp.linalg.cholesky(second)
-    if cross is not None:
-        # The least-squares solution that reproduces the float network's result from the inputs there are.
-        wanted = jnp.matmul(cross[order][:, order], values.T, precision=lax.Precision.HIGHEST)
-        values = values + config.compensation * jax.scipy.linalg.cho_solve((lower, True), wanted).T
-    codes = nearest_plane(lower.T, values, low, high, block=config.block)
+    codes = nearest_plane(jnp.linalg.cholesky(second).T, values, low, high, block=config.block)
     return codes[:, jnp.argsort(order)]
 
 
@@ -241,7 +199,6 @@ def nearest_plane(
     # Coordinates that are added come first, so they are rounded last, and are independent of all others.
     upper = jnp.pad(upper / jnp.diagonal(upper)[:, None], ((padding, 0), (padding, 0)))
     values, low, high = (jnp.pad(a, ((0, 0), (padding, 0))) for a in (values, low, high))
-
     exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
     def round_block(number: jax.Array, errors: jax.Array) -> jax.Array:
