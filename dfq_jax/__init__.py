@@ -9,15 +9,17 @@ Each step is a pure function of pytrees and can be used alone:
     images = synthesize(graph, variables, key).images
     ranges = estimate_ranges(graph, variables, images, convention)
     qvariables = quantize_params(graph, variables, ranges, convention)
+    qvariables = gptq(graph, variables, qvariables, images)
     qvariables = adapt_batch_norm(graph, variables, qvariables, images)
     outputs = apply_quantized(graph, qvariables, x)
 """
 
 from dfq_jax.adapters import as_function
-from dfq_jax.analytic import analytic_summaries
+from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.convention import Convention, quantize_params
+from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.execute import apply_quantized, record_tensors, run, run_block
 from dfq_jax.folding import fold_batch_norm
 from dfq_jax.graph import Graph, GraphError, trace
@@ -27,8 +29,7 @@ from dfq_jax.quantized import Quantized, load
 from dfq_jax.ranges import ESTIMATORS, estimate_ranges, summarize
 from dfq_jax.recipes import RECIPES, Recipe
 from dfq_jax.report import Report
-from dfq_jax.rounding.config import ReconstructionConfig
-from dfq_jax.rounding.learned import reconstruct
+from dfq_jax.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 from dfq_jax.synthesis import Progress, Synthesis, SynthesisConfig, SynthesisError, synthesize
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "ArtifactError",
     "BatchNormConfig",
     "Convention",
+    "GPTQConfig",
     "Graph",
     "GraphError",
     "Progress",
@@ -51,16 +53,22 @@ __all__ = [
     "Synthesis",
     "SynthesisConfig",
     "SynthesisError",
+    "absorb_high_bias",
     "adapt_batch_norm",
+    "analytic_correction",
     "analytic_summaries",
     "apply_quantized",
     "as_function",
     "batch_norm_moments",
     "correct_bias",
     "dequantize",
+    "equalize",
     "estimate_ranges",
     "fake_quant",
+    "find_pairs",
     "fold_batch_norm",
+    "gptq",
+    "gptq_from_noise",
     "load",
     "params_from_range",
     "quantize",
@@ -69,6 +77,7 @@ __all__ = [
     "record_tensors",
     "run",
     "run_block",
+    "squant",
     "summarize",
     "synthesize",
     "trace",

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.execute import BatchNormParameters, along_channels, run
 from dfq_jax.graph import BatchNorm, Graph, GraphError, Tensor
 from dfq_jax.ranges import Summary, summarize
+from dfq_jax.rounding import GPTQConfig, gptq
 
 # Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
 # pooling) would have no spread. Natural images have some; the exact value matters little.
@@ -40,10 +42,73 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -
     Raises:
       GraphError: the network has no BatchNorm.
     """
+    images = _input_noise(graph, num_samples)
+    return summarize(graph, variables, images, batch_size=num_samples, record=record_noise)
+
+
+def analytic_correction(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    config: BatchNormConfig = BatchNormConfig(),
+    *,
+    num_samples: int = 32,
+) -> Any:
+    """BatchNorm statistics and biases of the quantized network, corrected for what quantization does on average.
+
+    The data-free counterpart of `adapt_batch_norm` and `correct_bias`: float and quantized layers get the same noise of
+    the moments that the BatchNorms in front of them promise, and the shift of the mean, `(W' - W) E[x]` and what
+    clipping and rounding of x add, and the ratio of variances go into the BatchNorm behind the layer, or the shift into
+    the layer's bias where there is none (Nagel et al., DFQ, arXiv 1906.04721, which corrects means).
+
+    Each layer is taken by itself, with inputs as the float network's. Channels of one BatchNorm count as independent,
+    and pixels as correlated to `SPATIAL_CORRELATION`: means do not depend on that, ratios of variances do.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`, with final codes.
+      config: as for `adapt_batch_norm`; `max_ratio=1` keeps variances.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      `qvariables` with new mean, variance and bias leaves.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+    """
+    noise = _input_noise(graph, num_samples)
+    adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=_noise)
+    return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=_noise)
+
+
+def gptq_from_noise(
+    graph: Graph, variables: Any, qvariables: Any, config: GPTQConfig = GPTQConfig(), *, num_samples: int = 32
+) -> Any:
+    """GPTQ without images: the layers' inputs are noise of the moments that the BatchNorms in front promise.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`.
+      config: as for `gptq`.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      `qvariables` with other codes.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+      ValueError: as `gptq`.
+    """
+    noise = _input_noise(graph, num_samples)
+    return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=_noise)
+
+
+def _input_noise(graph: Graph, num_samples: int) -> jax.Array:
     if not graph.batch_norms:
         raise GraphError("the network has no BatchNorm, so nothing is known of its activations without images.")
-    images = jax.random.normal(jax.random.key(0), (num_samples, *graph.input.shape[1:]), jnp.float32)
-    return summarize(graph, variables, images, batch_size=num_samples, record=record_noise)
+    return jax.random.normal(jax.random.key(0), (num_samples, *graph.input.shape[1:]), jnp.float32)
 
 
 def record_noise(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> tuple[Any, dict[str, jax.Array]]:

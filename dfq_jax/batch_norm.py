@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from dfq_jax.execute import (
     BatchNormParameters,
+    BatchNormRule,
     LayerCall,
     apply_quantized,
     channel_moments,
@@ -73,6 +74,7 @@ def adapt_batch_norm(
     config: BatchNormConfig = BatchNormConfig(),
     *,
     batch_size: int = 64,
+    batch_norm: BatchNormRule = normalize,
 ) -> Any:
     """Quantized variables with adapted BatchNorm statistics.
 
@@ -86,6 +88,7 @@ def adapt_batch_norm(
       images: `[N, H, W, C]`, preprocessed.
       config: absolute or differential, and how.
       batch_size: images in one pass, for the order "all_at_once".
+      batch_norm: what each BatchNorm computes once its input is measured; `analytic_correction` puts noise there.
 
     Returns:
       `qvariables` with new mean and variance leaves; everything else is kept.
@@ -98,23 +101,29 @@ def adapt_batch_norm(
     total: dict[str, jax.Array] = {}
     for batch in batches(images, size):
         share = batch.shape[0] / images.shape[0]
-        for path, value in _adapt(graph, variables, qvariables, batch, config, images.shape[0]).items():
+        for path, value in _adapt(graph, variables, qvariables, batch, config, images.shape[0], batch_norm).items():
             total[path] = total.get(path, 0.0) + share * value
     shapes = dict(zip(graph.leaf_paths, graph.leaf_shapes, strict=True))
     updates = {path: value.reshape(shapes[path].shape).astype(shapes[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_images"))
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_images", "batch_norm"))
 def _adapt(
-    graph: Graph, variables: Any, qvariables: Any, images: jax.Array, config: BatchNormConfig, num_images: int
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: jax.Array,
+    config: BatchNormConfig,
+    num_images: int,
+    batch_norm: BatchNormRule,
 ) -> dict[str, jax.Array]:
     """New mean and variance leaves, `[channels]` by path, from one pass of each network."""
     reference: Moments = {}
 
     def measure(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
         reference[bn.name] = channel_moments(bn, x)
-        return normalize(bn, x, parameters)
+        return batch_norm(bn, x, parameters)
 
     if config.method == "differential":
         run(graph, variables, images, batch_norm=measure)
@@ -126,7 +135,7 @@ def _adapt(
         mean, var = _adapted(bn, stored[bn.name], reference.get(bn.name, measured), measured, config, num_images)
         updates[bn.mean].append(mean)
         updates[bn.var].append(var)
-        return normalize(bn, x, parameters._replace(mean=mean, var=var))
+        return batch_norm(bn, x, parameters._replace(mean=mean, var=var))
 
     apply_quantized(graph, qvariables, images, batch_norm=adapt)
     # Statistics that several places of the network share serve all of them alike.
@@ -208,6 +217,7 @@ def correct_bias(
     images: Float[Array, "n ..."],
     *,
     normalized: bool = True,
+    batch_norm: BatchNormRule | None = None,
 ) -> Any:
     """Empirical bias correction: every layer's mean output per channel becomes that of the float network.
 
@@ -222,6 +232,7 @@ def correct_bias(
       qvariables: from `quantize_params`.
       images: `[N, H, W, C]`, preprocessed.
       normalized: correct layers that a BatchNorm follows, too; false to keep its adapted statistics.
+      batch_norm: what each BatchNorm computes in place of itself; see `adapt_batch_norm`.
 
     Returns:
       `qvariables` with new bias and mean leaves.
@@ -230,12 +241,19 @@ def correct_bias(
       ValueError: no images, or images with NaN or infinity.
     """
     check_images(graph, images)
-    return _correct_bias(graph, variables, qvariables, images, normalized)
+    return _correct_bias(graph, variables, qvariables, images, normalized, batch_norm)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "normalized"))
-def _correct_bias(graph: Graph, variables: Any, qvariables: Any, images: jax.Array, normalized: bool) -> Any:
-    targets = _corrections(graph, normalized)
+@functools.partial(jax.jit, static_argnames=("graph", "normalized", "batch_norm"))
+def _correct_bias(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: jax.Array,
+    normalized: bool,
+    batch_norm: BatchNormRule | None,
+) -> Any:
+    targets = offset_leaves(graph, normalized)
     stored, leaves = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
     wanted: dict[str, jax.Array] = {}
 
@@ -246,7 +264,7 @@ def _correct_bias(graph: Graph, variables: Any, qvariables: Any, images: jax.Arr
             wanted[call.layer.name] = _shifted_mean(call, result, -sign * stored[path])
         return result
 
-    run(graph, variables, images, layer=note)
+    run(graph, variables, images, layer=note, batch_norm=batch_norm)
     updates: dict[str, jax.Array] = {}
 
     def correct(call: LayerCall, result: jax.Array) -> jax.Array:
@@ -257,7 +275,7 @@ def _correct_bias(graph: Graph, variables: Any, qvariables: Any, images: jax.Arr
         updates[path] = (leaves[path] + sign * error.reshape(leaves[path].shape)).astype(leaves[path].dtype)
         return result - error  # what later layers see behind the corrected leaf
 
-    apply_quantized(graph, qvariables, images, after_layer=correct)
+    apply_quantized(graph, qvariables, images, batch_norm=batch_norm, after_layer=correct)
     return graph.replace(qvariables, updates)
 
 
@@ -267,7 +285,7 @@ def _shifted_mean(call: LayerCall, result: jax.Array, shift: jax.Array) -> jax.A
     return mean + shift.astype(jnp.float32).reshape(mean.shape)
 
 
-def _corrections(graph: Graph, normalized: bool) -> dict[str, tuple[str, float]]:
+def offset_leaves(graph: Graph, normalized: bool) -> dict[str, tuple[str, float]]:
     """The leaf that takes each layer's correction, and its sign: a mean is subtracted, a bias added."""
     targets: dict[str, tuple[str, float]] = {}
     for layer in graph.layers:

@@ -1,0 +1,156 @@
+"""A layer as a matrix product, whatever its kind and the layout of its kernel.
+
+In each group, `result[m, o] = sum_d patches[m, d] kernel[o, d]`: m runs over images and positions, d over the input
+channels of the group and the window, channels first. Dense layers have a window of one; a dense layer with batch axes
+has a group for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dfq_jax.execute import LayerCall
+from dfq_jax.graph import Graph, Layer
+from dfq_jax.qtensor import QTensor, bounds
+
+
+def kernel_matrix(graph: Graph, layer: Layer, leaf: Float[Array, "..."]) -> Float[Array, "g o i k"]:
+    """A kernel leaf as `[groups, outputs, inputs, window]`, outputs and inputs of one group."""
+    program = graph.program
+    op = program.ops[layer.op]
+    value = leaf
+    for index in layer.kernel_chain:
+        if program.ops[index].name != "convert_element_type":
+            (value,) = program.ops[index](value)
+    if layer.kind == "conv":
+        value = value.transpose(op.params["dimension_numbers"].rhs_spec)
+        outputs, inputs = value.shape[:2]
+        return value.reshape(layer.groups, outputs // layer.groups, inputs, -1)
+    contract, batch = (axes[layer.kernel_operand] for axes in op.params["dimension_numbers"])
+    free = [a for a in range(value.ndim) if a not in (*contract, *batch)]
+    sizes = [math.prod(value.shape[a] for a in axes) for axes in (batch, free, contract)]
+    return value.transpose(*batch, *free, *contract).reshape(*sizes, 1)
+
+
+def kernel_leaf(graph: Graph, layer: Layer, matrix: Float[Array, "g o i k"]) -> Float[Array, "..."]:
+    """The inverse of `kernel_matrix`, float32."""
+    like = jax.ShapeDtypeStruct(layer.kernel_shape, jnp.float32)
+    # The way there only rearranges elements, so its transpose is the way back.
+    transpose = jax.linear_transpose(lambda leaf: kernel_matrix(graph, layer, leaf), like)
+    return transpose(matrix.astype(jnp.float32))[0]
+
+
+def patches(call: LayerCall) -> Float[Array, "m g d"]:
+    """What a layer's kernel meets at each image and position, `[positions, groups, inputs * window]`, float32."""
+    params, x = call.op.params, call.operand.astype(jnp.float32)
+    if call.layer.kind == "dense":
+        return _dense_operand(call, x)
+    numbers = params["dimension_numbers"]
+    x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+    spatial = zip(params["padding"], params["lhs_dilation"], strict=True)
+    config = [(0, 0, 0), *((low, high, dilation - 1) for (low, high), dilation in spatial), (0, 0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
+    kernel = call.op.inputs[call.layer.kernel_operand]
+    shape = call.graph.program.avals[kernel].shape
+    window = [shape[a] for a in numbers.rhs_spec[2:]]
+    out = call.graph.program.avals[call.op.outputs[0]].shape
+    size = [out[a] for a in numbers.out_spec[2:]]
+    shifted = []
+    for offset in itertools.product(*map(range, window)):
+        start = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
+        stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, size, params["window_strides"], strict=True)]
+        shifted.append(
+            lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *params["window_strides"], 1))
+        )
+    stacked = jnp.stack(shifted, axis=-1)  # [images, ..., channels, window]
+    groups = call.layer.groups
+    return stacked.reshape(-1, groups, stacked.shape[-2] // groups * stacked.shape[-1])
+
+
+def _dense_operand(call: LayerCall, x: Any) -> Any:
+    contract, batch = (axes[1 - call.layer.kernel_operand] for axes in call.op.params["dimension_numbers"])
+    free = [a for a in range(x.ndim) if a not in (*contract, *batch)]
+    sizes = [math.prod(x.shape[a] for a in axes) for axes in (free, batch, contract)]
+    return x.transpose(*free, *batch, *contract).reshape(sizes)
+
+
+def input_channels(graph: Graph, layer: Layer, axis: int) -> Int[np.ndarray, "g i"] | None:
+    """For each input of each group, the index along an axis of the tensor that the layer reads.
+
+    None if there is no such index because an input runs over several (a layer of another axis, say).
+    """
+    call = LayerCall(layer, graph.program.ops[layer.op], graph, *[None] * 3)
+    shape = graph.tensor(layer.tensor).shape
+    labels = 1 + np.arange(shape[axis], dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    with jax.ensure_compile_time_eval():
+        operand = np.asarray(call.rearrange(jnp.broadcast_to(labels, shape)))  # padding has the label 0
+    if layer.kind == "conv":
+        operand = np.moveaxis(operand, call.op.params["dimension_numbers"].lhs_spec[1], -1)
+        found = operand.reshape(-1, layer.groups, operand.shape[-1] // layer.groups)
+    else:
+        found = _dense_operand(call, operand)
+    largest = found.max(0)
+    unique = np.where(found == 0, largest, found).min(0) == largest
+    return largest.astype(int) - 1 if unique.all() else None
+
+
+class Codes(NamedTuple):
+    """A kernel's weights in units of their scale, in the form of `kernel_matrix`, float32.
+
+    `codes` are centered (less the zero point), integers from `low` to `high`; the nearest ones are
+    `clip(round(values), low, high)`.
+    """
+
+    values: Float[Array, "g o i k"]
+    codes: Float[Array, "g o i k"]
+    low: Float[Array, "g o i k"]
+    high: Float[Array, "g o i k"]
+
+
+def kernel_codes(graph: Graph, layer: Layer, kernel: QTensor, leaf: Float[Array, "..."]) -> Codes:
+    """The quantized kernel of a layer and the float one as `Codes`."""
+    qmin, qmax = bounds(kernel.bits, kernel.signed)
+    zero = jnp.zeros_like(kernel.scale) if kernel.zero_point is None else kernel.zero_point
+    values = leaf.astype(jnp.float32) / kernel.scale
+    limits = (jnp.broadcast_to(q - zero, leaf.shape) for q in (qmin, qmax))
+    return Codes(*(kernel_matrix(graph, layer, a) for a in (values, kernel.centered().astype(jnp.float32), *limits)))
+
+
+def with_codes(graph: Graph, layer: Layer, kernel: QTensor, codes: Float[Array, "g o i k"]) -> QTensor:
+    """The quantized kernel with other centered codes."""
+    zero = 0.0 if kernel.zero_point is None else kernel.zero_point
+    return dataclasses.replace(
+        kernel, qvalue=(kernel_leaf(graph, layer, codes) + zero).astype(jnp.asarray(kernel.qvalue).dtype)
+    )
+
+
+def quantized_kernels(
+    graph: Graph, variables: Any, qvariables: Any
+) -> dict[str, tuple[tuple[Layer, ...], Any, QTensor]]:
+    """The layers that read each quantized kernel, its float leaf and its `QTensor`, by the kernel's path.
+
+    Raises:
+      ValueError: no kernel is quantized, or `variables` are not the float ones.
+      GraphError: a tree is not the one that was traced.
+    """
+    floats, quantized = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
+    found = {}
+    for layer in graph.layers:
+        leaf, kernel = floats[layer.kernel], quantized[layer.kernel]
+        if isinstance(leaf, QTensor):
+            raise ValueError(f"variables: {layer.kernel!r} is quantized; pass the float variables first.")
+        if isinstance(kernel, QTensor):
+            layers = tuple(other for other in graph.layers if other.kernel == layer.kernel)
+            found.setdefault(layer.kernel, (layers, leaf, kernel))
+    if not found:
+        raise ValueError("qvariables: found no quantized kernel; pass what quantize_params returned.")
+    return found

@@ -1,0 +1,136 @@
+"""Equalization keeps the function and the tree, and brings ranges together."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import model_grid
+import numpy as np
+import pytest
+from model_grid import linen_case
+
+from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
+from dfq_jax.graph import trace
+
+
+def prepared(case):
+    apply_fn, variables = case.function()
+    return trace(apply_fn, variables, case.input_shape), apply_fn, variables
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("cifar_resnet8", 3), ("no_batch_norm", 1), ("mlp", 2), ("transposed_conv", 2), ("conv_bias_bn", 1),
+        ("shared_kernel", 0),
+        pytest.param("mobilenet_v2", 0, marks=pytest.mark.slow),
+        pytest.param("vgg", 1, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("balance", ["weights", "activations"])
+def test_keeps_function_and_tree(name, pairs, balance):
+    case = getattr(model_grid, name)()
+    graph, apply_fn, variables = prepared(case)
+    found, skipped = find_pairs(graph)
+    assert len(found) == pairs
+    assert {p.first for p in found} | {s.name for s in skipped} == {layer.name for layer in graph.layers}
+    assert all(s.reason for s in skipped)
+    new, before, after = jax.jit(
+        lambda v, x: (new := equalize(graph, v, balance=balance), apply_fn(v, x), apply_fn(new, x))
+    )(variables, case.images())
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(variables), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+    changed = any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (new, variables)), strict=True))
+    with_norm = any(graph.layer(pair.first).batch_norm for pair in found)
+    assert changed == (bool(found) if balance == "weights" else with_norm)
+
+
+class Triple(nn.Module):
+    """An inverted bottleneck with ReLU: expansion, depthwise, projection."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name, features, groups in (("expand", 6, 1), ("depthwise", 6, 6), ("project", 3, 1)):
+            window = (3, 3) if name == "depthwise" else (1, 1)
+            x = nn.Conv(features, window, feature_group_count=groups, use_bias=False, name=name)(x)
+            x = nn.BatchNorm(use_running_average=True, name=f"{name}_bn")(x)
+            x = nn.relu(x) if name != "project" else x
+        return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def triple():
+    return prepared(linen_case("triple", Triple(), (2, 6, 6, 3)))
+
+
+def folded_kernel(variables, name):
+    bn, stats = variables["params"][f"{name}_bn"], variables["batch_stats"][f"{name}_bn"]
+    return np.asarray(variables["params"][name]["kernel"] * bn["scale"] / jnp.sqrt(stats["var"] + 1e-5), np.float64)
+
+
+def ranges(variables):
+    """Ranges of the six channels: expansion's outputs, depthwise, projection's inputs."""
+    kernels = [np.abs(folded_kernel(variables, name)) for name in ("expand", "depthwise", "project")]
+    return kernels[0].max((0, 1, 2)), kernels[1].max((0, 1, 2)), kernels[2].max((0, 1, 3))
+
+
+def test_depthwise_triple_meets_at_the_geometric_mean(triple):
+    graph, _, variables = triple
+    assert [(p.first, p.readers) for p in find_pairs(graph)[0]] == [
+        ("expand", ("depthwise",)),
+        ("depthwise", ("project",)),
+    ]
+    before, after = ranges(variables), ranges(equalize(graph, variables))
+    mean = np.prod(before, axis=0) ** (1 / 3)
+    assert np.ptp(before, axis=0).max() > 0.1
+    for found in after:
+        np.testing.assert_allclose(found, mean, rtol=1e-4)
+
+
+def test_activations_are_balanced_with_the_weights_behind(triple):
+    graph, _, variables = triple
+    new = equalize(graph, variables, balance="activations")
+    bn = new["params"]["depthwise_bn"]
+    peak = np.maximum(np.asarray(bn["bias"] + 3 * jnp.abs(bn["scale"])), 0)
+    behind = ranges(new)[2]
+    alive = peak > 0
+    assert alive.any()
+    np.testing.assert_allclose(peak[alive], behind[alive], rtol=1e-4)
+
+
+def test_dead_channels_stay(triple):
+    graph, _, variables = triple
+    kernel = variables["params"]["expand"]["kernel"].at[..., 2].set(0.0)
+    variables = graph.replace(variables, {"params/expand/kernel": kernel})
+    new = equalize(graph, variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+    assert new["params"]["expand_bn"]["scale"][2] == variables["params"]["expand_bn"]["scale"][2]
+
+
+def test_high_bias_goes_to_the_next_layer(triple):
+    graph, apply_fn, variables = triple
+    # Every channel three standard deviations above zero or more: ReLU never cuts, so nothing changes but the split.
+    bias = 5.0 + 3.0 * jnp.abs(variables["params"]["depthwise_bn"]["scale"])
+    mean = variables["batch_stats"]["depthwise_bn"]["mean"]
+    variables = graph.replace(variables, {"params/depthwise_bn/bias": bias, "params/expand_bn/bias": jnp.full(6, 50.0)})
+    spread = {"batch_stats/depthwise_bn/var": jnp.full(6, 1e6), "batch_stats/depthwise_bn/mean": mean}
+    variables = graph.replace(variables, spread)
+    new = absorb_high_bias(graph, variables)
+    np.testing.assert_allclose(new["params"]["depthwise_bn"]["bias"], bias - 5.0, rtol=1e-5)
+    # The depthwise layer pads, so the constant in front of it stays.
+    np.testing.assert_array_equal(new["params"]["expand_bn"]["bias"], 50.0)
+    x = 0.1 * jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    np.testing.assert_allclose(apply_fn(new, x), apply_fn(variables, x), rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_bad_arguments(triple):
+    graph, _, variables = triple
+    with pytest.raises(ValueError, match="balance"):
+        equalize(graph, variables, balance="both")
+    with pytest.raises(ValueError, match="sigmas"):
+        absorb_high_bias(graph, variables, sigmas=0)
+    with pytest.raises(ValueError, match="do not match"):
+        equalize(graph, variables["params"])

@@ -1,0 +1,60 @@
+"""A layer's matrix form computes the layer, on every layout."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import model_grid
+import numpy as np
+import pytest
+
+from dfq_jax.execute import run
+from dfq_jax.graph import trace
+from dfq_jax.matrix_form import input_channels, kernel_leaf, kernel_matrix, patches
+
+NAMES = ("dilated_grouped", "transposed_conv", "general_dense", "conv_1d", "conv_3d", "channels_first", "odd_sizes")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "odd_sizes" else []) for n in NAMES])
+def test_patches_times_kernel_is_the_layer(name):
+    case = getattr(model_grid, name)()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    seen = []
+
+    def check(call):
+        result = call.default()
+        matrix = kernel_matrix(call.graph, call.layer, call.kernel)
+        np.testing.assert_array_equal(kernel_leaf(call.graph, call.layer, matrix), call.kernel)
+        product = jnp.einsum("mgd,god->mgo", patches(call), matrix.reshape(*matrix.shape[:2], -1))
+        axes = call.channel_axes
+        expected = jnp.moveaxis(result, axes, range(-len(axes), 0)).reshape(product.shape)
+        np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5 * float(jnp.abs(result).max()))
+        seen.append(call.layer.name)
+        return result
+
+    run(graph, variables, case.images(), layer=check)
+    assert seen == [layer.name for layer in graph.layers]
+
+
+def test_input_channels():
+    case = model_grid.dilated_grouped()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    grouped = graph.layer("grouped")
+    np.testing.assert_array_equal(input_channels(graph, grouped, 3), [[0, 1], [2, 3]])
+    # Along another axis every input runs over all indices.
+    assert input_channels(graph, grouped, 1) is None
+
+
+def test_input_channels_behind_a_flattened_image():
+    case = model_grid.function_case(
+        "flat",
+        lambda v, x: x.reshape(x.shape[0], -1) @ v["kernel"],
+        {"kernel": (2 * 3 * 4, 5)},
+        (1, 2, 3, 4),
+    )
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    (layer,) = graph.layers
+    np.testing.assert_array_equal(input_channels(graph, layer, 3), np.tile(np.arange(4), 6)[None])
+    np.testing.assert_array_equal(input_channels(graph, layer, 1), np.repeat(np.arange(2), 12)[None])
