@@ -26,7 +26,7 @@ from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import ESTIMATORS, batches, check_images, estimate_ranges
 from dfq_jax.report import LayerReport, Report, packed_size
 from dfq_jax.synthesis import Progress, SynthesisConfig, synthesize
-from dfq_jax.synthesis.pixels import check_variables, num_classes
+from dfq_jax.synthesis.checks import check_variables, num_classes
 from dfq_jax.weights import WEIGHT_RANGES
 
 SOURCES = ("synthesis", "noise")

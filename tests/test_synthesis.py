@@ -20,7 +20,17 @@ import pytest
 
 from dfq_jax.batch_norm import batch_norm_moments
 from dfq_jax.graph import GraphError, trace
-from dfq_jax.synthesis import SynthesisConfig, SynthesisError, augment, init_batch, objective, pixels, synthesize
+from dfq_jax.synthesis import (
+    SynthesisConfig,
+    SynthesisError,
+    augment,
+    init_batch,
+    loop,
+    objective,
+    source,
+    step,
+    synthesize,
+)
 from dfq_jax.synthesis.checkpoint import Checkpoint
 from dfq_jax.synthesis.objective import Moments, Targets
 
@@ -218,7 +228,7 @@ def test_response_level_is_a_quantile_of_the_margins():
     p = np.exp(logits).max(1) / np.exp(logits).sum(1)
     labels = jnp.zeros(8, jnp.int32)
     for relabel in (True, False):
-        targets = pixels.response_targets(GRAPH, VARIABLES, images, labels, quantile=0.7, relabel=relabel)
+        targets = step.response_targets(GRAPH, VARIABLES, images, labels, quantile=0.7, relabel=relabel)
         level = max(np.quantile(np.log(p / (1 - p)), 0.7), 0)
         np.testing.assert_allclose(targets.response_level, level, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(targets.labels, logits.argmax(1) if relabel else labels)
@@ -236,7 +246,7 @@ def test_a_constant_channel_has_a_finite_gradient():
 def test_images_come_to_match_the_statistics(finished):
     result = make(dataclasses.replace(CONFIG, steps=100, num_images=4))
     start, _ = init_batch(GRAPH, CONFIG, optax.sgd(1.0), jax.random.split(jax.random.fold_in(KEY, 0))[0])
-    before, _ = expected_loss(CONFIG, VARIABLES, start.images, LABELS)
+    before, _ = expected_loss(CONFIG, VARIABLES, start.parameters, LABELS)
     after, _ = expected_loss(CONFIG, VARIABLES, result.images, LABELS)
     assert after < 0.02 * before
     np.testing.assert_allclose(result.losses[0], after, rtol=0.1)
@@ -281,8 +291,8 @@ def test_any_optax_optimizer():
 @pytest.mark.parametrize("name", ["adam", "radam", "sgd"])
 def test_optimizers_and_schedules(name, schedule):
     config = SynthesisConfig(steps=10, learning_rate=0.2, optimizer=name, schedule=schedule)
-    optimizer = pixels.make_optimizer(config)
-    assert pixels.make_optimizer(dataclasses.replace(config)) is optimizer  # compilation is keyed on it
+    optimizer = source.make_optimizer(config)
+    assert source.make_optimizer(dataclasses.replace(config)) is optimizer  # compilation is keyed on it
     updates = []
     state = optimizer.init(jnp.zeros(1))
     for _ in range(11):
@@ -342,10 +352,10 @@ def test_other_weights_compile_nothing():
 
 
 def test_chunks_divide_the_steps():
-    assert pixels._divisor(50, 300) == 50
-    assert pixels._divisor(50, 100, 30) == 10
-    assert pixels._divisor(50, 7) == 7
-    assert pixels._divisor(4, 7) == 1
+    assert loop._divisor(50, 300) == 50
+    assert loop._divisor(50, 100, 30) == 10
+    assert loop._divisor(50, 7) == 7
+    assert loop._divisor(4, 7) == 1
 
 
 def test_a_last_batch_that_is_not_full(finished):
@@ -604,7 +614,7 @@ def test_other_threads(finished):
 
 @pytest.fixture
 def always_save(monkeypatch):
-    monkeypatch.setattr(pixels, "CHECKPOINT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY_SECONDS", 0.0)
 
 
 def interrupted(path, config=CONFIG, at=(2, 10), **arguments):
@@ -637,7 +647,7 @@ KILLED = """
 import os, signal, sys
 import test_synthesis as t
 
-t.pixels.CHECKPOINT_EVERY_SECONDS = 0.0
+t.loop.CHECKPOINT_EVERY_SECONDS = 0.0
 
 def on_progress(report):
     if kill and (report.batch, report.step) == (2, 10):
