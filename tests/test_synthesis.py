@@ -352,10 +352,10 @@ def test_other_weights_compile_nothing():
 
 
 def test_chunks_divide_the_steps():
-    assert loop._divisor(50, 300) == 50
-    assert loop._divisor(50, 100, 30) == 10
-    assert loop._divisor(50, 7) == 7
-    assert loop._divisor(4, 7) == 1
+    assert loop.largest_divisor(50, 300) == 50
+    assert loop.largest_divisor(50, 100, 30) == 10
+    assert loop.largest_divisor(50, 7) == 7
+    assert loop.largest_divisor(4, 7) == 1
 
 
 def test_a_last_batch_that_is_not_full(finished):

@@ -98,9 +98,9 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "steps"):
-            _check(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         for name in ("extra_pixels", "jitter", "crop", "patience", "chunk"):
-            _check(name, getattr(self, name), "an integer of at least 0", lambda v: type(v) is int and v >= 0)
+            check_field(name, getattr(self, name), "an integer of at least 0", lambda v: type(v) is int and v >= 0)
         for name in (
             "mean_weight",
             "std_weight",
@@ -114,18 +114,18 @@ class SynthesisConfig:
             "low_pass",
             "min_improvement",
         ):
-            _check(name, getattr(self, name), "a finite number of at least 0", _non_negative)
+            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
         for name in ("learning_rate", "generator_learning_rate"):
-            _check(name, getattr(self, name), "a positive number", lambda v: _non_negative(v) and v > 0)
+            check_field(name, getattr(self, name), "a positive number", lambda v: is_non_negative(v) and v > 0)
         for name in ("flip", "swing"):
-            _check(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
+            check_field(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
         # Lists, as read from a file, become tuples: a config is hashable.
         object.__setattr__(self, "distance_range", _tuples(self.distance_range))
         object.__setattr__(self, "pixel_range", _tuples(self.pixel_range))
-        _check("distance_range", self.distance_range, "two numbers, 0 <= low <= high <= 2", _distances)
-        _check("pixel_range", self.pixel_range, "((low, ...), (high, ...)), low < high in each channel", _limits)
+        check_field("distance_range", self.distance_range, "two numbers, 0 <= low <= high <= 2", _distances)
+        check_field("pixel_range", self.pixel_range, "((low, ...), (high, ...)), low < high in each channel", _limits)
         for name in ("response_start", "response_quantile"):
-            _check(name, getattr(self, name), "a number from 0 to 1", lambda v: _non_negative(v) and v <= 1)
+            check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
         for name, choices in (
             ("source", SOURCES),
             ("optimizer", OPTIMIZERS),
@@ -133,7 +133,7 @@ class SynthesisConfig:
             ("statistics", STATISTICS),
             ("layer_weighting", WEIGHTINGS),
         ):
-            _check(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
+            check_field(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
 
     @property
     def uses_classes(self) -> bool:
@@ -156,7 +156,9 @@ def _tuples(value: Any) -> Any:
 
 
 def _distances(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_non_negative, value)) and value[0] <= value[1] <= 2
+    return (
+        isinstance(value, tuple) and len(value) == 2 and all(map(is_non_negative, value)) and value[0] <= value[1] <= 2
+    )
 
 
 def _limits(value: Any) -> bool:
@@ -169,11 +171,11 @@ def _limits(value: Any) -> bool:
     return len(low) == len(high) and numbers and all(a < b for a, b in zip(low, high, strict=True))
 
 
-def _non_negative(value: object) -> bool:
+def is_non_negative(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def _check(name: str, value: object, wanted: str, ok: object) -> None:
+def check_field(name: str, value: object, wanted: str, ok: object) -> None:
     if not ok(value):
         raise ValueError(f"{name}: expected {wanted}, found {value!r}.")
 

@@ -150,7 +150,7 @@ class _Run:
         self.stopped: set[int] = set()
         chunk = config.chunk or default_chunk()
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
-        self.chunk = _divisor(chunk, config.steps, self.response_step or config.steps)
+        self.chunk = largest_divisor(chunk, config.steps, self.response_step or config.steps)
 
     def identity(self) -> str:
         """What a checkpoint must have been made by to be resumed."""
@@ -328,7 +328,7 @@ def default_chunk() -> int:
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))
 
 
-def _divisor(chunk: int, *lengths: int) -> int:
+def largest_divisor(chunk: int, *lengths: int) -> int:
     """The longest chunk, at most `chunk`, that divides every length: each stage compiles once."""
     return max(c for c in range(1, chunk + 1) if all(n % c == 0 for n in lengths))
 

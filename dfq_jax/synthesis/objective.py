@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.execute import BatchNormParameters, along_channels, normalize, run
-from dfq_jax.graph import BatchNorm, Graph, Tensor
+from dfq_jax.execute import BatchNormParameters, LayerCall, along_channels, normalize, run
+from dfq_jax.graph import BatchNorm, Graph
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.layer_rules import loop_friendly, swing
 
@@ -124,25 +124,25 @@ def observe(
         losses[bn.name] = terms.sum(-1).mean() / bn.channels
         return normalize(bn, x, parameters)
 
-    layer = swing(key) if config.swing and key is not None else loop_friendly
+    rule = swing(key) if config.swing and key is not None else loop_friendly
     features = FeatureReader(graph)
-    outputs = run(graph, variables, images, layer=layer, tensor=features, batch_norm=match)
+    outputs = run(graph, variables, images, layer=lambda call: features(call, rule(call)), batch_norm=match)
     layer_losses = jnp.stack([losses[bn.name] for bn in graph.batch_norms])
     return Observation(layer_losses, moments, features.value, graph.logits(outputs).astype(jnp.float32))
 
 
 class FeatureReader:
-    """A tensor rule that changes nothing and keeps what the last layer reads, averaged over positions: `value`."""
+    """Keeps what the last layer reads, averaged over positions, as `value`; a correction that changes no result."""
 
     def __init__(self, graph: Graph):
-        self.name = graph.last_layer.tensor
+        self.layer = graph.last_layer.name
         self.value: jax.Array = jnp.zeros(())
 
-    def __call__(self, tensor: Tensor, value: jax.Array) -> jax.Array:
-        if tensor.name == self.name:
-            wide = value.astype(jnp.float32)
-            self.value = wide.mean(tuple(range(1, wide.ndim - 1)))
-        return value
+    def __call__(self, call: LayerCall, result: jax.Array) -> jax.Array:
+        if call.layer.name == self.layer:
+            features = call.source.astype(jnp.float32)
+            self.value = features.mean(tuple(range(1, features.ndim - 1)))
+        return result
 
 
 def statistics_loss(config: SynthesisConfig, seen: Observation, images: Float[Array, "n ..."]) -> Float[Array, ""]:
