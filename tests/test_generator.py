@@ -160,9 +160,9 @@ def test_generated_images_come_to_match_the_statistics():
         np.testing.assert_allclose(std, 1, atol=1e-2)
 
 
-def test_networks_of_vectors_and_sequences():
-    for case in (model_grid.mlp(), model_grid.conv_1d()):
-        graph = trace(*case.function(), case.input_shape)
-        images = synthesize(graph, case.variables, KEY, dataclasses.replace(GENERATOR, steps=2)).images
-        assert images.shape == (4, *case.input_shape[1:])
-        assert np.isfinite(images).all()
+def test_networks_of_sequences():
+    case = model_grid.conv_1d()
+    graph = trace(*case.function(), case.input_shape)
+    images = synthesize(graph, case.variables, KEY, dataclasses.replace(GENERATOR, steps=2)).images
+    assert images.shape == (4, *case.input_shape[1:])
+    assert np.isfinite(images).all()
