@@ -34,7 +34,7 @@ from dfq_jax import as_function, synthesize, trace
 from dfq_jax.graph import Graph
 from dfq_jax.synthesis import SynthesisConfig, advance, init_batch
 from dfq_jax.synthesis.objective import STD_EPSILON, Targets, evaluate
-from dfq_jax.synthesis.pixels import make_optimizer
+from dfq_jax.synthesis.source import make_optimizer
 from dfq_jax.zoo import load_model
 
 BATCH = 64

@@ -14,7 +14,7 @@ from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import apply_quantized
 from dfq_jax.graph import Graph
 from dfq_jax.ranges import batches, check_images
-from dfq_jax.synthesis.pixels import num_classes
+from dfq_jax.synthesis.checks import num_classes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from dfq_jax.ranges import check_images, estimate_ranges
 from dfq_jax.recipes import Recipe, get_recipe
 from dfq_jax.report import Report, layer_reports, packed_size
 from dfq_jax.synthesis import Progress, synthesize
-from dfq_jax.synthesis.pixels import check_variables
+from dfq_jax.synthesis.checks import check_variables
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8

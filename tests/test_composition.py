@@ -29,7 +29,7 @@ from dfq_jax.graph import Graph, trace
 from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import estimate_ranges, summarize
 from dfq_jax.synthesis import SynthesisConfig, advance, init_batch, synthesize
-from dfq_jax.synthesis.pixels import make_optimizer
+from dfq_jax.synthesis.source import make_optimizer
 
 # Listeners cannot be taken off by public means in all versions of JAX, so there is one for the whole module.
 COMPILED: list[str] = []

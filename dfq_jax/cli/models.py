@@ -21,7 +21,7 @@ from dfq_jax.data import Dataset, load_data
 from dfq_jax.evaluation import predict
 from dfq_jax.execute import run
 from dfq_jax.graph import Graph, trace
-from dfq_jax.synthesis.pixels import num_classes
+from dfq_jax.synthesis.checks import num_classes
 from dfq_jax.zoo.registry import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.

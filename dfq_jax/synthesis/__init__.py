@@ -1,7 +1,22 @@
-"""Images from the network itself: what is asked of them (`objective`), how they change from step to step (`augment`),
-and the optimizer of their pixels (`pixels`)."""
+"""Images from the network itself: what is asked of them (`objective`), where they come from (`source`: their pixels, or
+a `generator`), how they change from step to step (`augment`), one step of the optimizer (`step`), the loop around it
+(`loop`), and a second pass for one quantized network (`refine`)."""
 
-from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.pixels import Progress, Synthesis, SynthesisError, advance, init_batch, synthesize
+from dfq_jax.synthesis.config import DGH, GENIE, SynthesisConfig
+from dfq_jax.synthesis.loop import Progress, Synthesis, SynthesisError, synthesize
+from dfq_jax.synthesis.refine import RefineConfig, refine
+from dfq_jax.synthesis.step import advance, init_batch
 
-__all__ = ["Progress", "Synthesis", "SynthesisConfig", "SynthesisError", "advance", "init_batch", "synthesize"]
+__all__ = [
+    "DGH",
+    "GENIE",
+    "Progress",
+    "RefineConfig",
+    "Synthesis",
+    "SynthesisConfig",
+    "SynthesisError",
+    "advance",
+    "init_batch",
+    "refine",
+    "synthesize",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -11,14 +13,34 @@ from dfq_jax.synthesis.config import SynthesisConfig
 
 def augment(config: SynthesisConfig, key: Key[Array, ""], images: Float[Array, "n *s c"]) -> Float[Array, "n *s c"]:
     """The random changes of one optimizer step; the key is consumed."""
-    flip_key, jitter_key, crop_key = jax.random.split(key, 3)
+    flip_key, window_key, jitter_key, crop_key = jax.random.split(key, 4)
     if config.flip:
         images = random_flip(flip_key, images)
+    if config.smoothing:
+        images = smooth(images, config.smoothing)
+    if config.extra_pixels:
+        images = random_window(window_key, images, config.extra_pixels)
     if config.jitter:
         images = random_shift(jitter_key, images, config.jitter)
     if config.crop:
         images = random_crop(crop_key, images, config.crop)
+    if config.pixel_range is not None:
+        # Clipped pixels keep their gradient: without it they could never come back.
+        images = images + jax.lax.stop_gradient(clip(images, config.pixel_range) - images)
     return images
+
+
+def finish(config: SynthesisConfig, images: Float[Array, "n *s c"]) -> Float[Array, "n *t c"]:
+    """The fixed changes of finished images: what `augment` does at random, and the low-pass filter."""
+    if config.smoothing:
+        images = smooth(images, config.smoothing)
+    if config.extra_pixels:
+        before = config.extra_pixels // 2
+        cut = slice(before, before - config.extra_pixels)
+        images = images[:, *(cut,) * (images.ndim - 2)]
+    if config.low_pass:
+        images = low_pass(images, config.low_pass)
+    return images if config.pixel_range is None else clip(images, config.pixel_range)
 
 
 def random_flip(key: Key[Array, ""], images: Float[Array, "n *s c"]) -> Float[Array, "n *s c"]:
@@ -40,8 +62,33 @@ def random_crop(key: Key[Array, ""], images: Float[Array, "n *s c"], pad: int) -
     """Reflect-pad by `pad` pixels and cut a random window of the original size."""
     spatial = images.ndim - 2
     padded = jnp.pad(images, [(0, 0)] + [(pad, pad)] * spatial + [(0, 0)], mode="reflect")
-    offsets = jax.random.randint(key, (spatial,), 0, 2 * pad + 1)
-    return jax.lax.dynamic_slice(padded, (0, *offsets, 0), images.shape)
+    return random_window(key, padded, 2 * pad)
+
+
+def random_window(key: Key[Array, ""], images: Float[Array, "n *s c"], cut: int) -> Float[Array, "n *t c"]:
+    """A random window of all images, `cut` pixels smaller along each spatial axis."""
+    sizes = [size - cut for size in images.shape[1:-1]]
+    offsets = jax.random.randint(key, (len(sizes),), 0, cut + 1)
+    return jax.lax.dynamic_slice(images, (0, *offsets, 0), (len(images), *sizes, images.shape[-1]))
+
+
+def smooth(images: Float[Array, "n *s c"], sigma: float) -> Float[Array, "n *s c"]:
+    """Blur by a Gaussian of standard deviation `sigma` pixels, cut to 3 taps an axis; mirrored at the border."""
+    side = math.exp(-0.5 / sigma**2)
+    center, side = 1 / (1 + 2 * side), side / (1 + 2 * side)
+    for axis in range(1, images.ndim - 1):
+        padded = jnp.pad(images, [(int(a == axis),) * 2 for a in range(images.ndim)], mode="reflect")
+        left, right = (jax.lax.slice_in_dim(padded, start, start + images.shape[axis], axis=axis) for start in (0, 2))
+        images = center * images + side * (left + right)
+    return images
+
+
+def clip(
+    images: Float[Array, "n *s c"], pixel_range: tuple[tuple[float, ...], tuple[float, ...]]
+) -> Float[Array, "n *s c"]:
+    """Each channel within its lowest and highest value."""
+    low, high = (jnp.asarray(limit, images.dtype) for limit in pixel_range)
+    return jnp.clip(images, low, high)
 
 
 def low_pass(images: Float[Array, "n *s c"], cutoff: float) -> Float[Array, "n *s c"]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+SOURCES = ("pixels", "generator")
 STATISTICS = ("batch", "image", "set")
 OPTIMIZERS = ("adam", "radam", "sgd")
-SCHEDULES = ("cosine", "constant", "exponential")
+SCHEDULES = ("cosine", "constant", "exponential", "plateau")
 WEIGHTINGS = ("uniform", "first", "deep", "shallow")
 
 
@@ -18,10 +20,13 @@ class SynthesisConfig:
     Attributes:
       num_images: images in all.
       batch_size: images optimized together; statistics are taken over them.
+      source: what is optimized: "pixels", or latents and a small "generator" of each batch (GENIE-D).
       steps: optimizer steps for each batch.
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
-      learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1).
-      schedule: of the learning rate: "cosine" to zero, "constant", or "exponential" (to 5 %).
+      learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1), or of the latents.
+      schedule: of the learning rate: "cosine" to zero, "constant", "exponential" (to 5 %), or "plateau" (a tenth
+        whenever the loss has not improved for 100 steps, down to 1e-4).
+      generator_learning_rate: of the generator's weights; 5 % less after every 100 steps.
       statistics: what is matched: "batch" statistics, those of each "image" (ZeroQ), or of the whole "set" (DGH),
         whose batches take turns after each chunk.
       mean_weight, std_weight: of the two BatchNorm terms.
@@ -29,15 +34,30 @@ class SynthesisConfig:
         the reverse).
       input_weight: of the term that keeps each image at mean 0 and standard deviation 1.
       class_weight: of cross-entropy to balanced random labels.
+      class_focus: exponent gamma of the factor (1 - p)^gamma on each image's cross-entropy, p the probability of its
+        label: above 0 images that are hard to classify count for more (HAST).
+      distance_weight: of the marginal distance of each image to its class in the batch (IntraQ), in the features that
+        the last layer reads; it needs several images of a class in a batch.
+      distance_range: the cosine distances between which the marginal distance leaves images alone.
       response_weight: of the AAC response term.
       response_start: share of the steps after which the response term begins.
       response_quantile: the response level is this quantile of the margins that the BN-matched images show at that
         point, each for the class it looks most like.
       total_variation_weight: of total variation.
-      flip: mirror each batch at random at each step.
+      swing: shift the input of each strided convolution at random at each step (GENIE's swing convolution), against
+        checkerboard patterns.
+      extra_pixels: make images so many pixels larger than the network's input and cut a random window at each step
+        (DGH); finished images are cut from the center.
+      smoothing: standard deviation in pixels of a 3x3 Gaussian that blurs images at each step and at the end (DGH:
+        1.25); 0 for none.
+      pixel_range: lowest and highest possible value of each channel in preprocessed units, ((low, ...), (high, ...)),
+        to clip images to; None where it is not known.
+      flip: mirror each image with probability one half at each step.
       jitter: shift images (cyclically) by up to so many pixels at each step.
       crop: reflect-pad by so many pixels and crop at random at each step.
       low_pass: cut-off of a Gaussian low-pass filter on finished images, in cycles per image (SynQ, D0); 0 for none.
+        About a fifth of the image's size is a sensible start: SynQ shows 8 for 32 pixels and 40 for 224. Images of
+        size s hold up to s / 2 cycles along an axis, so half the size and more changes little.
       patience: stop a batch when its loss has not improved by `min_improvement` (relative) in so many steps; 0 never.
       min_improvement: see `patience`.
       chunk: optimizer steps in one compiled call; 0 for the measured default of the backend.
@@ -45,20 +65,29 @@ class SynthesisConfig:
 
     num_images: int = 128
     batch_size: int = 64
+    source: str = "pixels"
     steps: int = 300
     optimizer: str = "adam"
     learning_rate: float = 0.3
     schedule: str = "cosine"
+    generator_learning_rate: float = 0.01
     statistics: str = "batch"
     mean_weight: float = 1.0
     std_weight: float = 1.0
     layer_weighting: str = "uniform"
     input_weight: float = 0.1
     class_weight: float = 0.0
+    class_focus: float = 0.0
+    distance_weight: float = 0.0
+    distance_range: tuple[float, float] = (0.05, 0.8)
     response_weight: float = 0.0
     response_start: float = 0.5
     response_quantile: float = 0.9
     total_variation_weight: float = 0.0
+    swing: bool = False
+    extra_pixels: int = 0
+    smoothing: float = 0.0
+    pixel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     flip: bool = False
     jitter: int = 0
     crop: int = 0
@@ -69,34 +98,46 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "steps"):
-            _check(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        for name in ("jitter", "crop", "patience", "chunk"):
-            _check(name, getattr(self, name), "an integer of at least 0", lambda v: type(v) is int and v >= 0)
+            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        for name in ("extra_pixels", "jitter", "crop", "patience", "chunk"):
+            check_field(name, getattr(self, name), "an integer of at least 0", lambda v: type(v) is int and v >= 0)
         for name in (
             "mean_weight",
             "std_weight",
             "input_weight",
             "class_weight",
+            "class_focus",
+            "distance_weight",
             "response_weight",
             "total_variation_weight",
+            "smoothing",
             "low_pass",
             "min_improvement",
         ):
-            _check(name, getattr(self, name), "a finite number of at least 0", _non_negative)
-        _check("learning_rate", self.learning_rate, "a positive number", lambda v: _non_negative(v) and v > 0)
+            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
+        for name in ("learning_rate", "generator_learning_rate"):
+            check_field(name, getattr(self, name), "a positive number", lambda v: is_non_negative(v) and v > 0)
+        for name in ("flip", "swing"):
+            check_field(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
+        # Lists, as read from a file, become tuples: a config is hashable.
+        object.__setattr__(self, "distance_range", _tuples(self.distance_range))
+        object.__setattr__(self, "pixel_range", _tuples(self.pixel_range))
+        check_field("distance_range", self.distance_range, "two numbers, 0 <= low <= high <= 2", _distances)
+        check_field("pixel_range", self.pixel_range, "((low, ...), (high, ...)), low < high in each channel", _limits)
         for name in ("response_start", "response_quantile"):
-            _check(name, getattr(self, name), "a number from 0 to 1", lambda v: _non_negative(v) and v <= 1)
+            check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
         for name, choices in (
+            ("source", SOURCES),
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("statistics", STATISTICS),
             ("layer_weighting", WEIGHTINGS),
         ):
-            _check(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
+            check_field(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
 
     @property
     def uses_classes(self) -> bool:
-        return self.class_weight > 0 or self.response_weight > 0
+        return self.class_weight > 0 or self.distance_weight > 0 or self.response_weight > 0
 
     @property
     def num_batches(self) -> int:
@@ -110,10 +151,54 @@ class SynthesisConfig:
         return {"uniform": [1.0] * layers, "deep": ramp, "shallow": ramp[::-1]}[self.layer_weighting]
 
 
-def _non_negative(value: object) -> bool:
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _distances(value: Any) -> bool:
+    return (
+        isinstance(value, tuple) and len(value) == 2 and all(map(is_non_negative, value)) and value[0] <= value[1] <= 2
+    )
+
+
+def _limits(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, tuple) or len(value) != 2 or not all(isinstance(v, tuple) and v for v in value):
+        return False
+    low, high = value
+    numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*low, *high))
+    return len(low) == len(high) and numbers and all(a < b for a, b in zip(low, high, strict=True))
+
+
+def is_non_negative(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def _check(name: str, value: object, wanted: str, ok: object) -> None:
+def check_field(name: str, value: object, wanted: str, ok: object) -> None:
     if not ok(value):
         raise ValueError(f"{name}: expected {wanted}, found {value!r}.")
+
+
+# GENIE-D with swing convolution (arXiv 2212.04780), and the data generation of Sony's model-compression-toolkit, with
+# the settings that their publications use; both fit any network and take other numbers of images and steps.
+GENIE = SynthesisConfig(
+    num_images=1024,
+    batch_size=128,
+    source="generator",
+    steps=4000,
+    learning_rate=0.1,
+    schedule="plateau",
+    input_weight=1.0,
+    swing=True,
+)
+DGH = SynthesisConfig(
+    num_images=1024,
+    batch_size=32,
+    steps=500,
+    statistics="set",
+    input_weight=0.0,
+    flip=True,
+    extra_pixels=32,
+    smoothing=1.25,
+)

@@ -9,20 +9,22 @@ BatchNorm's input on the images, and m, s those it stored,
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.execute import BatchNormParameters, LayerCall, along_channels, normalize, run
 from dfq_jax.graph import BatchNorm, Graph
-from dfq_jax.qtensor import QTensor
 from dfq_jax.synthesis.config import SynthesisConfig
+from dfq_jax.synthesis.layer_rules import loop_friendly, swing
 
 # Keeps the gradient of a standard deviation finite where a channel is constant.
 STD_EPSILON = 1e-6
+# The same for the length of a vector (squared), and for a probability near 1.
+NORM_EPSILON = 1e-12
+PROBABILITY_EPSILON = 1e-6
 
 
 class Moments(NamedTuple):
@@ -47,6 +49,15 @@ class Evaluation(NamedTuple):
     margins: Float[Array, " n"]
 
 
+class Observation(NamedTuple):
+    """What one pass of the network shows."""
+
+    layer_losses: Float[Array, " layers"]  # BatchNorm term of each layer, unweighted
+    moments: dict[str, Moments]
+    features: Float[Array, "n f"]  # what the last layer reads, averaged over positions
+    logits: Float[Array, "n k"]
+
+
 def evaluate(
     graph: Graph,
     config: SynthesisConfig,
@@ -55,6 +66,7 @@ def evaluate(
     targets: Targets,
     others: dict[str, Moments] | None = None,
     share: Float[Array, ""] | float = 1.0,
+    key: Key[Array, ""] | None = None,
 ) -> Evaluation:
     """Loss of a batch of images (already augmented).
 
@@ -66,7 +78,33 @@ def evaluate(
       targets: labels and response level.
       others: what the other batches of the set add to its moments, to match statistics over all of it.
       share: share of this batch in the moments of the set.
+      key: of swing convolutions; without a key convolutions do not swing.
     """
+    seen = observe(graph, config, variables, images, others, share, key)
+    loss = statistics_loss(config, seen, images)
+    if config.total_variation_weight:
+        loss = loss + config.total_variation_weight * total_variation(images)
+    margins = class_margin(seen.logits, targets.labels) if config.uses_classes else jnp.zeros(images.shape[0])
+    if config.class_weight:
+        loss = loss + config.class_weight * cross_entropy(seen.logits, targets.labels, config.class_focus)
+    if config.distance_weight:
+        distance = marginal_distance(seen.features, targets.labels, *config.distance_range)
+        loss = loss + config.distance_weight * distance
+    if config.response_weight:
+        loss = loss + config.response_weight * response(margins, targets.response_level)
+    return Evaluation(loss, seen.layer_losses, seen.moments, margins)
+
+
+def observe(
+    graph: Graph,
+    config: SynthesisConfig,
+    variables: Any,
+    images: Float[Array, "n ..."],
+    others: dict[str, Moments] | None = None,
+    share: Float[Array, ""] | float = 1.0,
+    key: Key[Array, ""] | None = None,
+) -> Observation:
+    """Run the float network once; the arguments are those of `evaluate`."""
     moments: dict[str, Moments] = {}
     losses: dict[str, jax.Array] = {}
 
@@ -86,53 +124,31 @@ def evaluate(
         losses[bn.name] = terms.sum(-1).mean() / bn.channels
         return normalize(bn, x, parameters)
 
-    outputs = run(graph, variables, images, layer=loop_friendly, batch_norm=match)
-    logits = graph.logits(outputs).astype(jnp.float32)
+    rule = swing(key) if config.swing and key is not None else loop_friendly
+    features = FeatureReader(graph)
+    outputs = run(graph, variables, images, layer=lambda call: features(call, rule(call)), batch_norm=match)
     layer_losses = jnp.stack([losses[bn.name] for bn in graph.batch_norms])
-    loss = jnp.sum(layer_losses * jnp.asarray(config.layer_weights(len(graph.batch_norms))))
-    loss = loss + config.input_weight * input_statistics(images)
-    if config.total_variation_weight:
-        loss = loss + config.total_variation_weight * total_variation(images)
-    margins = class_margin(logits, targets.labels) if config.uses_classes else jnp.zeros(images.shape[0])
-    if config.class_weight:
-        loss = loss + config.class_weight * cross_entropy(logits, targets.labels)
-    if config.response_weight:
-        loss = loss + config.response_weight * response(margins, targets.response_level)
-    return Evaluation(loss, layer_losses, moments, margins)
+    return Observation(layer_losses, moments, features.value, graph.logits(outputs).astype(jnp.float32))
 
 
-def loop_friendly(call: LayerCall) -> jax.Array:
-    """The layer as the program has it, with a gradient that XLA:CPU also runs fast inside a loop.
+class FeatureReader:
+    """Keeps what the last layer reads, averaged over positions, as `value`; a correction that changes no result."""
 
-    JAX expresses a convolution's gradient by exchanging the labels of the kernel's input and output features. XLA:CPU
-    has fast convolutions for the usual order of labels only, and brings others into it only outside of loops: in
-    `lax.scan` such gradients fall to plain loops, tens of times slower. Here the kernel itself is transposed instead.
-    Depthwise convolutions have a way of their own (`dfq_jax/depthwise.py`).
-    """
-    if call.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
-        return call.default()
+    def __init__(self, graph: Graph):
+        self.layer = graph.last_layer.name
+        self.value: jax.Array = jnp.zeros(())
 
-    @jax.custom_vjp
-    def product(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-        return call.op(operand, kernel)[0]
+    def __call__(self, call: LayerCall, result: jax.Array) -> jax.Array:
+        if call.layer.name == self.layer:
+            features = call.source.astype(jnp.float32)
+            self.value = features.mean(tuple(range(1, features.ndim - 1)))
+        return result
 
-    def forward(operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return product(operand, kernel), (operand, kernel)
 
-    def backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operand, kernel = saved
-        numbers = call.op.params["dimension_numbers"]
-        out_axis, in_axis, *spatial = numbers.rhs_spec
-        # The same convolution of a transposed kernel: its labels are unusual, those of its gradient are not.
-        numbers = numbers._replace(rhs_spec=(in_axis, out_axis, *spatial))
-        same = dataclasses.replace(call.op, params={**call.op.params, "dimension_numbers": numbers})
-        transposed = jnp.swapaxes(kernel, out_axis, in_axis)
-        _, to_operand = jax.vjp(lambda x: same(x, transposed)[0], operand)
-        _, to_kernel = jax.vjp(lambda k: call.op(operand, k)[0], kernel)  # unused, so not compiled, in synthesis
-        return *to_operand(gradient), *to_kernel(gradient)
-
-    product.defvjp(forward, backward)
-    return product(call.operand, call.kernel_operand(call.kernel, cast=True))
+def statistics_loss(config: SynthesisConfig, seen: Observation, images: Float[Array, "n ..."]) -> Float[Array, ""]:
+    """The terms that need no labels: BatchNorm statistics and those of the images themselves."""
+    loss = jnp.sum(seen.layer_losses * jnp.asarray(config.layer_weights(len(seen.layer_losses))))
+    return loss + config.input_weight * input_statistics(images)
 
 
 def input_statistics(images: Float[Array, "n *s c"]) -> Float[Array, ""]:
@@ -151,9 +167,38 @@ def total_variation(images: Float[Array, "n *s c"]) -> Float[Array, ""]:
     return sum((jnp.square(jnp.diff(images, axis=a)).mean() for a in axes), start=jnp.zeros(()))
 
 
-def cross_entropy(logits: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float[Array, ""]:
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1).mean()
+def cross_entropy(logits: Float[Array, "n k"], labels: Int[Array, " n"], focus: float = 0.0) -> Float[Array, ""]:
+    """Cross-entropy; with `focus` the hard-sample form of HAST (arXiv 2303.14085), each image's times (1 - p)^focus."""
+    log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+    if not focus:
+        return -log_probabilities.mean()
+    # Bounded away from 1: the slope of (1 - p)^focus at p = 1 is infinite for exponents below 1.
+    rest = jnp.maximum(-jnp.expm1(log_probabilities), PROBABILITY_EPSILON)
+    return -(rest**focus * log_probabilities).mean()
+
+
+def marginal_distance(
+    features: Float[Array, "n f"], labels: Int[Array, " n"], low: float, high: float
+) -> Float[Array, ""]:
+    """How far the cosine distance of images to the center of their class is outside [low, high], averaged.
+
+    It keeps the images of a class apart from each other, and together (IntraQ, Zhong et al., arXiv 2111.09136). The
+    center is the mean over the class's images in this batch, taken as a constant; an image alone in its class is its
+    own center, with a gradient of zero.
+    """
+    same = (labels[:, None] == labels[None]).astype(features.dtype)
+    centers = jax.lax.stop_gradient(same @ features / same.sum(1, keepdims=True))
+    distance = 1 - cosine(features, centers)
+    return (jax.nn.relu(low - distance) + jax.nn.relu(distance - high)).mean()
+
+
+def cosine(a: Float[Array, "*n f"], b: Float[Array, "*n f"]) -> Float[Array, "*n"]:
+    """Cosine similarity along the last axis, with a finite gradient at zero."""
+    return jnp.vecdot(_unit(a), _unit(b))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + NORM_EPSILON)
 
 
 def class_margin(logits: Float[Array, "n k"], labels: Int[Array, " n"]) -> Float[Array, " n"]:

@@ -1,18 +1,17 @@
-"""The jitted optimizer of pixels, and the loop around it.
+"""The loop of synthesis: compiled chunks of steps, batch after batch, whatever the source of images.
 
-`init_batch` and `advance` are pure and compose with `jax.jit` and `jax.vmap`; `synthesize` runs them over batches in
-compiled chunks and does, between chunks, what only the host can do: show progress, stop early, save a checkpoint,
-notice NaN, and return what there is on Ctrl-C.
+Between chunks it does what only the host can do: show progress, stop early, save a checkpoint, notice NaN, and return
+what there is on Ctrl-C.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +19,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.graph import Graph, GraphError
+from dfq_jax.graph import Graph
 from dfq_jax.interrupt import catch_interrupt
-from dfq_jax.qtensor import QTensor
-from dfq_jax.synthesis.augment import augment, low_pass
 from dfq_jax.synthesis.checkpoint import Checkpoint
+from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.objective import Evaluation, Moments, Targets, class_margin, evaluate
+from dfq_jax.synthesis.objective import Evaluation, Moments, Targets
+from dfq_jax.synthesis.source import make_optimizer
+from dfq_jax.synthesis.step import BatchState, advance, batch_images, init_batch, response_targets
 
 # Optimizer steps in one compiled call, by backend: on CPU a loop around the network runs it slower than the same step
 # called from Python (`python benchmarks/synthesis_speed.py` measures it); on accelerators dispatch is the cost.
 DEFAULT_CHUNK = {"cpu": 1}
 ACCELERATOR_CHUNK = 50
-# Seconds between reports to the host, which must wait for the device for each of them.
+# Steps between reports to the host, which must wait for the device for each of them.
 REPORT_EVERY_STEPS = 10
 CHECKPOINT_EVERY_SECONDS = 15.0
-
-
-class BatchState(NamedTuple):
-    """One batch of images in the making."""
-
-    images: Float[Array, "n ..."]
-    optimizer: Any
-    step: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,103 +74,6 @@ class Synthesis:
 
 class SynthesisError(RuntimeError):
     """Synthesis cannot go on; the message says where and what to try."""
-
-
-# --- pure pieces ---
-
-
-@functools.cache
-def make_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
-    """The optax transformation of a config; cached, since compilation is keyed on it."""
-    schedules = {
-        "constant": lambda: optax.constant_schedule(config.learning_rate),
-        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, config.steps),
-        "exponential": lambda: optax.exponential_decay(config.learning_rate, config.steps, 0.05),
-    }
-    rate = schedules[config.schedule]()
-    makers = {"adam": optax.adam, "radam": optax.radam, "sgd": functools.partial(optax.sgd, momentum=0.9)}
-    return makers[config.optimizer](rate)
-
-
-def init_batch(
-    graph: Graph, config: SynthesisConfig, optimizer: optax.GradientTransformation, key: Key[Array, ""]
-) -> tuple[BatchState, Targets]:
-    """Gaussian images and balanced random labels for one batch; the key is consumed."""
-    image_key, label_key = jax.random.split(key)
-    images = jax.random.normal(image_key, (config.batch_size, *graph.input.shape[1:]), jnp.float32)
-    classes = max(num_classes(graph), 1)
-    order = jax.random.permutation(label_key, classes).astype(jnp.int32)
-    labels = order[jnp.arange(config.batch_size) % classes]  # other classes in each batch where there are many
-    state = BatchState(images, optimizer.init(images), jnp.zeros((), jnp.int32))
-    return state, Targets(labels, jnp.float32(-jnp.inf))
-
-
-def num_classes(graph: Graph) -> int:
-    """Width of the class scores."""
-    output = graph.program.outputs[graph.logits_index]
-    shape = graph.program.avals[output].shape if isinstance(output, int) else ()
-    return shape[-1] if len(shape) == 2 else 0
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
-def advance(
-    graph: Graph,
-    config: SynthesisConfig,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    variables: Any,
-    state: BatchState,
-    targets: Targets,
-    key: Key[Array, ""],
-    others: dict[str, Moments] | None = None,
-    share: Float[Array, ""] | float = 1.0,
-) -> tuple[BatchState, Evaluation]:
-    """Optimize a batch for `steps` steps.
-
-    Args:
-      graph, config, optimizer, steps: static.
-      variables: float variables, an argument (closing over them would compile the weights in).
-      state: donated.
-      targets: labels and response level.
-      key: of the batch; the step number is folded in for each step's augmentation.
-      others, share: see `objective.evaluate`.
-
-    Returns:
-      The new state, and the evaluation of the last step (before its update).
-    """
-
-    def step(state: BatchState, _: None = None) -> tuple[BatchState, Evaluation]:
-        def loss(images: jax.Array) -> tuple[jax.Array, Evaluation]:
-            images = augment(config, jax.random.fold_in(key, state.step), images)
-            result = evaluate(graph, config, variables, images, targets, others, share)
-            return result.loss, result
-
-        gradient, result = jax.grad(loss, has_aux=True)(state.images)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.images)
-        images = optax.apply_updates(state.images, updates)
-        new = BatchState(images, optimizer_state, state.step + 1)
-        # Images whose loss is not finite stay as they are: NaN everywhere would hide the layer that it began at.
-        finite = jnp.isfinite(result.loss)
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state), result
-
-    if steps == 1:
-        return step(state)
-    state, results = jax.lax.scan(step, state, length=steps)
-    return state, jax.tree.map(lambda r: r[-1], results)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "quantile", "relabel"))
-def response_targets(
-    graph: Graph, variables: Any, images: jax.Array, labels: jax.Array, *, quantile: float, relabel: bool
-) -> Targets:
-    """The response level that BN-matched images show by themselves, each for the class it looks most like."""
-    logits = graph.logits(graph.apply_fn(variables, images)).astype(jnp.float32)
-    likeliest = logits.argmax(1).astype(jnp.int32)
-    level = jnp.quantile(class_margin(logits, likeliest), quantile)
-    return Targets(likeliest if relabel else labels, jnp.maximum(level, 0.0))
-
-
-# --- the loop ---
 
 
 def synthesize(
@@ -235,40 +130,6 @@ def synthesize(
     return result
 
 
-def check_synthesizable(graph: Graph, variables: Any, config: SynthesisConfig) -> None:
-    """Refuse, by name, what synthesis cannot work with."""
-    if not graph.batch_norms:
-        raise GraphError(
-            "the network has no BatchNorm, so there are no statistics to synthesize images from. Quantize weights only "
-            "(bits 'w4a16' or 'w8a16'), take ranges from noise (recipe 'noise'), or pass images of your own "
-            "(images=...)."
-        )
-    if config.uses_classes and num_classes(graph) < 2:
-        raise GraphError("class and response terms need class scores of shape [N, classes]; set their weights to 0.")
-    check_variables(graph, variables)
-
-
-def check_variables(graph: Graph, variables: Any) -> None:
-    """Refuse NaN and infinite weights and impossible BatchNorm statistics, by leaf path."""
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
-    for path, leaf in leaves.items():
-        if isinstance(leaf, QTensor):
-            raise ValueError(f"variables: {path!r} is quantized already; pass the float variables.")
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
-            raise ValueError(f"variables: {path!r} holds NaN or infinite values; the checkpoint is damaged.")
-    for bn in graph.batch_norms:
-        smallest = float(leaves[bn.var].min())
-        if smallest < 0:
-            raise ValueError(
-                f"variables: {bn.var!r} has a negative variance ({smallest:.3g}); mean and variance may be swapped."
-            )
-        if float(leaves[bn.var].max()) == 0:
-            raise ValueError(
-                f"variables: {bn.var!r} is zero in every channel; the BatchNorm statistics were never updated. Load "
-                "the trained statistics (the batch_stats collection)."
-            )
-
-
 class _Run:
     """The state of one call of `synthesize`."""
 
@@ -287,14 +148,14 @@ class _Run:
         self.position = 0
         self.total = 0
         self.stopped: set[int] = set()
-        chunk = config.chunk or DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+        chunk = config.chunk or default_chunk()
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
-        self.chunk = _divisor(chunk, config.steps, self.response_step or config.steps)
+        self.chunk = largest_divisor(chunk, config.steps, self.response_step or config.steps)
 
     def identity(self) -> str:
         """What a checkpoint must have been made by to be resumed."""
         config = dataclasses.asdict(self.config)
-        optimizer = jax.eval_shape(self.optimizer.init, jax.ShapeDtypeStruct(self.graph.input.shape, jnp.float32))
+        optimizer = jax.eval_shape(_init, self.graph, self.config, self.optimizer, self.key)[0].optimizer
         key = jax.random.key_data(self.key).tolist()
         return f"{self.graph.digest} {config} {optimizer} {key} {self.chunk} {_fingerprint(self.variables)}"
 
@@ -340,7 +201,7 @@ class _Run:
             self.targets[batch] = response_targets(
                 self.graph,
                 self.variables,
-                state.images,
+                batch_images(self.graph, self.config, state),
                 self.targets[batch].labels,
                 quantile=self.config.response_quantile,
                 relabel=self.config.class_weight == 0,
@@ -387,8 +248,9 @@ class _Run:
         if not np.isfinite(loss):
             layer_losses = np.asarray(result.layer_losses)
             bad = [bn.name for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True) if not np.isfinite(v)]
-            if not np.isfinite(np.asarray(self.states[batch].images)).all():
-                where = "in the images themselves, by an update too large"
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.states[batch].parameters)):
+                what = "images themselves" if self.config.source == "pixels" else "generator or its latents"
+                where = f"in the {what}, by an update too large"
             elif bad:
                 where = f"first at BatchNorm {bad[0]!r}"
             else:
@@ -408,9 +270,8 @@ class _Run:
 
     def result(self) -> Synthesis:
         order = sorted(self.states)
-        images = np.concatenate([np.asarray(self.states[b].images) for b in order])[: self.config.num_images]
-        if self.config.low_pass:
-            images = np.asarray(low_pass(jnp.asarray(images), self.config.low_pass))
+        finished = (batch_images(self.graph, self.config, self.states[b]) for b in order)
+        images = np.concatenate([np.asarray(images) for images in finished])[: self.config.num_images]
         if self.config.uses_classes:
             labels = np.concatenate([np.asarray(self.targets[b].labels) for b in order])[: self.config.num_images]
         else:
@@ -459,17 +320,20 @@ class _Run:
         return jax.eval_shape(work, self.variables, self.key)
 
 
+def default_chunk() -> int:
+    """Optimizer steps in one compiled call that suit the backend."""
+    return DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+
+
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))
 
 
-def _divisor(chunk: int, *lengths: int) -> int:
+def largest_divisor(chunk: int, *lengths: int) -> int:
     """The longest chunk, at most `chunk`, that divides every length: each stage compiles once."""
     return max(c for c in range(1, chunk + 1) if all(n % c == 0 for n in lengths))
 
 
 def _fingerprint(variables: Any) -> str:
-    import hashlib
-
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
         digest.update(np.asarray(leaf).tobytes())

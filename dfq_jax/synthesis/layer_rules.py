@@ -1,0 +1,70 @@
+"""How layers run during synthesis: with gradients that are fast everywhere, and with swing convolution."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from dfq_jax.execute import LayerCall, LayerRule
+from dfq_jax.qtensor import QTensor
+
+
+def swing(key: Key[Array, ""]) -> LayerRule:
+    """Swing convolution (GENIE, arXiv 2212.04780): strided convolutions read their input shifted by up to a pixel.
+
+    A convolution with stride never sees some pixels through some taps, and the gradient to the image is a checkerboard.
+    Each such layer's input is mirrored by one pixel on all sides and cut back at an offset of 0, 1 or 2 along each
+    axis, drawn anew in each call, for each layer. Slices with stride, as in shortcuts without parameters, stay.
+    """
+
+    def layer(call: LayerCall) -> jax.Array:
+        strided = call.layer.kind == "conv" and any(stride != 1 for stride in call.op.params["window_strides"])
+        if not strided or call.layer.kernel_operand != 1:
+            return loop_friendly(call)
+        x = call.operand
+        axes = call.op.params["dimension_numbers"].lhs_spec[2:]
+        padded = jnp.pad(x, [(int(a in axes),) * 2 for a in range(x.ndim)], mode="reflect")
+        offsets = jax.random.randint(jax.random.fold_in(key, call.op.index), (len(axes),), 0, 3)
+        starts = [0] * x.ndim
+        for axis, offset in zip(axes, offsets, strict=True):
+            starts[axis] = offset
+        return loop_friendly(dataclasses.replace(call, operand=jax.lax.dynamic_slice(padded, starts, x.shape)))
+
+    return layer
+
+
+def loop_friendly(call: LayerCall) -> jax.Array:
+    """The layer as the program has it, with a gradient that XLA:CPU also runs fast inside a loop.
+
+    JAX expresses a convolution's gradient by exchanging the labels of the kernel's input and output features. XLA:CPU
+    has fast convolutions for the usual order of labels only, and brings others into it only outside of loops: in
+    `lax.scan` such gradients fall to plain loops, tens of times slower. Here the kernel itself is transposed instead.
+    Depthwise convolutions have a way of their own (`dfq_jax.depthwise`).
+    """
+    if call.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
+        return call.default()
+
+    @jax.custom_vjp
+    def product(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        return call.op(operand, kernel)[0]
+
+    def forward(operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return product(operand, kernel), (operand, kernel)
+
+    def backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operand, kernel = saved
+        numbers = call.op.params["dimension_numbers"]
+        out_axis, in_axis, *spatial = numbers.rhs_spec
+        # The same convolution of a transposed kernel: its labels are unusual, those of its gradient are not.
+        numbers = numbers._replace(rhs_spec=(in_axis, out_axis, *spatial))
+        same = dataclasses.replace(call.op, params={**call.op.params, "dimension_numbers": numbers})
+        transposed = jnp.swapaxes(kernel, out_axis, in_axis)
+        _, to_operand = jax.vjp(lambda x: same(x, transposed)[0], operand)
+        _, to_kernel = jax.vjp(lambda k: call.op(operand, k)[0], kernel)  # unused, so not compiled, in synthesis
+        return *to_operand(gradient), *to_kernel(gradient)
+
+    product.defvjp(forward, backward)
+    return product(call.operand, call.kernel_operand(call.kernel, cast=True))

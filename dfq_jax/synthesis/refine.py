@@ -1,0 +1,206 @@
+"""Images on which a quantized network's loss is smooth around them (after SADAG).
+
+Sharpness-aware data generation (Dung et al., ICML 2024) asks that the gradient which an image gives to the quantized
+network be like that of its neighbors: what is learned on the image then holds around it. The gradient of the squared
+error of the logits with respect to the last layer's weights is the outer product of the residual r = z_float -
+z_quantized and the features f that this layer reads, so that without any differentiation by weights
+
+    similarity(x, x') = cos(f, f') cos(r, r').
+
+Each step moves every image a distance `rho` down the gradient of <f, f'><r, r'> at x' = x, and then raises the
+similarity of the image to that neighbor, keeps images different from each other (for each, the largest similarity to
+another one is a penalty), and keeps the BatchNorm statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from dfq_jax.execute import apply_quantized
+from dfq_jax.graph import Graph, is_quantized
+from dfq_jax.ranges import check_images
+from dfq_jax.synthesis.checks import check_synthesizable
+from dfq_jax.synthesis.config import SynthesisConfig, check_field, is_non_negative
+from dfq_jax.synthesis.loop import SynthesisError, default_chunk, largest_divisor
+from dfq_jax.synthesis.objective import NORM_EPSILON, FeatureReader, Observation, cosine, observe, statistics_loss
+from dfq_jax.synthesis.step import repeat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """How images are refined.
+
+    Attributes:
+      steps: optimizer steps for each batch.
+      batch_size: images refined together; BatchNorm statistics and diversity are taken over them.
+      learning_rate: of Adam on the pixels, in units of the preprocessed image; it falls to zero as a cosine.
+      rho: distance of the neighbor, the Euclidean norm over an image's pixels.
+      similarity_weight: of 1 - similarity to the neighbor.
+      diversity_weight: of the largest similarity, in absolute value, to another image of the batch.
+      statistics: the weights of the BatchNorm and input terms, and whether convolutions swing.
+    """
+
+    steps: int = 100
+    batch_size: int = 64
+    learning_rate: float = 0.02
+    rho: float = 1.0
+    similarity_weight: float = 1.0
+    diversity_weight: float = 1.0
+    statistics: SynthesisConfig = SynthesisConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        for name in ("learning_rate", "rho"):
+            check_field(name, getattr(self, name), "a positive number", lambda v: is_non_negative(v) and v > 0)
+        for name in ("similarity_weight", "diversity_weight"):
+            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
+        check_field("statistics", self.statistics, "a SynthesisConfig", lambda v: isinstance(v, SynthesisConfig))
+
+
+class Gradients(NamedTuple):
+    """The two factors of the last layer's gradient, for each image."""
+
+    features: Float[Array, "n f"]
+    residuals: Float[Array, "n k"]
+
+
+class Sharpness(NamedTuple):
+    """The terms of one batch's loss."""
+
+    loss: Float[Array, ""]
+    statistics: Float[Array, ""]  # BatchNorm and input terms
+    similarity: Float[Array, ""]  # to the neighbor, averaged
+    overlap: Float[Array, ""]  # largest similarity to another image, averaged
+
+
+def refine(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    key: Key[Array, ""],
+    config: RefineConfig = RefineConfig(),
+) -> Float[Array, "n ..."]:
+    """Refine synthetic images for a quantized network.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`, of the same network.
+      images: `[N, H, W, C]`, from `synthesize`.
+      key: of swing convolutions; consumed.
+      config: steps and weights.
+
+    Returns:
+      As many images, `[N, H, W, C]` float32.
+
+    Raises:
+      GraphError: the network has no BatchNorm, or the variables are not those that were traced.
+      ValueError: images of another shape, variables that are not quantized, damaged weights.
+      SynthesisError: the loss became NaN or infinite.
+    """
+    check_synthesizable(graph, variables, config.statistics)
+    if not is_quantized(qvariables):
+        raise ValueError("qvariables: hold no activation quantizers; pass what quantize_params returned.")
+    check_images(graph, images)
+    images = jnp.asarray(images, jnp.float32)
+    size = min(config.batch_size, len(images))
+    optimizer = refine_optimizer(config)
+    chunk = largest_divisor(default_chunk(), config.steps)
+    parts = []
+    for batch in range(math.ceil(len(images) / size)):
+        # The last batch is filled up with images from the start, whose second versions are dropped.
+        part = images[(batch * size + jnp.arange(size)) % len(images)]
+        batch_key = jax.random.fold_in(key, batch)
+        state = (part, optimizer.init(part), jnp.zeros((), jnp.int32))
+        for _ in range(config.steps // chunk):
+            state, seen = _advance(graph, config, optimizer, chunk, variables, qvariables, state, batch_key)
+        if not bool(jnp.isfinite(seen.loss)):
+            raise SynthesisError(
+                f"refinement: the loss of batch {batch + 1} became {float(seen.loss)}. Try a lower learning_rate than "
+                f"{config.learning_rate:g}."
+            )
+        parts.append(state[0])
+    return jnp.concatenate(parts)[: len(images)]
+
+
+@functools.cache
+def refine_optimizer(config: RefineConfig) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
+def _advance(
+    graph: Graph,
+    config: RefineConfig,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    variables: Any,
+    qvariables: Any,
+    state: Any,
+    key: jax.Array,
+) -> tuple[Any, Sharpness]:
+    def step(state: Any, _: None = None) -> tuple[Any, Sharpness]:
+        images, optimizer_state, count = state
+
+        def loss(images: jax.Array) -> tuple[jax.Array, Sharpness]:
+            seen = sharpness(graph, config, variables, qvariables, images, jax.random.fold_in(key, count))
+            return seen.loss, seen
+
+        gradient, seen = jax.grad(loss, has_aux=True)(images)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, images)
+        return (optax.apply_updates(images, updates), optimizer_state, count + 1), seen
+
+    return repeat(step, state, steps)
+
+
+def sharpness(
+    graph: Graph,
+    config: RefineConfig,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    key: Key[Array, ""] | None = None,
+) -> Sharpness:
+    """The loss of a batch and its terms, differentiable by the images."""
+
+    def gradients_at(x: jax.Array) -> tuple[Gradients, Observation]:
+        seen = observe(graph, config.statistics, variables, x, key=key)
+        features = FeatureReader(graph)
+        logits = graph.logits(apply_quantized(graph, qvariables, x, after_layer=features)).astype(jnp.float32)
+        return Gradients(features.value, seen.logits - logits), seen
+
+    def strength(x: jax.Array) -> jax.Array:
+        """Its gradient is that of <f, f'><r, r'> at x' = x, twice."""
+        own, _ = gradients_at(x)
+        return (jnp.square(own.features).sum(-1) * jnp.square(own.residuals).sum(-1)).sum()
+
+    own, seen = gradients_at(images)
+    direction = jax.grad(strength)(images)  # its pass of the network is the one above: XLA runs it once
+    length = jnp.sqrt(jnp.square(direction).sum(tuple(range(1, images.ndim)), keepdims=True) + NORM_EPSILON)
+    # As in sharpness-aware minimization, the way to the neighbor is taken as a constant.
+    neighbor, _ = gradients_at(images - jax.lax.stop_gradient(config.rho * direction / length))
+    similarity = (cosine(own.features, neighbor.features) * cosine(own.residuals, neighbor.residuals)).mean()
+    overlap = largest_overlap(own)
+    statistics = statistics_loss(config.statistics, seen, images)
+    loss = statistics + config.similarity_weight * (1 - similarity) + config.diversity_weight * overlap
+    return Sharpness(loss, statistics, similarity, overlap)
+
+
+def largest_overlap(own: Gradients) -> Float[Array, ""]:
+    """For each image the largest |similarity| of its gradient to that of another one, averaged; 0 for a lone image."""
+
+    def pairs(x: jax.Array) -> jax.Array:
+        return cosine(x[:, None], x[None])
+
+    overlaps = jnp.abs(pairs(own.features) * pairs(own.residuals))
+    return jnp.where(jnp.eye(len(overlaps), dtype=bool), 0.0, overlaps).max(1).mean()

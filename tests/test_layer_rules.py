@@ -1,0 +1,55 @@
+"""Swing convolution: strided convolutions see shifted inputs, everything else is as it was."""
+
+import jax
+import jax.numpy as jnp
+import model_grid
+import numpy as np
+
+from dfq_jax.execute import run
+from dfq_jax.graph import trace
+from dfq_jax.synthesis.layer_rules import loop_friendly, swing
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+SHAPE = (2, 6, 8, 3)
+
+
+def network(v, x):
+    x = jax.lax.conv_general_dilated(x, v["first"]["kernel"], (2, 2), "SAME", dimension_numbers=LAYOUT)
+    x = jax.lax.conv_general_dilated(x, v["second"]["kernel"], (1, 1), "SAME", dimension_numbers=LAYOUT)
+    return x[:, ::2]  # a slice with stride is no convolution
+
+
+VARIABLES = model_grid.function_case(
+    "strided", network, {"first": {"kernel": (3, 3, 3, 4)}, "second": {"kernel": (3, 3, 4, 2)}}, SHAPE
+).variables
+GRAPH = trace(network, VARIABLES, SHAPE)
+X = jax.random.normal(jax.random.key(0), SHAPE)
+
+
+def test_only_strided_convolutions_swing_by_up_to_a_pixel():
+    padded = np.pad(X, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
+    shifted = {(i, j): network(VARIABLES, padded[:, i : i + 6, j : j + 8]) for i in range(3) for j in range(3)}
+    swung = jax.jit(lambda key: run(GRAPH, VARIABLES, X, layer=swing(key)))
+    seen = set()
+    for seed in range(40):
+        found = swung(jax.random.key(seed))
+        matches = [offset for offset, wanted in shifted.items() if np.allclose(found, wanted, atol=1e-5)]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) == 9
+    np.testing.assert_allclose(run(GRAPH, VARIABLES, X, layer=loop_friendly), network(VARIABLES, X), atol=1e-5)
+
+
+def test_each_layer_and_call_draws_its_own_offset():
+    """In a deep network, equal keys give equal results, others differ; gradients are finite in any layout."""
+    case = model_grid.cifar_resnet8()
+    graph = trace(*case.function(), case.input_shape)
+    x = jax.random.normal(jax.random.key(0), case.input_shape)
+
+    def loss(x, key):
+        return jnp.square(graph.logits(run(graph, case.variables, x, layer=swing(key)))).sum()
+
+    value = jax.jit(jax.value_and_grad(loss))
+    (first, gradient), (same, _), (other, _) = (value(x, jax.random.key(k)) for k in (0, 0, 1))
+    assert first == same != other
+    assert np.isfinite(gradient).all() and (gradient != 0).any()
