@@ -8,7 +8,8 @@ variables and the input, so `jax.jit`, `jax.grad` and `jax.vmap` apply.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -74,10 +75,12 @@ class LayerCall:
         """The product of float32 operands, in full precision."""
         return self._product(operand, kernel, jnp.float32, padding=None)
 
-    def integer_product(self, operand: jax.Array, kernel: jax.Array, pad_value: jax.Array) -> jax.Array:
-        """The product of int8 operands, accumulated in int32; a convolution's padding takes `pad_value`."""
-        if self.layer.kind == "dense":
-            return self._product(operand, kernel, jnp.int32, padding=None)
+    def integer_product(
+        self, operand: jax.Array, kernel: jax.Array, pad_value: jax.Array | None, dtype: Any = jnp.int32
+    ) -> jax.Array:
+        """The product of int8 operands, summed in `dtype`; a convolution's padding takes `pad_value` (None: 0)."""
+        if self.layer.kind == "dense" or pad_value is None:
+            return self._product(operand, kernel, dtype, padding=None)
         params = self.op.params
         numbers = params["dimension_numbers"]
         config = [(0, 0, 0)] * operand.ndim
@@ -86,7 +89,7 @@ class LayerCall:
             config[axis] = (low, high, dilation - 1)
         operand = lax.pad(operand, pad_value.astype(operand.dtype), config)
         no_padding = [(0, 0)] * (operand.ndim - 2)
-        return self._product(operand, kernel, jnp.int32, padding=no_padding)
+        return self._product(operand, kernel, dtype, padding=no_padding)
 
     def channel_vector(self, per_channel: jax.Array) -> jax.Array:
         """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result."""
@@ -142,7 +145,7 @@ class LayerCall:
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padding: Any) -> jax.Array:
         params = self.op.params
         lhs, rhs = self._ordered(operand, kernel)
-        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
         if self.layer.kind == "dense":
             return lax.dot_general(
                 lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
@@ -197,8 +200,31 @@ def run(
       GraphError: `variables` or `x` do not fit the graph.
     """
     graph = graph.at(x.shape, x.dtype)
+    return run_leaves(graph, graph.leaves(variables), x, layer=layer, tensor=tensor, batch_norm=batch_norm)
+
+
+def run_leaves(
+    graph: Graph,
+    leaves: list[Any],
+    x: Float[Array, "n ..."],
+    *,
+    layer: LayerRule | None = None,
+    tensor: TensorRule | None = None,
+    batch_norm: BatchNormRule | None = None,
+    live: frozenset[int] | None = None,
+    results: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
+    """`run` on a list of leaves, for rules that compute more than one operation.
+
+    Args:
+      graph: traced at the shape of x.
+      leaves: of the variables, in the graph's order; None for one that no live operation reads.
+      x, layer, tensor, batch_norm: as in `run`.
+      live: indices of the operations to run; all if None.
+      results: for layers whose rule computes what follows them too, the value (of the program) that it computes, in
+        its type or as something that the rule of tensors takes. What that returns needs a method `astype` only.
+    """
     program = graph.program
-    leaves = graph.leaves(variables)
     env: dict[int, Any] = {i: leaf.dequantize() if isinstance(leaf, QTensor) else leaf for i, leaf in enumerate(leaves)}
     sources: dict[str, jax.Array] = {}
     layers = {item.op: item for item in graph.layers}
@@ -219,7 +245,7 @@ def run(
 
     store(program.input, x)
     for op in program.ops:
-        if op.index in inside:
+        if op.index in inside or (live is not None and op.index not in live):
             continue
         if op.index in norms:
             bn = norms[op.index]
@@ -228,9 +254,12 @@ def run(
         elif op.index in layers and layer is not None:
             item = layers[op.index]
             source = sources.get(item.tensor, env[graph.tensor(item.tensor).value])
-            operand = env[op.inputs[1 - item.kernel_operand]]
+            operand = env.get(op.inputs[1 - item.kernel_operand])
             call = LayerCall(item, op, graph, source, operand, leaves[item.kernel_index])
-            store(op.outputs[0], layer(call).astype(program.avals[op.outputs[0]].dtype))
+            if item.name in results:
+                store(results[item.name], layer(call))
+            else:
+                store(op.outputs[0], layer(call).astype(program.avals[op.outputs[0]].dtype))
         else:
             for value, result in zip(op.outputs, op(*map(read, op.inputs)), strict=True):
                 store(value, result)
