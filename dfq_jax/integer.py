@@ -202,7 +202,7 @@ def _kernel_zero(kernel: QTensor) -> jax.Array:
 
 def _int8_zero(params: QuantizerParams) -> int | None:
     """The int8 value of real zero; None where centered codes fit int8, so that it is 0."""
-    if params.signed and params.zero_point is None or params.bits < 8:
+    if (params.signed and params.zero_point is None) or params.bits < 8:
         return None
     zero = 0 if params.zero_point is None else int(params.zero_point)
     return zero if params.signed else zero - 128
