@@ -8,7 +8,8 @@ variables and the input, so `jax.jit`, `jax.grad` and `jax.vmap` apply.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +86,12 @@ class LayerCall:
         """The product of float32 operands, in full precision."""
         return self._product(operand, kernel, jnp.float32, padding=None)
 
-    def integer_product(self, operand: jax.Array, kernel: jax.Array, pad_value: jax.Array) -> jax.Array:
-        """The product of int8 operands, accumulated in int32; a convolution's padding takes `pad_value`."""
-        if self.layer.kind == "dense":
-            return self._product(operand, kernel, jnp.int32, padding=None)
+    def integer_product(
+        self, operand: jax.Array, kernel: jax.Array, pad_value: jax.Array | None, dtype: Any = jnp.int32
+    ) -> jax.Array:
+        """The product of int8 operands, summed in `dtype`; a convolution's padding takes `pad_value` (None: 0)."""
+        if self.layer.kind == "dense" or pad_value is None:
+            return self._product(operand, kernel, dtype, padding=None)
         params = self.op.params
         numbers = params["dimension_numbers"]
         config = [(0, 0, 0)] * operand.ndim
@@ -97,7 +100,7 @@ class LayerCall:
             config[axis] = (low, high, dilation - 1)
         operand = lax.pad(operand, pad_value.astype(operand.dtype), config)
         no_padding = [(0, 0)] * (operand.ndim - 2)
-        return self._product(operand, kernel, jnp.int32, padding=no_padding)
+        return self._product(operand, kernel, dtype, padding=no_padding)
 
     def channel_vector(self, per_channel: jax.Array) -> jax.Array:
         """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result."""
@@ -160,7 +163,7 @@ class LayerCall:
             return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
         params = self.op.params
         lhs, rhs = self._ordered(operand, kernel)
-        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
         if self.layer.kind == "dense":
             return lax.dot_general(
                 lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
@@ -215,8 +218,33 @@ def run(
       GraphError: `variables` or `x` do not fit the graph.
     """
     graph = graph.at(x.shape, x.dtype)
+    return run_leaves(graph, graph.leaves(variables), x, layer=layer, tensor=tensor, batch_norm=batch_norm)
+
+
+def run_leaves(
+    graph: Graph,
+    leaves: list[Any],
+    x: Float[Array, "n ..."],
+    *,
+    layer: LayerRule | None = None,
+    tensor: TensorRule | None = None,
+    batch_norm: BatchNormRule | None = None,
+    live: frozenset[int] | None = None,
+    results: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
+    """`run` on a list of leaves, for rules that compute more than one operation.
+
+    Args:
+      graph: traced at the shape of x.
+      leaves: of the variables, in the graph's order; None for one that no live operation reads.
+      x, layer, tensor, batch_norm: as in `run`.
+      live: indices of the operations to run; all if None.
+      results: for layers whose rule computes what follows them too, the value (of the program) that it computes, in
+        its type or as something that the rule of tensors takes. What that returns needs a method `astype` only.
+    """
     program = graph.program
-    env = _interpret(graph, variables, program.ops, program.input, x, layer, tensor, batch_norm)
+    ops = [op for op in program.ops if live is None or op.index in live]
+    env = _interpret(graph, leaves, ops, program.input, x, layer, tensor, batch_norm, results=results)
     return _outputs(graph, env)
 
 
@@ -254,7 +282,7 @@ def run_block(
         if x.shape != expected:
             raise GraphError(f"x: block {block.name!r} takes a value of shape {expected}, found {x.shape}.")
     ops = graph.program.between(block.input, block_outputs(graph, block))
-    env = _interpret(graph, variables, ops, block.input, x, layer, tensor, batch_norm, end=block.output)
+    env = _interpret(graph, graph.leaves(variables), ops, block.input, x, layer, tensor, batch_norm, end=block.output)
     return _outputs(graph, env) if block.output < 0 else env[block.output]
 
 
@@ -279,7 +307,7 @@ def _outputs(graph: Graph, env: dict[int, Any]) -> Any:
 
 def _interpret(
     graph: Graph,
-    variables: Any,
+    leaves: list[Any],
     ops: Sequence[Op],
     begin: int,
     x: jax.Array,
@@ -287,10 +315,10 @@ def _interpret(
     tensor: TensorRule | None,
     batch_norm: BatchNormRule | None,
     end: int | None = None,
+    results: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[int, Any]:
     """Run operations by the rules from the value `begin` on; the rule for tensors leaves the value `end` alone."""
     program = graph.program
-    leaves = graph.leaves(variables)
     env: dict[int, Any] = {i: leaf.dequantize() if isinstance(leaf, QTensor) else leaf for i, leaf in enumerate(leaves)}
     sources: dict[str, jax.Array] = {}
     layers = {item.op: item for item in graph.layers}
@@ -320,9 +348,13 @@ def _interpret(
         elif op.index in layers:
             item = layers[op.index]
             source = sources.get(item.tensor, env[graph.tensor(item.tensor).value])
-            operand = env[op.inputs[1 - item.kernel_operand]]
+            operand = env.get(op.inputs[1 - item.kernel_operand])
             call = LayerCall(item, op, graph, source, operand, leaves[item.kernel_index])
-            store(op.outputs[0], (layer or LayerCall.default)(call).astype(program.avals[op.outputs[0]].dtype))
+            result = (layer or LayerCall.default)(call)
+            if item.name in results:
+                store(results[item.name], result)
+            else:
+                store(op.outputs[0], result.astype(program.avals[op.outputs[0]].dtype))
         else:
             for value, result in zip(op.outputs, op(*map(read, op.inputs)), strict=True):
                 store(value, result)

@@ -21,7 +21,7 @@ from dfq_jax.graph import QUANTIZATION, Graph, Tensor, with_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
-from dfq_jax.synthesis.objective import loop_friendly
+from dfq_jax.synthesis.layer_rules import loop_friendly
 
 Variables = dict[str, Any]  # of a block: leaves by name, and the collection "quantization"
 

@@ -1,0 +1,204 @@
+"""LiteRT (TensorFlow Lite) files, without TensorFlow.
+
+JAX's StableHLO goes through `litert-converter` to a float LiteRT model, and that through `ai-edge-quantizer` to int8
+with this library's ranges and weights. Both run in a process of their own (see `tflite_worker.py`), by the interpreter
+that the environment variable DFQ_JAX_TFLITE_PYTHON names, or else by this one:
+
+    python -m venv litert && litert/bin/pip install ai-edge-litert ai-edge-quantizer litert-converter
+    export DFQ_JAX_TFLITE_PYTHON=$PWD/litert/bin/python
+
+What such a file can hold is int8 weights per output channel without zero point, and 8-bit activations per tensor.
+Weights of fewer bits keep their values, on a grid of 8 bits. Activations of fewer bits cannot be expressed and are
+refused; float activations give a file with int8 weights alone. LiteRT also quantizes what residual sums read and give,
+with ranges from the images that the network was quantized with, so its outputs are close to `Quantized`'s and not
+equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from dfq_jax.execute import OPERANDS, TENSORS, record_tensors
+from dfq_jax.export import Runner
+from dfq_jax.files import write_atomically
+from dfq_jax.folding import fold_batch_norm
+from dfq_jax.graph import QUANTIZATION, Graph, without_quantization
+from dfq_jax.qtensor import QTensor, QuantizerParams
+
+if TYPE_CHECKING:
+    from dfq_jax.recipes import Quantized
+
+PYTHON_VARIABLE = "DFQ_JAX_TFLITE_PYTHON"
+WORKER = Path(__file__).with_name("tflite_worker.py")
+MAGIC = b"TFL3"  # bytes 4 to 8 of a file
+INSTALL = (
+    "pip install 'dfq_jax[tflite]', or, where that meets other requirements (litert-converter wants an old "
+    "typing-extensions), install ai-edge-litert, ai-edge-quantizer and litert-converter in an environment of their own "
+    f"and set {PYTHON_VARIABLE} to its Python"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TFLiteExporter:
+    """Exporter of LiteRT files.
+
+    Attributes:
+      timeout: seconds that the converter may take.
+      max_images: of the network's own images, how many set the ranges of what is not a layer's input.
+      python: interpreter to run the converter with; None for that of DFQ_JAX_TFLITE_PYTHON, or this one.
+    """
+
+    timeout: float = 900.0
+    max_images: int = 64
+    python: str | None = None
+
+    name = "tflite"
+    extra = "tflite"
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, found {self.timeout!r}.")
+        if type(self.max_images) is not int or self.max_images < 1:
+            raise ValueError(f"max_images: expected an integer of at least 1, found {self.max_images!r}.")
+
+    def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
+        """Write the network to a file, whole or not at all; see `Exporter.write`.
+
+        Raises:
+          ImportError: the LiteRT packages are missing.
+          ValueError: activations of other than 8 bits, no images to take ranges from, or an operation that the
+            converter does not know; the message has the converter's own.
+          TimeoutError: the converter took longer than `timeout`.
+        """
+        graph = quantized.graph.at((1, *quantized.graph.input.shape[1:]))
+        collection = quantized.variables[QUANTIZATION]
+        quantizers = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+        check_expressible(quantizers)
+        weights_only = not quantizers
+        if not weights_only and quantized.images is None:
+            raise ValueError(
+                "quantized.images: None, as after loading; LiteRT needs images for the ranges of residual sums. Give "
+                "some: dataclasses.replace(quantized, images=...)."
+            )
+        variables = float_variables(graph, quantized.variables)
+        with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
+            Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
+            ranges = {name: (float(params.lo), float(params.hi)) for name, params in quantizers.items()}
+            Path(folder, "job.json").write_text(json.dumps({"weights_only": weights_only, "ranges": ranges}))
+            if not weights_only:
+                images = np.asarray(quantized.images[: self.max_images], np.float32)
+                tensors = recorded(graph, variables, images[:1])
+                np.savez(Path(folder, "inputs.npz"), images=images, **{f"tensor:{k}": v for k, v in tensors.items()})
+            result = self._call("convert", folder)
+            if result["unmatched"]:
+                names = ", ".join(result["unmatched"][:5])
+                warnings.warn(
+                    f"{path}: the converter left no tensor with the values of {names}; the ranges of what it computes "
+                    "in their place are those of the images.",
+                    stacklevel=2,
+                )
+            write_atomically(path, Path(folder, "model.tflite").read_bytes())
+
+    def open(self, path: str | os.PathLike[str]) -> Runner:
+        """Load a written file in LiteRT; see `Exporter.open`. Each call of the runner starts a process."""
+        data = Path(path).read_bytes()
+        if data[4:8] != MAGIC:
+            raise ValueError(f"{os.fspath(path)}: not a LiteRT file (no {MAGIC.decode()} at byte 4).")
+
+        def logits(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n classes"]:
+            return self.timed(data, x)[0]
+
+        return logits
+
+    def timed(
+        self, model: bytes, x: Float[np.ndarray, "n ..."], *, batch: int = 1, threads: int = 1
+    ) -> tuple[Float[np.ndarray, "n classes"], Float[np.ndarray, " calls"]]:
+        """Logits, and the seconds of each call of the interpreter on `batch` images."""
+        with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
+            Path(folder, "model.tflite").write_bytes(model)
+            np.savez(Path(folder, "inputs.npz"), images=np.asarray(x, np.float32), batch=batch, threads=threads)
+            self._call("run", folder)
+            with np.load(Path(folder, "outputs.npz")) as outputs:
+                return outputs["logits"], outputs["seconds"]
+
+    def _call(self, command: str, folder: str) -> Mapping[str, Any]:
+        """Run the worker, and read what it has to say."""
+        python = self.python or os.environ.get(PYTHON_VARIABLE) or sys.executable
+        environment = dict(os.environ)
+        if python != sys.executable:  # paths of this interpreter's packages are not for another
+            environment = {k: v for k, v in environment.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+        try:
+            done = subprocess.run(
+                [python, os.fspath(WORKER), command, folder],
+                env=environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=self.timeout,
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"LiteRT's {command} took longer than {self.timeout:g} s and was ended.") from None
+        except OSError as error:
+            raise ImportError(f"{PYTHON_VARIABLE}: {python!r} cannot be run ({error}). To export: {INSTALL}.") from error
+        reply = Path(folder, "result.json")
+        if not reply.exists():
+            tail = " | ".join(done.stderr.strip().splitlines()[-3:])
+            raise ValueError(f"LiteRT's {command} ended with code {done.returncode} and no reply: {tail}")
+        result = json.loads(reply.read_text())
+        if "missing" in result:
+            raise ImportError(f"this needs the package {result['missing']}, which {python} lacks: {INSTALL}.")
+        if "error" in result:
+            raise ValueError(f"LiteRT cannot {command} this network: {result['error'][:2000]}")
+        return result
+
+
+EXPORTER = TFLiteExporter()
+
+
+def check_expressible(quantizers: Mapping[str, QuantizerParams]) -> None:
+    """Refuse activation quantizers that int8 arithmetic has not.
+
+    Raises:
+      ValueError: a tensor has other than 8 bits; the message names it.
+    """
+    for name, params in quantizers.items():
+        if params.bits != 8:
+            raise ValueError(
+                f"tensor {name!r} has {params.bits}-bit activations; LiteRT has 8-bit ones. Quantize with bits='w4a8' "
+                "or 'w8a8', or with float activations ('w4a16')."
+            )
+
+
+def float_variables(graph: Graph, qvariables: Any) -> Any:
+    """Dequantized kernels with BatchNorm folded in, which leaves their codes what they are."""
+    plain = jax.tree.map(
+        lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
+        without_quantization(qvariables),
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+    return jax.tree.map(np.asarray, fold_batch_norm(graph, plain))
+
+
+def stablehlo_text(graph: Graph, variables: Any) -> str:
+    """The network on one image as StableHLO text, its weights inside."""
+    function = jax.jit(lambda x: graph.logits(graph.apply_fn(variables, x)))
+    return jax.export.export(function, platforms=("cpu",))(graph.input).mlir_module()
+
+
+def recorded(graph: Graph, variables: Any, x: Float[np.ndarray, "1 ..."]) -> dict[str, np.ndarray]:
+    """What layers read, for one image."""
+    _, tensors = jax.jit(lambda v, x: record_tensors(graph, v, x))(variables, x)
+    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}

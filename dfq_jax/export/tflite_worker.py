@@ -1,0 +1,165 @@
+"""What runs in a process of its own, under an interpreter that has the LiteRT packages: no JAX, nothing of dfq_jax.
+
+The converter brings its own copy of MLIR, which must not share a process with JAX's, can crash, and pins packages that
+others need newer. So `export.tflite` talks to it by files:
+
+    python tflite_worker.py convert FOLDER    module.mlir, job.json[, inputs.npz] -> model.tflite, result.json
+    python tflite_worker.py run FOLDER        model.tflite, inputs.npz -> outputs.npz
+"""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+SIGNATURE = "serving_default"
+
+
+def convert(folder):
+    """StableHLO text to a LiteRT file, quantized with given ranges."""
+    with open(os.path.join(folder, "job.json")) as file:
+        job = json.load(file)
+    with open(os.path.join(folder, "module.mlir")) as file:
+        text = file.read()
+    model = to_float(text)
+    result = {"unmatched": []}
+    if job["weights_only"]:
+        model = quantized(model, "weight_only_wi8_afp32", None)
+    else:
+        inputs = np.load(os.path.join(folder, "inputs.npz"))
+        model, result["unmatched"] = to_int8(model, inputs, job["ranges"])
+    with open(os.path.join(folder, "model.tflite"), "wb") as file:
+        file.write(model)
+    return result
+
+
+def to_float(text):
+    """The text form: from bytecode the converter finds no entry function, or crashes."""
+    from litert_converter import converter_api_ext as api
+    from litert_converter.mlir import ir, passmanager
+
+    context = ir.Context()
+    api.prepare_mlir_context(context)
+    with context, ir.Location.unknown():
+        module = ir.Module.parse(text)
+        # Without a signature the calibrator finds no way to feed the model. There is one module: nothing to merge.
+        api.set_signature(module.operation, SIGNATURE, ["x"], ["logits"])
+        api.run_convert_to_tfl_passes(module, passmanager.PassManager(), api.ConvertToTFLConfig())
+        return bytes(api.export_flatbuffer_to_bytes(module.operation))
+
+
+def quantized(model, recipe_name, ranges):
+    from ai_edge_quantizer import quantizer, recipe
+
+    job = quantizer.Quantizer(bytearray(model), getattr(recipe, recipe_name)())
+    return bytes(job.quantize(ranges, enable_progress_report=False).quantized_model)
+
+
+def to_int8(model, inputs, ranges):
+    """Full integer arithmetic: our ranges where a tensor is one of ours, those of the images for all others."""
+    from ai_edge_quantizer import quantizer, recipe
+
+    job = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
+    examples = [{"x": image[None]} for image in inputs["images"]]
+    calibrated = job.calibrate({SIGNATURE: examples}, num_threads=1)
+    names = tensor_names(model, inputs)
+    for tensor, (low, high) in ranges.items():
+        for name in names[tensor]:
+            if calibrated.get(name):
+                shape = np.shape(calibrated[name]["min"])
+                calibrated[name] = {
+                    "min": np.full(shape, low, np.float32),
+                    "max": np.full(shape, high, np.float32),
+                }
+    return quantized(model, "static_wi8_ai8", calibrated), [t for t in ranges if not names[t]]
+
+
+def tensor_names(model, inputs):
+    """LiteRT's names of our tensors: those that have the same values for the first image."""
+    interpreter = load(model, preserve=True)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], inputs["images"][:1])
+    interpreter.invoke()
+    found = {key.removeprefix("tensor:"): [] for key in inputs.files if key.startswith("tensor:")}
+    values = {}
+    for detail in interpreter.get_tensor_details():
+        if detail["dtype"] == np.float32 and detail["name"]:
+            try:
+                values[detail["name"]] = interpreter.get_tensor(detail["index"]).ravel()
+            except ValueError:  # inside a fused operation, without memory of its own
+                continue
+    for key in found:
+        own = inputs["tensor:" + key].ravel()
+        for name, value in values.items():
+            if value.size == own.size and np.abs(value - own).max() <= 1e-3 * max(np.abs(own).max(), 1e-6):
+                found[key].append(name)
+    return found
+
+
+def load(model, preserve=False, threads=1):
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    # Delegates fuse operations away whose results are asked for.
+    resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if preserve else OpResolverType.AUTO
+    interpreter = Interpreter(
+        model_content=bytes(model),
+        num_threads=threads,
+        experimental_preserve_all_tensors=preserve,
+        experimental_op_resolver_type=resolver,
+    )
+    interpreter.allocate_tensors()
+    return interpreter
+
+
+def run(folder):
+    """Logits of a batch, image by image; with "rounds", also the seconds of each call."""
+    with open(os.path.join(folder, "model.tflite"), "rb") as file:
+        model = file.read()
+    inputs = np.load(os.path.join(folder, "inputs.npz"))
+    interpreter = load(model, threads=int(inputs["threads"]) if "threads" in inputs else 1)
+    (source,), result = interpreter.get_input_details(), interpreter.get_output_details()[0]
+    batch = int(inputs["batch"]) if "batch" in inputs else 1
+    if batch != source["shape"][0]:
+        interpreter.resize_tensor_input(source["index"], (batch, *source["shape"][1:]))
+        interpreter.allocate_tensors()
+    outputs, seconds = [], []
+    for start in range(0, len(inputs["images"]), batch):
+        interpreter.set_tensor(source["index"], encode(inputs["images"][start : start + batch], source))
+        began = time.perf_counter()
+        interpreter.invoke()
+        seconds.append(time.perf_counter() - began)
+        outputs.append(decode(interpreter.get_tensor(result["index"]), result))
+    np.savez(os.path.join(folder, "outputs.npz"), logits=np.concatenate(outputs), seconds=seconds)
+    return {}
+
+
+def encode(values, detail):
+    """Real numbers in the type of an input."""
+    scale, zero = detail["quantization"]
+    if detail["dtype"] == np.float32:
+        return values.astype(np.float32)
+    limits = np.iinfo(detail["dtype"])
+    return np.clip(np.rint(values / scale) + zero, limits.min, limits.max).astype(detail["dtype"])
+
+
+def decode(values, detail):
+    scale, zero = detail["quantization"]
+    if detail["dtype"] == np.float32:
+        return values
+    return (values.astype(np.float32) - zero) * np.float32(scale)
+
+
+def main(command, folder):
+    try:
+        result = {"convert": convert, "run": run}[command](folder)
+    except ModuleNotFoundError as error:
+        result = {"missing": error.name}
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    with open(os.path.join(folder, "result.json"), "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

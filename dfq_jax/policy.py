@@ -1,0 +1,174 @@
+"""Which layers run on int8 operands, and which as float: a compiler's integer kernels differ more than its float ones.
+
+XLA for CPU has fast int8 products for channels-last layouts, and slow ones for stems of few channels, depthwise
+convolutions and channels-first layouts. XLA for CUDA has cuDNN's int8 convolutions only, which give float32, and has
+computed wrong sums for groups (openxla/xla#49123). So a `Policy` says per backend what to trust; `self_test` and
+`measure_policy` in `kernels.py` replace trust by observation.
+
+A layer that runs as float still computes on codes, held in float32 where their sums are exact up to 2^24: the choice
+changes the speed and not the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from dfq_jax.graph import Graph, Layer
+from dfq_jax.qtensor import QTensor, QuantizerParams, bounds
+
+BACKENDS = ("cpu", "cuda", "tpu")
+ACCUMULATORS = ("int32", "float32")
+STORAGE = ("speed", "memory")
+INT8, FLOAT, WEIGHT_ONLY, UNQUANTIZED = "int8", "float", "weight-only", "unquantized"
+
+INT32_LIMIT = 2**31
+FLOAT32_LIMIT = 2**24  # integers up to here, and their sums, are exact in float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What runs as int8 on one backend.
+
+    Attributes:
+      backend: "cpu", "cuda" or "tpu".
+      accumulator: type that int8 products are asked to give, "int32" or "float32".
+      min_input_channels: convolutions that sum over fewer input channels run as float.
+      depthwise, grouped, channels_first: whether such convolutions run as int8 (`grouped`: of more than one channel to
+        a group).
+      self_test: compare the int8 kernel of every layer shape with integers held in float, and run as float where they
+        differ; once per shape and process.
+      storage: "speed" holds kernels ready to multiply: int8, and float32 where a layer runs as float. "memory" holds
+        all of them as int8, or packed where they have 2 to 4 bits, and unpacks them in every call.
+      measured: by layer, the time of the float kernel over that of the int8 kernel, from `measure_policy`; goes before
+        the rules about channels, layouts and depthwise convolutions.
+    """
+
+    backend: str = "cpu"
+    accumulator: str = "int32"
+    min_input_channels: int = 1
+    depthwise: bool = True
+    grouped: bool = True
+    channels_first: bool = True
+    self_test: bool = True
+    storage: str = "speed"
+    measured: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, choices in (("backend", BACKENDS), ("accumulator", ACCUMULATORS), ("storage", STORAGE)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}.")
+        if type(self.min_input_channels) is not int or self.min_input_channels < 1:
+            raise ValueError(
+                f"min_input_channels: expected an integer of at least 1, found {self.min_input_channels!r}."
+            )
+
+    def ratio(self, layer: str) -> float | None:
+        """Measured time of the float kernel over that of the int8 kernel; above 1 where int8 is faster."""
+        return dict(self.measured).get(layer)
+
+
+def default_policy(backend: str | None = None) -> Policy:
+    """The policy for a backend: "cpu", "cuda" or "tpu"; by default the one that JAX uses here.
+
+    Raises:
+      ValueError: there is no such backend.
+    """
+    backend = jax.default_backend() if backend is None else backend
+    backend = "cuda" if backend in ("gpu", "rocm") else backend  # "gpu" is what JAX calls CUDA devices
+    if backend == "cpu":
+        return Policy(backend=backend, min_input_channels=8, depthwise=False, channels_first=False)
+    if backend == "cuda":
+        return Policy(backend=backend, accumulator="float32", min_input_channels=8, depthwise=False, grouped=False)
+    if backend == "tpu":
+        return Policy(backend=backend)
+    raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How one layer runs, and why.
+
+    Attributes:
+      runs: "int8"; "float" for integers held in float32; "weight-only" where its input is not quantized;
+        "unquantized" where its kernel is not.
+      reason: why it does not run as int8; empty if it does.
+      largest_sum: bound on the absolute value of its sums, the largest of its channels.
+    """
+
+    runs: str
+    reason: str = ""
+    largest_sum: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether no input whatever makes a sum overflow or round."""
+        return self.runs == INT8 or (self.runs == FLOAT and self.largest_sum < FLOAT32_LIMIT)
+
+
+def decide(policy: Policy, graph: Graph, layer: Layer, kernel: object, params: QuantizerParams | None) -> Decision:
+    """How a layer runs under a policy.
+
+    Args:
+      policy: of the backend.
+      graph: the network.
+      layer: one of its layers.
+      kernel: its kernel; a `QTensor` if quantized.
+      params: quantizer of its input; None if that stays in float.
+    """
+    if not isinstance(kernel, QTensor):
+        return Decision(runs=UNQUANTIZED, reason="its kernel is not quantized")
+    if params is None:
+        return Decision(runs=WEIGHT_ONLY, reason="its input is not quantized")
+    largest = largest_sum(layer, kernel, params)
+    codes = centered(kernel)
+    if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
+        reason = "its weights less their zero point do not fit int8"
+    elif largest >= INT32_LIMIT:
+        reason = f"its sums may reach {largest}, beyond int32"
+    else:
+        reason = _unsupported(policy, layer) or _slow(policy, graph, layer)
+    return Decision(runs=FLOAT if reason else INT8, reason=reason, largest_sum=largest)
+
+
+def _unsupported(policy: Policy, layer: Layer) -> str:
+    if not policy.grouped and layer.groups > 1 and not layer.depthwise:
+        return f"int8 convolutions in groups are not trusted on {policy.backend}"
+    return ""
+
+
+def _slow(policy: Policy, graph: Graph, layer: Layer) -> str:
+    ratio = policy.ratio(layer.name)
+    if ratio is not None:
+        return "" if ratio > 1 else f"int8 measured at {1 / ratio:.2f} of the float time"
+    if layer.kind != "conv":
+        return ""
+    params = graph.program.ops[layer.op].params
+    channel_axis = params["dimension_numbers"].lhs_spec[1]
+    kernel = graph.program.avals[graph.program.ops[layer.op].inputs[layer.kernel_operand]].shape
+    if layer.depthwise:
+        return "" if policy.depthwise else f"depthwise int8 convolutions are slow on {policy.backend}"
+    channels = kernel[params["dimension_numbers"].rhs_spec[1]]
+    if channels < policy.min_input_channels:
+        return f"{channels} input channels: int8 convolutions of less than {policy.min_input_channels} are slow"
+    if not policy.channels_first and channel_axis != len(kernel) - 1:
+        return f"channels-first int8 convolutions are slow on {policy.backend}"
+    return ""
+
+
+def centered(kernel: QTensor) -> np.ndarray:
+    """Codes of a kernel less their zero point, int16, on the host."""
+    codes = np.asarray(kernel.qvalue).astype(np.int16)
+    return codes if kernel.zero_point is None else codes - np.asarray(kernel.zero_point).astype(np.int16)
+
+
+def largest_sum(layer: Layer, kernel: QTensor, params: QuantizerParams) -> int:
+    """Bound on the sums of products of codes: the largest code times the sum of |weights|, over output channels."""
+    low, high = bounds(params.bits, params.signed)
+    zero = 0 if params.zero_point is None else int(params.zero_point)
+    shifted = 128 if params.bits == 8 and not params.signed else zero  # what `integer.Codes.int8` takes off
+    largest = max(abs(low - shifted), abs(high - shifted), abs(low - zero), abs(high - zero))
+    axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
+    return largest * int(np.abs(centered(kernel).astype(np.int64)).sum(axes).max(initial=0))
