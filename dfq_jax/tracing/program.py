@@ -161,7 +161,7 @@ class Program:
         def add_operand(operand: Operand) -> None:
             if isinstance(operand, Constant):
                 add(operand.shape, str(getattr(operand.value, "dtype", type(operand.value))))
-                digest.update(_bytes(operand.value))
+                digest.update(constant_bytes(operand.value))
             else:
                 add(operand)
 
@@ -177,7 +177,8 @@ class Program:
 _ADDRESS = re.compile("0x[0-9a-f]+")  # in the printed form of a function
 
 
-def _bytes(constant: Any) -> bytes:
+def constant_bytes(constant: Any) -> bytes:
+    """What tells constants of one shape and type apart."""
     if jax.dtypes.issubdtype(getattr(constant, "dtype", None), jax.dtypes.prng_key):
         constant = jax.random.key_data(constant)
     return np.asarray(constant).tobytes()

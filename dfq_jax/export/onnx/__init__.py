@@ -1,0 +1,102 @@
+"""ONNX files: float networks, and quantized ones in the QDQ form that runtimes turn into integer kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from dfq_jax.export import Runner, require
+from dfq_jax.export.onnx.translate import LOGITS, MIN_OPSET, to_onnx
+from dfq_jax.export.onnx.writer import INPUT
+from dfq_jax.files import write_atomically
+from dfq_jax.graph import Graph
+from dfq_jax.recipes import Quantized
+
+__all__ = ["EXPORTER", "export_onnx", "open_onnx", "to_onnx"]
+
+
+def export_onnx(
+    network: Quantized | tuple[Graph, Any],
+    path: str | os.PathLike[str],
+    *,
+    opset: int = MIN_OPSET,
+    batch: int | None = None,
+    int4: bool = False,
+) -> None:
+    """Write a network as an ONNX file.
+
+    Input ("input") and outputs have the network's own layout, `[N, H, W, C]`; the class scores are the output
+    "logits". All floats are float32. BatchNorms that directly follow a layer are folded into it, the others are a
+    multiplication and an addition.
+
+    A quantized network is written in the QDQ form and gives what `apply_quantized` gives, to float rounding and to the
+    rounding of biases to int32 accumulator steps. Activations are uint8 with one scale, fewer bits by clipping
+    beforehand; a tensor quantized for layers alone (`shortcuts="float"`) is so on their edges alone. Weights are int8
+    without zero point and with one scale for each channel, whatever their bits, except that asymmetric ones of 8 bits
+    are uint8 with zero points.
+
+    Args:
+      network: a quantized network, or a graph and its variables, float or quantized.
+      path: the file, replaced as a whole.
+      opset: version of the ONNX operators, 18 or later.
+      batch: the batch size of the file; None for any.
+      int4: weights of at most 4 bits in ONNX's 4-bit types, which need opset 21 and few runtimes compute with.
+
+    Raises:
+      ImportError: onnx is not installed.
+      ValueError: an operation that ONNX cannot express or another bad argument; the message names the operation and
+        the layer near it.
+      OSError: the file cannot be written; nothing is left behind.
+    """
+    graph, variables = (network.graph, network.variables) if isinstance(network, Quantized) else network
+    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4)
+    write_atomically(path, model.SerializeToString())
+
+
+def open_onnx(path: str | os.PathLike[str]) -> Runner:
+    """A written file in ONNX Runtime on the CPU: a function of a batch `[N, H, W, C]` that gives the logits.
+
+    Raises:
+      ImportError: onnxruntime is not installed.
+      ValueError: the file is no such network.
+    """
+    runtime = require("onnxruntime", "onnxruntime")
+    with open(path, "rb") as file:
+        data = file.read()
+    options = runtime.SessionOptions()
+    # Without it, sums of uint8 x int8 products saturate in 16 bits on x86 processors that lack VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class of their own
+        raise ValueError(f"{os.fspath(path)} is no ONNX file that ONNX Runtime can run: {error}") from error
+    inputs = {argument.name: argument for argument in session.get_inputs()}
+    if set(inputs) != {INPUT} or LOGITS not in {argument.name for argument in session.get_outputs()}:
+        raise ValueError(f"{os.fspath(path)} was not written by dfq_jax: expected input {INPUT!r}, output {LOGITS!r}.")
+    expected = inputs[INPUT].shape
+
+    def run(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n ..."]:
+        x = np.asarray(x)
+        same = [size == found for size, found in zip(expected, x.shape, strict=False) if isinstance(size, int)]
+        if x.ndim != len(expected) or not all(same):
+            raise ValueError(f"x: the file takes {expected}, found {x.shape}.")
+        return session.run([LOGITS], {INPUT: x})[0]
+
+    return run
+
+
+class _Onnx:
+    name = "onnx"
+    extra = "onnx"
+
+    def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
+        export_onnx(quantized, path)
+
+    def open(self, path: str | os.PathLike[str]) -> Runner:
+        return open_onnx(path)
+
+
+EXPORTER = _Onnx()

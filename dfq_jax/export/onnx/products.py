@@ -1,0 +1,245 @@
+"""Convolutions and matrix products in ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dfq_jax.execute import LayerCall, batch_norm_parameters
+from dfq_jax.export.onnx.batched import Shape
+from dfq_jax.export.onnx.operations import Unsupported
+from dfq_jax.export.onnx.quantization import Codes, integer_bias, stored_codes
+from dfq_jax.export.onnx.writer import Value, Writer, constant
+from dfq_jax.graph import BatchNorm
+from dfq_jax.qtensor import QTensor
+from dfq_jax.tracing.program import Op
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Kernel:
+    """The kernel of a product, its output channels first: `[O, I / groups, ...]`, or `[O, I]` of a matrix product.
+
+    Attributes:
+      weights: float64 numbers or integer codes.
+      bias: added to each channel of the result, `[O]`, float64; None for nothing.
+      name: of the weights.
+      input_scale: of quantized activations; None for float ones.
+    """
+
+    weights: np.ndarray | Codes
+    name: str
+    bias: np.ndarray | None = None
+    input_scale: float | None = None
+
+    def times(self, factor: np.ndarray, offset: np.ndarray) -> Kernel | None:
+        """With the result times a factor plus an offset for each channel; None where integer codes cannot have it."""
+        weights = self.weights
+        if isinstance(weights, Codes):
+            weights = weights.times(factor)
+        else:
+            weights = weights * factor.reshape(-1, *[1] * (weights.ndim - 1))
+        bias = offset if self.bias is None else self.bias * factor + offset
+        return None if weights is None else dataclasses.replace(self, weights=weights, bias=bias)
+
+    def write(self, writer: Writer, move: Callable[[np.ndarray], np.ndarray] = np.asarray, axis: int = 0) -> str:
+        """The tensor of the weights, rearranged so that `axis` holds the channels."""
+        if isinstance(self.weights, Codes):
+            return self.weights.moved(move).write(writer, axis, self.name)
+        return writer.initializer(move(self.weights), self.name)
+
+    def write_bias(self, writer: Writer, *, integer: bool = True) -> list[str]:
+        """The bias as an optional input; in int32 where both operands are quantized, as integer kernels want it."""
+        if self.bias is None:
+            return []
+        name = f"{self.name}/bias"
+        if integer and self.input_scale is not None and isinstance(self.weights, Codes):
+            scale = (self.weights.scale.astype(np.float32) * np.float32(self.input_scale)).astype(np.float32)
+            codes = integer_bias(self.bias, scale.astype(np.float64))
+            if codes is not None:
+                inputs = [writer.initializer(codes, name), writer.initializer(scale, f"{name}/scale")]
+                return [writer.node("DequantizeLinear", inputs, axis=0, name=f"{name}/dequantized")]
+        return [writer.initializer(self.bias.astype(np.float32), name)]
+
+
+def channels_first(op: Op, kernel: Any, side: int) -> np.ndarray:
+    """A kernel operand with its output channels first, those of a matrix product merged as its other axes are."""
+    kernel = np.asarray(kernel)
+    if op.name == "conv_general_dilated":
+        return kernel.transpose(op.params["dimension_numbers"].rhs_spec)
+    contract, batch = (axes[side] for axes in op.params["dimension_numbers"])
+    free = [a for a in range(kernel.ndim) if a not in (*contract, *batch)]
+    inner = math.prod(kernel.shape[a] for a in contract)
+    return kernel.transpose(*batch, *free, *contract).reshape(-1, inner)
+
+
+def layer_kernel(call: LayerCall, *, four_bit: bool, input_scale: float | None) -> Kernel:
+    """The kernel of a layer, without bias."""
+    leaf, side, name = call.kernel, call.layer.kernel_operand, call.layer.kernel
+    if not isinstance(leaf, QTensor):
+        kernel = np.asarray(call.kernel_operand(leaf)).astype(np.float64)
+        return Kernel(weights=channels_first(call.op, kernel, side), name=name)
+    array, zero, bits, limits = stored_codes(leaf, four_bit=four_bit)
+
+    def per_channel(values: Any) -> np.ndarray:
+        return np.asarray(call.channel_vector(np.asarray(values, np.float32)), np.float64).reshape(-1)
+
+    weights = Codes(
+        array=channels_first(call.op, call.kernel_operand(array), side),
+        scale=per_channel(leaf.scale),
+        zero_point=None if zero is None else per_channel(zero).astype(np.int64),
+        bits=bits,
+        limits=limits,
+    )
+    return Kernel(weights=weights.times(np.ones(len(weights.scale))), name=name, input_scale=input_scale)
+
+
+def batch_norm_affine(bn: BatchNorm, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of each channel, `[channels]`, float64."""
+    mean, var, scale, bias = (np.asarray(p, np.float32).astype(np.float64) for p in batch_norm_parameters(bn, leaves))
+    factor = np.broadcast_to(scale / np.sqrt(var + bn.epsilon), (bn.channels,))
+    return factor, bias - mean * factor
+
+
+# --- convolutions ---
+
+
+def convolution(writer: Writer, op: Op, x: Value, kernel: Kernel, shape: Shape) -> Value:
+    """A convolution, or a transposed one where the input is dilated."""
+    params = op.params
+    numbers = params["dimension_numbers"]
+    if params["batch_group_count"] != 1:
+        raise Unsupported("it groups the batch")
+    inputs = [writer.whole(x, numbers.lhs_spec)]
+    if any(d != 1 for d in params["lhs_dilation"]):
+        return _transposed_convolution(writer, op, inputs[0], kernel, shape)
+    padding = params["padding"]
+    if any(low < 0 or high < 0 for low, high in padding):
+        pads = [0, 0, *(low for low, _ in padding), 0, 0, *(high for _, high in padding)]
+        inputs = [writer.node("Pad", [inputs[0], writer.integers(pads)])]
+        padding = [(0, 0)] * len(padding)
+    name = writer.node(
+        "Conv",
+        [*inputs, kernel.write(writer), *kernel.write_bias(writer)],
+        group=params["feature_group_count"],
+        strides=list(params["window_strides"]),
+        dilations=list(params["rhs_dilation"]),
+        pads=[low for low, _ in padding] + [high for _, high in padding],
+        kernel_shape=_spatial(kernel),
+    )
+    return Value(shape=shape, axes=tuple(numbers.out_spec), name=name)
+
+
+def _spatial(kernel: Kernel) -> list[int]:
+    weights = kernel.weights
+    return list((weights.array if isinstance(weights, Codes) else weights).shape[2:])
+
+
+def _transposed_convolution(writer: Writer, op: Op, x: str, kernel: Kernel, shape: Shape) -> Value:
+    """A convolution of a dilated input is the transposed one by the flipped kernel, `[I, O / groups, ...]`."""
+    params = op.params
+    groups, size = params["feature_group_count"], _spatial(kernel)
+    reach = [(k - 1) * d for k, d in zip(size, params["rhs_dilation"], strict=True)]
+    pads = [[r - p for r, p in zip(reach, side, strict=True)] for side in zip(*params["padding"], strict=True)]
+    if any(s != 1 for s in params["window_strides"]) or min(map(min, pads)) < 0:
+        raise Unsupported("its input is dilated, and it has strides or pads by more than the kernel's reach")
+    flip = (..., *[slice(None, None, -1)] * len(size))
+    if groups > 1:
+        if isinstance(kernel.weights, Codes):
+            raise Unsupported("it is a transposed convolution with groups and quantized weights")
+
+        def move(w: np.ndarray) -> np.ndarray:
+            grouped = w[flip].reshape(groups, w.shape[0] // groups, *w.shape[1:])
+            return grouped.swapaxes(1, 2).reshape(groups * w.shape[1], -1, *size)
+    else:
+
+        def move(w: np.ndarray) -> np.ndarray:
+            return w[flip].swapaxes(0, 1)
+
+    name = writer.node(
+        "ConvTranspose",
+        [x, kernel.write(writer, move, axis=1), *kernel.write_bias(writer)],
+        group=groups,
+        strides=list(params["lhs_dilation"]),
+        dilations=list(params["rhs_dilation"]),
+        pads=[*pads[0], *pads[1]],
+        kernel_shape=size,
+    )
+    return Value(shape=shape, axes=tuple(params["dimension_numbers"].out_spec), name=name)
+
+
+# --- matrix products ---
+
+
+def has_batch_axes(op: Op) -> bool:
+    return op.name == "dot_general" and bool(op.params["dimension_numbers"][1][0])
+
+
+def matrix_product(writer: Writer, op: Op, x: Value, kernel: Kernel, kernel_shape: Shape, side: int, shape: Shape):
+    """The product of a value with a kernel that stands on one side of it; MatMul, Gemm for a matrix and a bias."""
+    contract, _ = op.params["dimension_numbers"]
+    inner, own_inner = contract[1 - side], contract[side]
+    rank = len(x.shape)
+    outer = [a for a in range(rank) if a not in inner]
+    own_outer = [a for a in range(len(kernel_shape)) if a not in own_inner]
+    order = [a for a in x.axes if a not in inner]  # transposes least
+    tensor = writer.whole(x, (*order, *inner))
+    if len(inner) != 1:
+        size = math.prod(x.shape[a] for a in inner)
+        tensor = writer.reshape(tensor, [*(x.shape[a] for a in order), size])
+    weights = kernel.write(writer, np.transpose, axis=1)
+    if len(order) == 1:
+        result = writer.node("Gemm", [tensor, weights, *kernel.write_bias(writer)])
+    else:
+        result = writer.node("MatMul", [tensor, weights])
+        for bias in kernel.write_bias(writer, integer=False):
+            result = writer.node("Add", [result, bias])
+    if len(own_outer) != 1:
+        result = writer.reshape(result, [*(x.shape[a] for a in order), *(kernel_shape[a] for a in own_outer)])
+    # The program's result has the axes of the left operand first.
+    first, own_first = (0, len(outer)) if side == 1 else (len(own_outer), 0)
+    axes = [first + outer.index(a) for a in order] + [own_first + i for i in range(len(own_outer))]
+    return Value(shape=shape, axes=tuple(axes), name=result)
+
+
+def kernel_operand(writer: Writer, op: Op, kernel: Kernel, kernel_shape: tuple[int, ...], side: int) -> Value:
+    """A kernel as a tensor in the layout of the program's operand, for products that `matrix_product` cannot do."""
+    contract, batch = (axes[side] for axes in op.params["dimension_numbers"])
+    free = [a for a in range(len(kernel_shape)) if a not in (*contract, *batch)]
+    axes = (*batch, *free, *contract)
+    name = writer.reshape(kernel.write(writer), [kernel_shape[a] for a in axes])
+    return Value(shape=kernel_shape, axes=axes, name=name)
+
+
+def einsum(writer: Writer, op: Op, left: Value, right: Value, shape: Shape) -> Value:
+    """Any matrix product."""
+    contract, batch = op.params["dimension_numbers"]
+    letters = iter(string.ascii_letters)
+    labels: list[dict[int, str]] = [{}, {}]
+    result = ""
+    for pairs, kept in ((batch, True), (contract, False)):
+        for a, b in zip(*pairs, strict=True):
+            labels[0][a] = labels[1][b] = letter = next(letters)
+            result += letter if kept else ""
+    terms, names = [], []
+    for value, own in zip((left, right), labels, strict=True):
+        for axis in range(len(value.shape)):
+            if axis not in own:
+                own[axis] = next(letters)
+                result += own[axis]
+        axes = value.axes
+        terms.append("".join(own[a] for a in axes))
+        names.append(writer.whole(value, axes))
+    name = writer.node("Einsum", names, equation=f"{','.join(terms)}->{result}")
+    return Value(shape=shape, axes=tuple(range(len(shape))), name=name)
+
+
+def along_axis(vector: np.ndarray, axis: int, rank: int) -> Value:
+    """`[channels]` as a constant that broadcasts along an axis."""
+    shape = [1] * rank
+    shape[axis] = -1
+    return constant(np.asarray(vector, np.float32).reshape(shape))
