@@ -519,7 +519,7 @@ def test_augmentation_depends_on_the_key_alone():
 
 
 def test_smoothing_is_a_gaussian_of_three_taps():
-    taps = np.exp(-np.array([-1, 0, 1]) ** 2 / (2 * 1.25**2))
+    taps = np.exp(-(np.array([-1, 0, 1]) ** 2) / (2 * 1.25**2))
     kernel = np.outer(taps, taps) / taps.sum() ** 2
     padded = np.pad(np.asarray(IMAGES, np.float64), [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
