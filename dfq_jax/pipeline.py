@@ -15,14 +15,17 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dfq_jax.adapters import as_function, on_device
+from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.batch_norm import adapt_batch_norm, correct_bias
 from dfq_jax.comparison import Comparison, compare
 from dfq_jax.convention import Convention, Ranges, quantize_params
 from dfq_jax.graph import Graph, trace
 from dfq_jax.quantized import Quantized
-from dfq_jax.ranges import check_images, estimate_ranges
+from dfq_jax.ranges import ESTIMATORS, apply_estimator, check_images, estimate_ranges
 from dfq_jax.recipes import Recipe, get_recipe
 from dfq_jax.report import Report, layer_reports, packed_size
+from dfq_jax.rounding import gptq, reconstruct, squant
+from dfq_jax.rounding.learned import BlockProgress
 from dfq_jax.synthesis import Progress, synthesize
 from dfq_jax.synthesis.checks import check_variables
 
@@ -57,7 +60,7 @@ def quantize(
       convention: everything about bits, in place of `bits` and `edge_bits`.
       key: a JAX key or a seed.
       images: preprocessed images to use in place of synthetic ones, `[N, H, W, C]`.
-      on_progress: called while images are made.
+      on_progress: called while images are made, and while blocks are reconstructed (a block counts as a batch).
       on_stage: called with the name of each stage as it begins.
       checkpoint: file to keep unfinished synthesis in; the same call resumes from it.
 
@@ -66,7 +69,7 @@ def quantize(
 
     Raises:
       ValueError, TypeError: arguments, weights or a network that cannot be quantized so; before any long work.
-      KeyboardInterrupt: interrupted during synthesis (a checkpoint, if asked for, is kept).
+      KeyboardInterrupt: interrupted during synthesis (a checkpoint, if asked for, is kept) or reconstruction.
     """
     recipe = get_recipe(recipe)
     if convention is None:
@@ -83,11 +86,17 @@ def quantize(
         check_variables(graph, variables)
     with clock("images"):
         images, origin = _images(graph, variables, recipe, convention, key, images, on_progress, checkpoint)
-    job = _Job(graph=graph, variables=variables, recipe=recipe, convention=convention, images=images)
+    job = _Job(graph=graph, variables=variables, recipe=recipe, convention=convention, images=images, key=key)
     with clock("ranges"):
         ranges = job.ranges()
     with clock("weights"):
         qvariables = quantize_params(graph, variables, ranges, convention)
+    if recipe.rounding != "nearest":
+        with clock("rounding"):
+            qvariables = job.round(qvariables)
+    if recipe.reconstruction is not None:
+        with clock("reconstruction"):
+            qvariables = job.reconstruct(qvariables, on_progress)
     with clock("adapt"):
         qvariables = job.adapt(qvariables)
     with clock("compare"):
@@ -120,6 +129,7 @@ class _Job:
     recipe: Recipe
     convention: Convention
     images: Any
+    key: jax.Array
     steps: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -130,35 +140,91 @@ class _Job:
         self.fitted = self.images[: len(self.images) - held_out]
         self.held_out = self.images[len(self.images) - held_out :]
 
+    @property
+    def analytic(self) -> bool:
+        """Whether BatchNorm parameters take the place of images."""
+        return self.recipe.source == "analytic" and bool(self.graph.batch_norms)
+
     def ranges(self) -> Ranges:
-        if self.convention.activation_bits is None:
+        graph, variables, recipe, convention = self.graph, self.variables, self.recipe, self.convention
+        if convention.activation_bits is None:
             return {}
+        if self.analytic:
+            return apply_estimator(
+                graph, analytic_summaries(graph, variables), convention, ESTIMATORS[recipe.estimator]
+            )
         return estimate_ranges(
+            graph, variables, self.images, convention, estimator=recipe.estimator, batch_size=recipe.batch_size
+        )
+
+    def round(self, qvariables: Any) -> Any:
+        """Rounding that knows more than the nearest code."""
+        graph, variables, config = self.graph, self.variables, self.recipe.gptq
+        if self.recipe.rounding == "squant":
+            return self.consider("SQuant", qvariables, lambda q: squant(graph, variables, q))
+        if self.analytic:
+            return self.consider("GPTQ", qvariables, lambda q: gptq_from_noise(graph, variables, q, config))
+        return self.consider(
+            "GPTQ",
+            qvariables,
+            lambda q: gptq(graph, variables, q, self.fitted, config, batch_size=self.recipe.batch_size),
+        )
+
+    def reconstruct(self, qvariables: Any, on_progress: Callable[[Progress], None] | None) -> Any:
+        """Learned rounding; it judges each block by itself, on images held out of those it is given."""
+
+        def report(progress: BlockProgress) -> None:
+            on_progress(
+                Progress(
+                    progress.index + 1,
+                    progress.num_blocks,
+                    progress.step,
+                    progress.steps,
+                    progress.loss,
+                    progress.seconds,
+                    progress.eta,
+                )
+            )
+
+        qvariables, info = reconstruct(
             self.graph,
             self.variables,
-            self.images,
-            self.convention,
-            estimator=self.recipe.estimator,
-            batch_size=self.recipe.batch_size,
+            qvariables,
+            self.fitted,
+            jax.random.fold_in(self.key, 1),
+            self.recipe.reconstruction,
+            on_progress=None if on_progress is None else report,
         )
+        if not info.completed:
+            raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
+        dropped = [block.name for block in info.blocks if not block.kept]
+        self.steps.append(
+            f"reconstruction: {len(info.blocks) - len(dropped)} of {len(info.blocks)} blocks kept"
+            + (f", dropped {', '.join(dropped)}" if dropped else "")
+        )
+        return qvariables
 
     def adapt(self, qvariables: Any) -> Any:
         """Adaptation of BatchNorm statistics and biases."""
-        config = self.recipe.batch_norm
-        if config is not None and self.graph.batch_norms:
+        graph, variables, config = self.graph, self.variables, self.recipe.batch_norm
+        if self.analytic and config is not None:
+            return self.consider(
+                "analytic correction of BatchNorms and biases",
+                qvariables,
+                lambda q: analytic_correction(graph, variables, q, config),
+            )
+        if config is not None and graph.batch_norms:
             qvariables = self.consider(
                 f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}",
                 qvariables,
-                lambda q: adapt_batch_norm(
-                    self.graph, self.variables, q, self.fitted, config, batch_size=self.recipe.batch_size
-                ),
+                lambda q: adapt_batch_norm(graph, variables, q, self.fitted, config, batch_size=self.recipe.batch_size),
             )
         if self.recipe.bias_correction:
             # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
             qvariables = self.consider(
                 "bias correction",
                 qvariables,
-                lambda q: correct_bias(self.graph, self.variables, q, self.fitted, normalized=config is None),
+                lambda q: correct_bias(graph, variables, q, self.fitted, normalized=config is None),
             )
         return qvariables
 
@@ -224,7 +290,11 @@ def _images(
         return images, f"{len(images)} given"
     count = recipe.synthesis.num_images
     needed = convention.activation_bits is not None or graph.batch_norms
-    if recipe.source == "noise" or not needed:
+    if recipe.source == "analytic" and graph.batch_norms:
+        # Nothing is fitted to them: they serve to compare.
+        noise = jax.random.normal(key, (min(count, 32), *graph.input.shape[1:]), jnp.float32)
+        return noise, f"none (compared on {len(noise)} of Gaussian noise)"
+    if recipe.source != "synthesis" or not needed:
         noise = jax.random.normal(key, (count, *graph.input.shape[1:]), jnp.float32)
         return noise, f"{count} of Gaussian noise"
     result = synthesize(graph, variables, key, recipe.synthesis, on_progress=on_progress, checkpoint=checkpoint)

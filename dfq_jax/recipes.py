@@ -8,10 +8,19 @@ from typing import Any
 
 from dfq_jax.batch_norm import BatchNormConfig
 from dfq_jax.ranges import ESTIMATORS
+from dfq_jax.rounding import GPTQConfig, ReconstructionConfig
 from dfq_jax.synthesis import SynthesisConfig
 from dfq_jax.weights import WEIGHT_RANGES
 
-SOURCES = ("synthesis", "noise")
+SOURCES = ("synthesis", "noise", "analytic")
+ROUNDINGS = ("nearest", "squant", "gptq")
+# Fields that are records of their own, by type: `Recipe.replace` reaches into them by prefix.
+NESTED = {
+    "synthesis": SynthesisConfig,
+    "gptq": GPTQConfig,
+    "reconstruction": ReconstructionConfig,
+    "batch_norm": BatchNormConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,10 +29,14 @@ class Recipe:
 
     Attributes:
       name: of the recipe.
-      source: where images come from: "synthesis", or "noise" (standard Gaussian, as many as `synthesis.num_images`).
+      source: where images come from: "synthesis", "noise" (standard Gaussian, as many as `synthesis.num_images`), or
+        "analytic": none at all, ranges and corrections come from BatchNorm parameters.
       synthesis: how images are made.
       estimator: of activation ranges, a name in `ranges.ESTIMATORS`.
       weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`.
+      rounding: of weights: "nearest", "squant" or "gptq".
+      gptq: settings of that rounding.
+      reconstruction: learned rounding on top of it, block by block; None for none.
       bias_correction: correct the means of layer outputs that no BatchNorm follows (all, if `batch_norm` is None).
       batch_norm: adaptation of BatchNorm statistics; None for none.
       held_out: share of the images that adaptation is not fitted to; each step is kept only if it lowers the divergence
@@ -36,6 +49,9 @@ class Recipe:
     synthesis: SynthesisConfig = SynthesisConfig()
     estimator: str = "lp"
     weight_range: str = "lp"
+    rounding: str = "nearest"
+    gptq: GPTQConfig = GPTQConfig()
+    reconstruction: ReconstructionConfig | None = None
     bias_correction: bool = False
     batch_norm: BatchNormConfig | None = None
     held_out: float = 0.0
@@ -48,17 +64,21 @@ class Recipe:
             raise ValueError(f"estimator: expected one of {sorted(ESTIMATORS)}, found {self.estimator!r}.")
         if self.weight_range not in WEIGHT_RANGES:
             raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {ROUNDINGS}, found {self.rounding!r}.")
+        if self.source == "analytic" and self.reconstruction is not None:
+            raise ValueError("reconstruction: learns from images, of which the source 'analytic' has none.")
         if not isinstance(self.held_out, (int, float)) or not 0 <= self.held_out < 1:
             raise ValueError(f"held_out: expected a share of at least 0 and below 1, found {self.held_out!r}.")
         if type(self.batch_size) is not int or self.batch_size < 1:
             raise ValueError(f"batch_size: expected an integer of at least 1, found {self.batch_size!r}.")
 
     def replace(self, **fields: Any) -> Recipe:
-        """A copy with other fields; those of `synthesis` and `batch_norm` by a prefix: `synthesis_steps=500`."""
+        """A copy with other fields; those of records in it by a prefix: `synthesis_steps=500`."""
         own = {f.name for f in dataclasses.fields(self)}
         nested: dict[str, dict[str, Any]] = {}
         for name in [n for n in fields if n not in own]:
-            prefix = next((p for p in ("synthesis", "batch_norm") if name.startswith(p + "_")), None)
+            prefix = next((p for p in NESTED if name.startswith(p + "_")), None)
             if prefix is None or fields.get(prefix, getattr(self, prefix)) is None:
                 raise ValueError(f"{name}: recipe {self.name!r} has no such field; it has {sorted(own)}.")
             nested.setdefault(prefix, {})[name[len(prefix) + 1 :]] = fields.pop(name)
@@ -84,8 +104,35 @@ RECIPES: dict[str, Recipe] = {
             weight_range="min_max",
             batch_norm=BatchNormConfig(method="absolute"),
         ),
-        # The winners of the ablation table.
-        Recipe(name="fast", batch_norm=BatchNormConfig(method="differential"), bias_correction=True),
+        # No images: what BatchNorm parameters tell is enough for many networks, and takes seconds.
+        Recipe(
+            name="instant", source="analytic", rounding="squant", batch_norm=BatchNormConfig(), bias_correction=True
+        ),
+        # The winners of the ablation tables; each step stays only where it helps on images held out.
+        Recipe(
+            name="fast",
+            rounding="squant",
+            batch_norm=BatchNormConfig(method="differential"),
+            bias_correction=True,
+            held_out=0.25,
+        ),
+        # Images from a generator (GENIE), rounding learned block by block.
+        Recipe(
+            name="best",
+            synthesis=SynthesisConfig(
+                source="generator",
+                num_images=256,
+                batch_size=128,
+                steps=500,
+                learning_rate=0.1,
+                schedule="plateau",
+                swing=True,
+            ),
+            reconstruction=ReconstructionConfig(),
+            batch_norm=BatchNormConfig(method="differential"),
+            bias_correction=True,
+            held_out=0.125,
+        ),
     )
 }
 
@@ -100,11 +147,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 
 def recipe_from(fields: Mapping[str, Any]) -> Recipe:
     """The recipe that `dataclasses.asdict` made these fields of."""
-    norm = fields["batch_norm"]
-    return Recipe(
-        **{
-            **fields,
-            "synthesis": SynthesisConfig(**fields["synthesis"]),
-            "batch_norm": None if norm is None else BatchNormConfig(**norm),
-        }
-    )
+    nested = {
+        name: None if fields[name] is None else kind(**fields[name]) for name, kind in NESTED.items() if name in fields
+    }
+    return Recipe(**{**fields, **nested})

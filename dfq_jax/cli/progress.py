@@ -19,6 +19,8 @@ STAGES = {
     "images": "making images",
     "ranges": "measuring activation ranges",
     "weights": "quantizing weights",
+    "rounding": "rounding weights",
+    "reconstruction": "reconstructing blocks",
     "adapt": "adapting statistics",
     "compare": "comparing with the float network",
 }

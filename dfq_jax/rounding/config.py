@@ -44,6 +44,8 @@ class ReconstructionConfig:
     chunk: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.beta, list):  # as JSON has it
+            object.__setattr__(self, "beta", tuple(self.beta))
         for name in ("steps", "batch_size", "min_layers"):
             _check(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         _check("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
