@@ -13,10 +13,10 @@ import numpy as np
 from dfq_jax.execute import LayerCall, batch_norm_parameters
 from dfq_jax.export.onnx.batched import Shape
 from dfq_jax.export.onnx.operations import Unsupported
-from dfq_jax.export.onnx.quantization import Codes, integer_bias, stored_codes
+from dfq_jax.export.onnx.quantization import Codes, integer_bias, scalar_params, stored_codes
 from dfq_jax.export.onnx.writer import Value, Writer, constant
 from dfq_jax.graph import BatchNorm
-from dfq_jax.qtensor import QTensor
+from dfq_jax.qtensor import MAX_BITS, QTensor, QuantizerParams
 from dfq_jax.tracing.program import Op
 
 
@@ -29,12 +29,14 @@ class Kernel:
       bias: added to each channel of the result, `[O]`, float64; None for nothing.
       name: of the weights.
       input_scale: of quantized activations; None for float ones.
+      narrow: whether activations and weights are quantized and one of them has less than 8 bits.
     """
 
     weights: np.ndarray | Codes
     name: str
     bias: np.ndarray | None = None
     input_scale: float | None = None
+    narrow: bool = False
 
     def times(self, factor: np.ndarray, offset: np.ndarray) -> Kernel | None:
         """With the result times a factor plus an offset for each channel; None where integer codes cannot have it."""
@@ -52,18 +54,30 @@ class Kernel:
             return self.weights.moved(move).write(writer, axis, self.name)
         return writer.initializer(move(self.weights), self.name)
 
-    def write_bias(self, writer: Writer, *, integer: bool = True) -> list[str]:
-        """The bias as an optional input; in int32 where both operands are quantized, as integer kernels want it."""
-        if self.bias is None:
+    def write_bias(self, writer: Writer) -> list[str]:
+        """The bias as an optional input of the product; in int32 where both operands are quantized.
+
+        Integer kernels want it so, and ONNX Runtime rounds one in float to steps of the accumulator by itself. With
+        fewer bits than 8 these steps are too coarse: half of one moves many results to the next code of a narrow
+        activation. There the bias is added afterwards (`add_bias`).
+        """
+        if self.bias is None or self.narrow:
             return []
         name = f"{self.name}/bias"
-        if integer and self.input_scale is not None and isinstance(self.weights, Codes):
-            scale = (self.weights.scale.astype(np.float32) * np.float32(self.input_scale)).astype(np.float32)
-            codes = integer_bias(self.bias, scale.astype(np.float64))
-            if codes is not None:
-                inputs = [writer.initializer(codes, name), writer.initializer(scale, f"{name}/scale")]
-                return [writer.node("DequantizeLinear", inputs, axis=0, name=f"{name}/dequantized")]
-        return [writer.initializer(self.bias.astype(np.float32), name)]
+        codes = None if self.input_scale is None else integer_bias(self.bias, self.weights.scale * self.input_scale)
+        if codes is None:
+            return [writer.initializer(self.bias.astype(np.float32), name)]
+        scale = (self.weights.scale * self.input_scale).astype(np.float32)
+        inputs = [writer.initializer(codes, name), writer.initializer(scale, f"{name}/scale")]
+        return [writer.node("DequantizeLinear", inputs, axis=0, name=f"{name}/dequantized")]
+
+    def add_bias(self, writer: Writer, result: str, trailing: int = 0) -> str:
+        """The product's tensor with a bias that is not inside; so many axes follow that of the channels."""
+        if self.bias is None or not self.narrow:
+            return result
+        bias = -self.bias.astype(np.float32).reshape(-1, *[1] * trailing)
+        # A subtraction, because ONNX Runtime would move an addition into the product and round it there.
+        return writer.node("Sub", [result, writer.initializer(bias, f"{self.name}/negative_bias")])
 
 
 def channels_first(op: Op, kernel: Any, side: int) -> np.ndarray:
@@ -77,8 +91,8 @@ def channels_first(op: Op, kernel: Any, side: int) -> np.ndarray:
     return kernel.transpose(*batch, *free, *contract).reshape(-1, inner)
 
 
-def layer_kernel(call: LayerCall, *, four_bit: bool, input_scale: float | None) -> Kernel:
-    """The kernel of a layer, without bias."""
+def layer_kernel(call: LayerCall, params: QuantizerParams | None, *, four_bit: bool) -> Kernel:
+    """The kernel of a layer that reads activations quantized so (None for float), without bias."""
     leaf, side, name = call.kernel, call.layer.kernel_operand, call.layer.kernel
     if not isinstance(leaf, QTensor):
         kernel = np.asarray(call.kernel_operand(leaf)).astype(np.float64)
@@ -95,7 +109,11 @@ def layer_kernel(call: LayerCall, *, four_bit: bool, input_scale: float | None) 
         bits=bits,
         limits=limits,
     )
-    return Kernel(weights=weights.times(np.ones(len(weights.scale))), name=name, input_scale=input_scale)
+    weights = weights.times(np.ones(len(weights.scale)))  # gives channels without weights a scale
+    if params is None:
+        return Kernel(weights=weights, name=name)
+    narrow = min(params.bits, leaf.bits) < MAX_BITS
+    return Kernel(weights=weights, name=name, input_scale=scalar_params(params)[0], narrow=narrow)
 
 
 def batch_norm_affine(bn: BatchNorm, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +149,7 @@ def convolution(writer: Writer, op: Op, x: Value, kernel: Kernel, shape: Shape) 
         pads=[low for low, _ in padding] + [high for _, high in padding],
         kernel_shape=_spatial(kernel),
     )
+    name = kernel.add_bias(writer, name, trailing=len(padding))
     return Value(shape=shape, axes=tuple(numbers.out_spec), name=name)
 
 
@@ -169,6 +188,7 @@ def _transposed_convolution(writer: Writer, op: Op, x: str, kernel: Kernel, shap
         pads=[*pads[0], *pads[1]],
         kernel_shape=size,
     )
+    name = kernel.add_bias(writer, name, trailing=len(size))
     return Value(shape=shape, axes=tuple(params["dimension_numbers"].out_spec), name=name)
 
 
@@ -192,12 +212,11 @@ def matrix_product(writer: Writer, op: Op, x: Value, kernel: Kernel, kernel_shap
         size = math.prod(x.shape[a] for a in inner)
         tensor = writer.reshape(tensor, [*(x.shape[a] for a in order), size])
     weights = kernel.write(writer, np.transpose, axis=1)
-    if len(order) == 1:
+    if len(order) == 1 and not kernel.narrow:
         result = writer.node("Gemm", [tensor, weights, *kernel.write_bias(writer)])
-    else:
-        result = writer.node("MatMul", [tensor, weights])
-        for bias in kernel.write_bias(writer, integer=False):
-            result = writer.node("Add", [result, bias])
+    else:  # MatMul takes no bias
+        kernel = dataclasses.replace(kernel, narrow=True)
+        result = kernel.add_bias(writer, writer.node("MatMul", [tensor, weights]))
     if len(own_outer) != 1:
         result = writer.reshape(result, [*(x.shape[a] for a in order), *(kernel_shape[a] for a in own_outer)])
     # The program's result has the axes of the left operand first.

@@ -94,8 +94,9 @@ class Codes:
             return writer.four_bits(pack(array, 4), array.shape, array.dtype == np.int8, name)
 
         inputs = [tensor(self.array, name), writer.initializer(self.scale.astype(np.float32), f"{name}/scale")]
-        if self.zero_point is not None:
-            inputs.append(tensor(self.zero_point, f"{name}/zero_point"))
+        # Written out even where it is zero: ONNX Runtime's rewriting of int8 to uint8 weights fails without.
+        zero = np.zeros(len(self.scale), np.int64) if self.zero_point is None else self.zero_point
+        inputs.append(tensor(zero, f"{name}/zero_point"))
         return writer.node("DequantizeLinear", inputs, axis=axis, name=f"{name}/dequantized")
 
 

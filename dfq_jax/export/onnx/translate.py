@@ -14,7 +14,7 @@ from dfq_jax.export import require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
-from dfq_jax.export.onnx.quantization import quantize_dequantize, scalar_params
+from dfq_jax.export.onnx.quantization import quantize_dequantize
 from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
 from dfq_jax.graph import QUANTIZATION, Graph, GraphError, flatten_with_paths, is_quantized
 from dfq_jax.qtensor import QTensor
@@ -264,8 +264,7 @@ class _Translation:
             axes = tuple(op.params["dimension_numbers"].lhs_spec) if conv else x.axes
             x = self._quantized(x, params, layer.tensor, axes)
         call = LayerCall(layer, op, self.graph, None, None, leaf)
-        input_scale = None if params is None else scalar_params(params)[0]
-        kernel, end = products.layer_kernel(call, four_bit=self.int4, input_scale=input_scale), op.outputs[0]
+        kernel, end = products.layer_kernel(call, params, four_bit=self.int4), op.outputs[0]
         if products.has_batch_axes(op):
             return x, kernel, end
         if layer.bias_index is not None:
