@@ -227,9 +227,9 @@ def test_vmap_of_a_synthesis_step_over_keys():
         np.testing.assert_allclose(results.loss[i], result.loss, rtol=1e-5)
         np.testing.assert_allclose(results.layer_losses[i], result.layer_losses, rtol=1e-4, atol=1e-6)
         # Adam's first update is the sign of the gradient: only where that is almost 0 may it differ.
-        difference = np.abs(np.asarray(states.images[i] - state.images))
+        difference = np.abs(np.asarray(states.parameters[i] - state.parameters))
         assert (difference > 1e-3).mean() < 0.01 and difference.max() <= 2.01 * SYNTHESIS.learning_rate
-    assert not np.allclose(states.images[0], states.images[1])
+    assert not np.allclose(states.parameters[0], states.parameters[1])
 
 
 def test_grad_and_vmap_of_the_quantized_network():
@@ -353,7 +353,7 @@ def sharded_work() -> dict[str, Any]:
             state, targets = place(state), place(targets)
         for _ in range(3):
             state, result = advance(graph, config, optimizer, 1, variables, state, targets, jax.random.key(6))
-        return {**found, "synthesized": state.images, "evaluation": result}
+        return {**found, "synthesized": state.parameters, "evaluation": result}
 
     alone = stages(images, variables)
     spread = stages(jax.device_put(images, by_batch), jax.device_put(variables, everywhere))
