@@ -69,6 +69,8 @@ def open_onnx(path: str | os.PathLike[str]) -> Runner:
     options = runtime.SessionOptions()
     # Without it, sums of uint8 x int8 products saturate in 16 bits on x86 processors that lack VNNI.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # Float activations of weight-only networks stay in float32 (1), and are not quantized on the way (4, the default).
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
