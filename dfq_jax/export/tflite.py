@@ -152,9 +152,7 @@ class TFLiteExporter:
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"LiteRT's {command} took longer than {self.timeout:g} s and was ended.") from None
         except OSError as error:
-            raise ImportError(
-                f"{PYTHON_VARIABLE}: {python!r} cannot be run ({error}). To export: {INSTALL}."
-            ) from error
+            raise ImportError(f"{PYTHON_VARIABLE}: {python!r} cannot be run ({error}): {INSTALL}.") from error
         reply = Path(folder, "result.json")
         if not reply.exists():
             tail = " | ".join(done.stderr.strip().splitlines()[-3:])

@@ -1,0 +1,183 @@
+"""Our ranges and weights as the parameters of a Qwix model with static int8 quantization.
+
+Qwix (github.com/google/qwix) runs a Flax module with int8 products in place of its convolutions and matrix products;
+its own calibration needs data. Here its parameters are filled in instead:
+
+    model, variables = to_qwix(quantized, module)
+    logits = model.apply(variables, x, train=False)
+
+Qwix has int8 weights without zero point and 8-bit activations; other activations are refused. Every layer's input is
+quantized for that layer alone, so tensors that are quantized for residual sums too are refused. For Linen modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dfq_jax.adapters import as_function, inference_arguments
+from dfq_jax.execute import OPERANDS, TENSORS
+from dfq_jax.export import Runner, require
+from dfq_jax.files import write_atomically
+from dfq_jax.graph import QUANTIZATION, without_quantization
+from dfq_jax.policy import centered
+from dfq_jax.qtensor import QTensor, QuantizerParams
+
+if TYPE_CHECKING:
+    from dfq_jax.recipes import Quantized
+
+FORMAT = "qwix-ptq"
+
+
+def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
+    """A Qwix model with the network's weights and activation ranges.
+
+    Args:
+      quantized: 8-bit activations; weights of 2 to 8 bits whose codes, less their zero point, fit int8.
+      module: the Linen module it was made from.
+
+    Returns:
+      The Qwix module, and its variables.
+
+    Raises:
+      ImportError: Qwix is missing.
+      TypeError: the module is not Linen.
+      ValueError: Qwix cannot express a layer; the message names it.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a Linen module, found {type(module).__name__}.")
+    graph, variables = quantized.graph, quantized.variables
+    collection = variables[QUANTIZATION]
+    quantizers = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    for tensor in graph.tensors:
+        if tensor.shared and tensor.name in collection.get(TENSORS, {}):
+            raise ValueError(
+                f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
+                'use a Convention with shortcuts="float".'
+            )
+    model, template = _template(module, graph.input)
+    flat = flax.traverse_util.flatten_dict(template["params"])
+    plain = without_quantization(variables)
+    params = flax.traverse_util.flatten_dict(flax.core.unfreeze(plain)["params"])
+    filled = {path: leaf for path, leaf in params.items() if not isinstance(leaf, QTensor)}
+    by_kernel: dict[str, list[Any]] = {}
+    for layer in graph.layers:
+        by_kernel.setdefault(layer.kernel, []).append(layer)
+    for kernel, layers in by_kernel.items():
+        path = tuple(kernel.split("/"))[1:]
+        filled[path] = _weight(layers[0].name, params[path], flat.get(path))
+        scales = [p for p in flat if p[:-1] == path[:-1] and p[-1].endswith("_lhs_scale")]
+        if len(scales) != len(layers):
+            raise ValueError(f"layer {layers[0].name!r}: Qwix quantizes {len(scales)} of its {len(layers)} products.")
+        for layer, scale in zip(layers, scales, strict=True):
+            zero = (*scale[:-1], scale[-1].removesuffix("scale") + "zero_point")
+            filled[scale], filled[zero] = _activation(layer.name, quantizers.get(layer.tensor), flat[scale])
+    if missing := flat.keys() - filled.keys():
+        names = ", ".join(sorted("/".join(path) for path in missing)[:3])
+        raise ValueError(f"Qwix quantizes more than the layers of the graph: {names}.")
+    return model, {**plain, "params": flax.traverse_util.unflatten_dict(filled)}
+
+
+def _template(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[nn.Module, Any]:
+    """The Qwix model, and the shapes of its variables."""
+    qwix = require("qwix", "qwix")
+    rule = qwix.QuantizationRule(
+        weight_qtype=jnp.int8, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax"
+    )
+    model = qwix.quantize_model(module, qwix.PtqProvider([rule]))
+    init = functools.partial(model.init, **inference_arguments(type(module).__call__))
+    return model, flax.core.unfreeze(jax.eval_shape(init, jax.random.key(0), x))
+
+
+def _weight(name: str, kernel: Any, template: Any) -> Any:
+    if not isinstance(kernel, QTensor) or not hasattr(template, "array"):
+        raise ValueError(f"layer {name!r}: quantized here or in Qwix and not in both.")
+    codes = centered(kernel)
+    if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
+        raise ValueError(f"layer {name!r}: its weights less their zero point do not fit int8; make them symmetric.")
+    shape = template.array.qvalue.shape
+    if codes.shape != shape or kernel.scale.ndim != len(shape):
+        raise ValueError(f"layer {name!r}: a kernel of shape {codes.shape}, which Qwix wants as {shape}.")
+    scale = jnp.broadcast_to(kernel.scale, template.array.scale.shape)
+    array = dataclasses.replace(template.array, qvalue=jnp.asarray(codes, jnp.int8), scale=scale)
+    return template.replace(array=array)
+
+
+def _activation(name: str, params: QuantizerParams | None, template: Any) -> tuple[Any, Any]:
+    if params is None or params.bits != 8 or params.signed:
+        found = "float" if params is None else f"{params.bits}-bit"
+        raise ValueError(f"layer {name!r} has {found} activations; Qwix has 8-bit ones. Quantize with bits='w8a8'.")
+    zero = 0 if params.zero_point is None else int(params.zero_point)
+    shape = template.array.shape
+    scale = jnp.full(shape, params.scale, template.array.dtype)
+    return template.replace(array=scale), jnp.full(shape, zero - 128, jnp.int8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwixExporter:
+    """Exporter of a Qwix model's variables, as a safetensors file.
+
+    Attributes:
+      module: the Linen module; Qwix's file has parameters only, so both writing and loading need the model's code.
+    """
+
+    module: nn.Module | None = None
+
+    name = "qwix"
+    extra = "qwix"
+
+    def _module(self) -> nn.Module:
+        if self.module is None:
+            raise ValueError("module: Qwix needs the model's code; use QwixExporter(module=...).")
+        return self.module
+
+    def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
+        """Write the variables to a file, whole or not at all; see `Exporter.write`."""
+        from safetensors.numpy import save
+
+        _, variables = to_qwix(quantized, self._module())
+        flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_flatten_with_path(variables)[0]}
+        shape = ",".join(map(str, quantized.graph.input.shape))
+        header = {"format": FORMAT, "input_shape": shape}
+        write_atomically(path, save({name: np.asarray(leaf) for name, leaf in flat.items()}, metadata=header))
+
+    def open(self, path: str | os.PathLike[str]) -> Runner:
+        """Load a written file into the module; see `Exporter.open`."""
+        from safetensors import SafetensorError, safe_open
+
+        module = self._module()
+        try:
+            with safe_open(Path(path), "numpy") as file:
+                header = file.metadata() or {}
+                flat = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)}: not a safetensors file ({error}).") from error
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{os.fspath(path)}: not the variables of a Qwix model.")
+        spec = jax.ShapeDtypeStruct(tuple(map(int, header["input_shape"].split(","))), jnp.float32)
+        model, template = _template(module, spec)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
+        missing = [name for name in map(jax.tree_util.keystr, (k for k, _ in leaves)) if name not in flat]
+        if missing:
+            raise ValueError(f"{os.fspath(path)}: written from another model: it lacks {missing[:3]}.")
+        variables = jax.tree.unflatten(treedef, [flat[jax.tree_util.keystr(k)] for k, _ in leaves])
+        apply_fn, _ = as_function(model, variables)
+        call = jax.jit(apply_fn)
+
+        def logits(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n classes"]:
+            return np.asarray(jax.tree.leaves(call(variables, jnp.asarray(x)))[0])
+
+        return logits
+
+
+EXPORTER = QwixExporter()
