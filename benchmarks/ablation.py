@@ -18,22 +18,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from network import Network, add_arguments
 
 from dfq_jax import (
     BatchNormConfig,
     Convention,
     adapt_batch_norm,
-    apply_quantized,
-    as_function,
     quantize_params,
     summarize,
     synthesize,
-    trace,
 )
-from dfq_jax.data import load_data
 from dfq_jax.ranges import ESTIMATORS, apply_estimator
 from dfq_jax.recipes import RECIPES
-from dfq_jax.zoo import load_model
 
 # Name of the row, which images, which estimator.
 RANGES = (
@@ -56,10 +52,7 @@ ADAPTATIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data", required=True, help="labeled images, for top-1 and agreement")
-    parser.add_argument("--more", help="more images, for agreement alone")
+    add_arguments(parser)
     parser.add_argument("--bits", nargs="+", default=["w4a4", "w3a3"])
     parser.add_argument("--shortcuts", default="float", choices=("float", "quantized"))
     parser.add_argument("--keys", type=int, default=3)
@@ -69,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     bench = Bench(arguments)
-    print(f"float: top-1 {bench.float_top1:.2f} on {len(bench.labels)} images; agreement over {len(bench.images)}")
+    print(bench)
     results: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for seed in range(arguments.keys):
         for cell, score in bench.cells(jax.random.key(seed)):
@@ -93,32 +86,12 @@ def format_cell(scores: list[tuple[float, float]]) -> str:
     return f"{top1.mean():.2f} ({np.ptp(top1):.2f}) / {agreement.mean():.2f} ({np.ptp(agreement):.2f})"
 
 
-class Bench:
-    """The network, its images and float predictions."""
+class Bench(Network):
+    """The network, and the cells of the table."""
 
     def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
         self.arguments = arguments
-        model = load_model(arguments.model, arguments.checkpoint)
-        self.apply_fn, self.variables = as_function(model.module, model.variables)
-        self.graph = trace(self.apply_fn, self.variables, model.input_shape)
-        data = load_data(arguments.data)
-        self.labels = data.labels
-        images = [data.images] + ([load_data(arguments.more).images] if arguments.more else [])
-        self.images = model.preprocessing(np.concatenate(images))
-        # One size of batch for all images: everything compiles once.
-        self.batch = max(d for d in range(1, 513) if len(self.images) % d == 0)
-        self.reference = self.predict(jax.jit(self.apply_fn), self.variables)
-        self.float_top1 = 100 * (self.reference[: len(self.labels)] == self.labels).mean()
-        self.quantized = jax.jit(lambda variables, x: apply_quantized(self.graph, variables, x))
-
-    def predict(self, function: Any, variables: Any) -> np.ndarray:
-        batches = [self.images[s : s + self.batch] for s in range(0, len(self.images), self.batch)]
-        return np.concatenate([np.asarray(function(variables, x).argmax(1)) for x in batches])
-
-    def score(self, qvariables: Any) -> tuple[float, float]:
-        predicted = self.predict(self.quantized, qvariables)
-        top1 = 100 * (predicted[: len(self.labels)] == self.labels).mean()
-        return float(top1), float(100 * (predicted == self.reference).mean())
 
     def cells(self, key: jax.Array) -> Iterator[tuple[tuple[str, str, str], tuple[float, float]]]:
         """Scores of all cells of the table for one key."""

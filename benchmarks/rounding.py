@@ -11,7 +11,6 @@ printed drop alone: nothing is chosen by them here. `--cache` keeps the images o
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from network import Network, add_arguments
 
 from dfq_jax import (
     ESTIMATORS,
@@ -26,8 +26,6 @@ from dfq_jax import (
     adapt_batch_norm,
     analytic_correction,
     analytic_summaries,
-    apply_quantized,
-    as_function,
     correct_bias,
     gptq,
     gptq_from_noise,
@@ -35,12 +33,9 @@ from dfq_jax import (
     squant,
     summarize,
     synthesize,
-    trace,
 )
-from dfq_jax.data import load_data
 from dfq_jax.ranges import apply_estimator
 from dfq_jax.recipes import RECIPES
-from dfq_jax.zoo import load_model
 
 ROUNDINGS = ("nearest", "squant", "gptq")
 Score = tuple[float, float]
@@ -48,10 +43,7 @@ Score = tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data", required=True, help="labeled images, for top-1 and agreement")
-    parser.add_argument("--more", help="more images, for agreement alone")
+    add_arguments(parser)
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4", "w3a3", "w2a4"])
     parser.add_argument("--edges", nargs="+", default=["8", "all"], help="edge bits; all: as every layer")
     parser.add_argument("--keys", type=int, nargs="*", default=[0, 1, 2], help="of the synthetic images; none: instant")
@@ -62,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     bench = Bench(arguments)
-    print(f"float: top-1 {bench.float_top1:.2f} on {len(bench.labels)} images; agreement over {len(bench.images)}")
+    print(bench)
     rows = [
         Convention.parse(bits, edge_bits=None if edge == "all" else int(edge))
         for bits in arguments.bits
@@ -96,34 +88,16 @@ def format_cell(scores: np.ndarray) -> str:
     return f"{drop:.2f} ({spread[0]:.2f}) / {agreement:.2f} ({spread[1]:.2f})"
 
 
-class Bench:
-    """The network, its images and float predictions."""
+class Bench(Network):
+    """The network, and what the two tables do to it."""
 
     def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
         self.arguments = arguments
-        model = load_model(arguments.model, arguments.checkpoint)
-        apply_fn, self.variables = as_function(model.module, model.variables)
-        self.graph = trace(apply_fn, self.variables, model.input_shape)
-        data = load_data(arguments.data)
-        self.labels = data.labels
-        images = [data.images] + ([load_data(arguments.more).images] if arguments.more else [])
-        self.images = model.preprocessing(np.concatenate(images))
-        # One size of batch for all images: everything compiles once.
-        self.batch = max(d for d in range(1, 513) if len(self.images) % d == 0)
-        self.reference = self.predict(jax.jit(apply_fn), self.variables)
-        self.float_top1 = self.top1(self.reference)
-        self.quantized = jax.jit(functools.partial(apply_quantized, self.graph))
 
-    def predict(self, function: Any, variables: Any) -> np.ndarray:
-        batches = [self.images[s : s + self.batch] for s in range(0, len(self.images), self.batch)]
-        return np.concatenate([np.asarray(function(variables, x).argmax(1)) for x in batches])
-
-    def top1(self, predicted: np.ndarray) -> float:
-        return 100 * float((predicted[: len(self.labels)] == self.labels).mean())
-
-    def score(self, qvariables: Any) -> Score:
-        predicted = self.predict(self.quantized, qvariables)
-        return self.float_top1 - self.top1(predicted), 100 * float((predicted == self.reference).mean())
+    def drop(self, qvariables: Any) -> Score:
+        top1, agreement = self.score(qvariables)
+        return self.float_top1 - top1, agreement
 
     def synthesize(self, key: int) -> jax.Array:
         size = {"synthesis_num_images": self.arguments.images, "synthesis_steps": self.arguments.steps}
@@ -148,7 +122,7 @@ class Bench:
     def instant(self, convention: Convention) -> list[Score]:
         qvariables = self.quantize(convention, analytic_summaries(self.graph, self.variables))
         rounded = self.round(qvariables, lambda q: gptq_from_noise(self.graph, self.variables, q))
-        return [self.score(analytic_correction(self.graph, self.variables, q)) for q in rounded.values()]
+        return [self.drop(analytic_correction(self.graph, self.variables, q)) for q in rounded.values()]
 
     def fast(self, convention: Convention, images: jax.Array, summaries: Any) -> list[Score]:
         rounded = self.round(
@@ -157,7 +131,7 @@ class Bench:
         scores = []
         for qvariables in rounded.values():
             adapted = adapt_batch_norm(self.graph, self.variables, qvariables, images)
-            scores.append(self.score(correct_bias(self.graph, self.variables, adapted, images, normalized=False)))
+            scores.append(self.drop(correct_bias(self.graph, self.variables, adapted, images, normalized=False)))
         return scores
 
 

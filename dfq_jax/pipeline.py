@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ def quantize(
         compared = compare(graph, variables, qvariables, images, batch_size=recipe.batch_size)
     report = Report(
         recipe=recipe.name,
-        settings=dataclasses.asdict(recipe),
+        settings=json.loads(json.dumps(dataclasses.asdict(recipe))),  # as it comes back from a file
         convention=convention.describe(),
         key=np.asarray(jax.random.key_data(key)).reshape(-1).tolist(),
         images=origin,

@@ -116,18 +116,11 @@ RECIPES: dict[str, Recipe] = {
             bias_correction=True,
             held_out=0.25,
         ),
-        # Images from a generator (GENIE), rounding learned block by block.
+        # Rounding learned block by block, on twice the images.
         Recipe(
             name="best",
-            synthesis=SynthesisConfig(
-                source="generator",
-                num_images=256,
-                batch_size=128,
-                steps=500,
-                learning_rate=0.1,
-                schedule="plateau",
-                swing=True,
-            ),
+            synthesis=SynthesisConfig(num_images=256),
+            rounding="squant",
             reconstruction=ReconstructionConfig(),
             batch_norm=BatchNormConfig(method="differential"),
             bias_correction=True,

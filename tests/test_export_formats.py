@@ -24,7 +24,7 @@ from dfq_jax.export import get_exporter
 from dfq_jax.export.qwix import QwixExporter, to_qwix
 from dfq_jax.export.stablehlo import StableHLOExporter
 from dfq_jax.export.tflite import PYTHON_VARIABLE, TFLiteExporter
-from dfq_jax.recipes import Quantized
+from dfq_jax.quantized import Quantized
 
 
 @functools.cache

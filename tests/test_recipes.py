@@ -18,6 +18,7 @@ from dfq_jax import artifact
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig
 from dfq_jax.convention import Convention
+from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS
 from dfq_jax.graph import QUANTIZATION, GraphError, trace
 from dfq_jax.pipeline import quantize
@@ -25,6 +26,7 @@ from dfq_jax.qtensor import QTensor
 from dfq_jax.quantized import load
 from dfq_jax.recipes import RECIPES, Recipe, recipe_from
 from dfq_jax.report import LayerReport, Report, report_from
+from dfq_jax.rounding import ReconstructionConfig
 from dfq_jax.synthesis import SynthesisConfig
 
 SHAPE = (2, 8, 8, 3)
@@ -164,7 +166,7 @@ def test_given_images():
     q = run(images=images, on_progress=no_progress, on_stage=stages.append)
     np.testing.assert_array_equal(q.images, images)
     assert q.report.images == "12 given"
-    assert stages == ["trace", "images", "ranges", "weights", "adapt", "compare"] == list(q.report.seconds)
+    assert stages == ["trace", "images", "ranges", "weights", "rounding", "adapt", "compare"] == list(q.report.seconds)
     logits = CASE.model.apply(CASE.variables, images)
     agreement = 100 * (q(images).argmax(1) == logits.argmax(1)).mean()
     np.testing.assert_allclose(q.report.agreement, agreement, rtol=1e-6)
@@ -280,7 +282,7 @@ def test_the_report_says_what_was_done():
         assert layer.low <= 0 < layer.high
     assert report.key == [0, 0]
     assert report.size["quantized"] < 0.6 * report.size["float"]
-    assert report.settings == dataclasses.asdict(FAST)
+    assert recipe_from(report.settings) == FAST
     page = report._repr_html_()
     assert page.count("<tr>") == len(report.summary()) + 1 + len(report.layers)
 
@@ -472,7 +474,7 @@ BAD_INPUT = {
     "number of bits": ({"bits": 8}, ValueError, "bits: expected a name like 'w4a4'"),
     "edge bits": ({"edge_bits": 16}, ValueError, "edge_bits: expected an integer from 2 to 8, found 16"),
     "convention": ({"convention": "w4a4"}, TypeError, "convention: expected a Convention"),
-    "recipe": ({"recipe": "best"}, ValueError, r"recipe: expected a Recipe or one of \['fast', .*found 'best'"),
+    "recipe": ({"recipe": "worst"}, ValueError, r"recipe: expected a Recipe or one of \['best', .*found 'worst'"),
     "no recipe": ({"recipe": ["fast"]}, ValueError, "recipe: expected a Recipe"),
     "key": ({"key": "0"}, TypeError, "key: expected a JAX key or an integer seed, found '0'"),
     "bool": ({"key": True}, TypeError, "key: expected"),
@@ -515,7 +517,9 @@ def test_the_graph_of_a_quantized_network_is_that_of_the_float_one():
 @functools.cache
 def judged(batch_norm_method="differential"):
     case = model_grid.cifar_resnet8()
-    recipe = FAST.replace(held_out=0.5, batch_norm=BatchNormConfig(method=batch_norm_method), bias_correction=False)
+    recipe = FAST.replace(
+        held_out=0.5, rounding="nearest", batch_norm=BatchNormConfig(method=batch_norm_method), bias_correction=False
+    )
     images = jax.random.normal(jax.random.key(3), (32, *case.input_shape[1:]))
     return case, recipe, images
 
@@ -563,3 +567,69 @@ def test_too_few_images_decide_nothing():
 def test_held_out_share(share):
     with pytest.raises(ValueError, match="held_out"):
         FAST.replace(held_out=share)
+
+
+# --- recipes beyond images and nearest rounding ---
+
+
+def test_instant_takes_no_images():
+    case = model_grid.cifar_resnet8()
+    first, second = (
+        quantize(case.model, case.variables, input_shape=case.input_shape, recipe="instant", bits="w4a4", key=key)
+        for key in (0, 1)
+    )
+    assert first.report.images.startswith("none")
+    assert first.report.steps == ("SQuant", "analytic correction of BatchNorms and biases")
+    for ours, theirs in zip(jax.tree.leaves(first.variables), jax.tree.leaves(second.variables), strict=True):
+        np.testing.assert_array_equal(ours, theirs)  # nothing is drawn from the key
+    plain = quantize(
+        case.model,
+        case.variables,
+        input_shape=case.input_shape,
+        recipe=RECIPES["instant"].replace(rounding="nearest", batch_norm=None, bias_correction=False),
+        bits="w4a4",
+    )
+    x = case.images()
+    wanted = first.graph.apply_fn(case.variables, x)
+    assert sqnr(wanted, first(x)) > sqnr(wanted, plain(x))
+
+
+def test_instant_without_batch_norm_uses_noise():
+    case = model_grid.no_batch_norm()
+    result = quantize(case.model, case.variables, input_shape=case.input_shape, recipe="instant", bits="w8a8")
+    assert "noise" in result.report.images and not result.report.images.startswith("none")
+
+
+def test_best_learns_rounding(tmp_path):
+    case = model_grid.cifar_resnet8()
+    recipe = RECIPES["best"].replace(
+        synthesis_num_images=32, synthesis_batch_size=32, synthesis_steps=2, reconstruction_steps=2, held_out=0.25
+    )
+    seen = []
+    result = quantize(
+        case.model,
+        case.variables,
+        input_shape=case.input_shape,
+        recipe=recipe,
+        bits="w3a3",
+        on_progress=seen.append,
+    )
+    assert any("blocks kept" in step for step in result.report.steps)
+    assert {p.num_batches for p in seen} == {1, len(result.graph.blocks)}  # of images, then blocks
+    result.save(tmp_path / "net.safetensors")
+    again = load(tmp_path / "net.safetensors", case.model, case.variables)
+    assert again.recipe == recipe
+    np.testing.assert_array_equal(again(case.images()), result(case.images()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounding": "up"}, "rounding"),
+        ({"source": "analytic", "reconstruction": ReconstructionConfig()}, "reconstruction"),
+        ({"reconstruction_steps": 3}, "reconstruction_steps"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FAST.replace(**fields)

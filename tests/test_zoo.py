@@ -1,6 +1,7 @@
 """The zoo: its entries, preprocessing, random and loaded models, and the accuracy of public checkpoints."""
 
 import dataclasses
+import importlib.resources
 import os
 import pathlib
 import time
@@ -150,9 +151,7 @@ def test_random_models(name, tmp_path, small_zoo):
 
 @pytest.mark.parametrize("name", ["fashion_resnet20", "fashion_mobilenet"])
 def test_bundled_weights(name):
-    weights = ROOT / "dfq_jax" / "zoo" / "weights"
-    if not (weights / f"{name}.npz").exists():
-        pytest.skip(f"{name}.npz is not there")
+    weights = importlib.resources.files("dfq_jax.zoo") / "weights"
     test = read_npz(weights / "fashion_test.npz")
     images, labels = test["images"][:500], test["labels"][:500]
     model = zoo.load_model(name)

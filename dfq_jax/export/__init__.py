@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
+    from dfq_jax.quantized import Quantized
 
 __all__ = ["FORMATS", "Exporter", "Runner", "get_exporter", "require"]
 

@@ -34,7 +34,7 @@ from dfq_jax.policy import centered
 from dfq_jax.qtensor import QTensor, QuantizerParams
 
 if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
+    from dfq_jax.quantized import Quantized
 
 FORMAT = "qwix-ptq"
 

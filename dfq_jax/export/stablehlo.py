@@ -24,7 +24,7 @@ from dfq_jax.integer import apply_integer, compile_integer
 from dfq_jax.policy import Policy, default_policy
 
 if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
+    from dfq_jax.quantized import Quantized
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -39,7 +39,7 @@ from dfq_jax.graph import QUANTIZATION, Graph, without_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams
 
 if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
+    from dfq_jax.quantized import Quantized
 
 PYTHON_VARIABLE = "DFQ_JAX_TFLITE_PYTHON"
 WORKER = Path(__file__).with_name("tflite_worker.py")
