@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from dfq_jax import artifact, zoo
+from dfq_jax import zoo
 from dfq_jax.cli.demo import demo
-from dfq_jax.cli.models import resolve
+from dfq_jax.cli.export import export
+from dfq_jax.cli.models import model_of, resolve
 from dfq_jax.cli.output import (
     accuracy_facts,
     check_targets,
@@ -29,6 +29,7 @@ from dfq_jax.pipeline import quantize as quantize_network
 from dfq_jax.quantized import Quantized, load
 from dfq_jax.recipes import Recipe, get_recipe
 from dfq_jax.synthesis import SynthesisError
+from dfq_jax.zoo.packaged import PackagedWeights
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
 DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."
@@ -171,7 +172,7 @@ def evaluate(
     """
     began = time.perf_counter()
     check_targets(json)
-    name = model or _model_of(file)
+    name = model or model_of(file)
     target = resolve(name, weights=False)
     quantized = load(file, target.network, target.variables)
     images = target.load_data(data, limit)
@@ -201,7 +202,7 @@ def models() -> None:
             str(entry.num_classes),
             str(entry.num_parameters),
             "" if entry.float_top1 is None else f"{entry.float_top1:.2f}",
-            "--checkpoint" if entry.weights is None else "bundled",
+            _origin(entry.weights),
             entry.trained_on,
             entry.source,
         )
@@ -210,11 +211,19 @@ def models() -> None:
     print_table(header, rows, right=("classes", "parameters", "float top-1 %"))
 
 
+def _origin(weights: str | PackagedWeights | None) -> str:
+    """Where a model's weights come from."""
+    if isinstance(weights, PackagedWeights):
+        return f"extra {weights.extra}"
+    return "--checkpoint" if weights is None else "bundled"
+
+
 COMMANDS = {
     "demo": demo,
     "inspect": inspect,
     "quantize": quantize,
     "evaluate": evaluate,
+    "export": export,
     "models": models,
 }
 
@@ -239,13 +248,3 @@ def _description(quantized: Quantized, seconds: dict[str, float]) -> dict[str, A
         "versions": environment(),
         "report": quantized.report.to_dict(),
     }
-
-
-def _model_of(file: Path) -> str:
-    """The model that a file says it was made from."""
-    name = artifact.load(file)[1].get("model")
-    if not isinstance(name, str):
-        raise ValueError(f"{file} does not say what model it was made from; pass --model")
-    if ":" in name:
-        print(f"running {name}, which {file} names as its model", file=sys.stderr)
-    return name

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from dfq_jax import zoo
+from dfq_jax import artifact, zoo
 from dfq_jax.adapters import ApplyFn, as_function
 from dfq_jax.data import Dataset, load_data
 from dfq_jax.evaluation import predict
@@ -195,3 +195,13 @@ def _guarded(what: str, function: Callable[[], Any]) -> Any:
         return function()
     except Exception as error:
         raise ValueError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+def model_of(file: Path) -> str:
+    """The model that a file says it was made from."""
+    name = artifact.load(file)[1].get("model")
+    if not isinstance(name, str):
+        raise ValueError(f"{file} does not say what model it was made from; pass --model")
+    if ":" in name:
+        print(f"running {name}, which {file} names as its model", file=sys.stderr)
+    return name

@@ -1,0 +1,83 @@
+"""`dfq-jax export`: a saved quantized network as a file that other runtimes run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from tyro.conf import Positional, arg
+
+from dfq_jax.cli.models import EVALUATION_BATCH, Model, model_of, resolve
+from dfq_jax.cli.output import check_targets, environment, print_table, write_json
+from dfq_jax.cli.progress import Reporter, open_display
+from dfq_jax.evaluation import Progress, sqnr
+from dfq_jax.export import Runner, get_exporter
+from dfq_jax.quantized import Quantized, load
+
+DATA_HELP = "Images to run both on: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT; labels are not used."
+
+
+def export(
+    file: Positional[Annotated[Path, arg(metavar="FILE", help="What `dfq-jax quantize --output` saved.")]],
+    *,
+    to: Literal["onnx", "qwix", "stablehlo", "tflite"],
+    output: Annotated[Path, arg(metavar="FILE")],
+    verify: Annotated[str | None, arg(metavar="DATA", help=DATA_HELP)] = None,
+    model: Annotated[str | None, arg(metavar="MODEL")] = None,
+    limit: Annotated[int | None, arg(metavar="N")] = None,
+    json: Annotated[Path | None, arg(metavar="FILE")] = None,
+) -> None:
+    """Write a saved quantized network in another format, and compare it with this library.
+
+    Args:
+        to: The format.
+        output: What to write.
+        model: The model it was made from, where the file does not say; its weights are not needed.
+        limit: Verify on the first N images only.
+        json: Write what was measured, for machines.
+    """
+    began = time.perf_counter()
+    check_targets(output, json)
+    exporter = get_exporter(to)
+    name = model or model_of(file)
+    target = resolve(name, weights=False)
+    quantized = load(file, target.network, target.variables)
+    # What cannot be verified is refused before anything is written.
+    data = None if verify is None else target.load_data(verify, limit)
+    exporter.write(quantized, output)
+    size = output.stat().st_size
+    found: dict[str, Any] = {"file": str(output), "format": to, "bytes": size}
+    row = [to, f"{size:,}"]
+    if data is not None:
+        with open_display() as display:
+            run = exporter.open(output)
+            (reference, other), _ = Reporter(display).timed(
+                f"running {output.name}", _both, quantized, run, target, data
+            )
+        found["n"] = len(reference)
+        found["agreement"] = 100.0 * float((reference.argmax(1) == other.argmax(1)).mean())
+        found["sqnr"] = sqnr(reference, other)
+        row += [f"{found['agreement']:.2f}", f"{found['sqnr']:.1f}", str(found["n"])]
+    header = ("format", "bytes", "agreement %", "SQNR dB", "images")[: len(row)]
+    print_table(header, [tuple(row)], right=header[1:])
+    if json is not None:
+        finite = None if found.get("sqnr") == float("inf") else found.get("sqnr")
+        seconds = {"total": round(time.perf_counter() - began, 3)}
+        content = {"model": name, **found, "sqnr": finite, "seconds": seconds, "versions": environment()}
+        write_json(json, content)
+
+
+def _both(
+    quantized: Quantized, run: Runner, target: Model, data: Any, on_progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[N, classes]` of the network as simulated here, and as the runtime gives them."""
+    pairs = []
+    for start in range(0, len(data.images), EVALUATION_BATCH):
+        x = np.asarray(target.preprocessing(data.images[start : start + EVALUATION_BATCH]), np.float32)
+        pairs.append((np.asarray(quantized.graph.logits(quantized(jnp.asarray(x)))), np.asarray(run(x))))
+        on_progress(start + len(x), len(data.images))
+    ours, theirs = map(np.concatenate, zip(*pairs, strict=True))
+    return ours, theirs
