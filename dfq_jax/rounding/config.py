@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+
+from dfq_jax.fields import check_field, is_non_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,25 +48,18 @@ class ReconstructionConfig:
         if isinstance(self.beta, list):  # as JSON has it
             object.__setattr__(self, "beta", tuple(self.beta))
         for name in ("steps", "batch_size", "min_layers"):
-            _check(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        _check("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
+            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        check_field("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
         for name in ("rounding_rate", "scale_rate", "step_rate", "bias_rate", "regularizer"):
-            _check(name, getattr(self, name), "a finite number of at least 0", _non_negative)
+            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
         for name in ("drop", "warm_up", "trust"):
-            _check(name, getattr(self, name), "a number from 0 to 1", lambda v: _non_negative(v) and v <= 1)
-        _check("held_out", self.held_out, "a number above 0 and below 1", lambda v: _non_negative(v) and 0 < v < 1)
-        _check(
+            check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
+        check_field(
+            "held_out", self.held_out, "a number above 0 and below 1", lambda v: is_non_negative(v) and 0 < v < 1
+        )
+        check_field(
             "beta",
             self.beta,
             "two positive numbers",
-            lambda v: type(v) is tuple and len(v) == 2 and all(_non_negative(b) and b > 0 for b in v),
+            lambda v: type(v) is tuple and len(v) == 2 and all(is_non_negative(b) and b > 0 for b in v),
         )
-
-
-def _non_negative(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def _check(name: str, value: object, wanted: str, ok: object) -> None:
-    if not ok(value):
-        raise ValueError(f"{name}: expected {wanted}, found {value!r}.")

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+from dfq_jax.fields import check_field, is_non_negative
+
 SOURCES = ("pixels", "generator")
 STATISTICS = ("batch", "image", "set")
 OPTIMIZERS = ("adam", "radam", "sgd")
@@ -169,15 +171,6 @@ def _limits(value: Any) -> bool:
     low, high = value
     numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*low, *high))
     return len(low) == len(high) and numbers and all(a < b for a, b in zip(low, high, strict=True))
-
-
-def is_non_negative(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def check_field(name: str, value: object, wanted: str, ok: object) -> None:
-    if not ok(value):
-        raise ValueError(f"{name}: expected {wanted}, found {value!r}.")
 
 
 # GENIE-D with swing convolution (arXiv 2212.04780), and the data generation of Sony's model-compression-toolkit, with

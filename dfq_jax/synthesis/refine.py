@@ -25,10 +25,11 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dfq_jax.execute import apply_quantized
+from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.ranges import check_images
 from dfq_jax.synthesis.checks import check_synthesizable
-from dfq_jax.synthesis.config import SynthesisConfig, check_field, is_non_negative
+from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.loop import SynthesisError, default_chunk, largest_divisor
 from dfq_jax.synthesis.objective import NORM_EPSILON, FeatureReader, Observation, cosine, observe, statistics_loss
 from dfq_jax.synthesis.step import repeat
