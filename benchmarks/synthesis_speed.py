@@ -39,7 +39,7 @@ from dfq_jax.zoo import load_model
 
 BATCH = 64
 LEARNING_RATE = 0.1
-CHUNK = 10
+CHUNK = 25
 # The loss of all contestants: BatchNorm statistics and input statistics, each with weight 1.
 CONFIG = SynthesisConfig(
     batch_size=BATCH,
@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="weights of the CIFAR ResNet-20 (.th, .safetensors, ...); default random")
     parser.add_argument("--mct", action="store_true", help="also run model-compression-toolkit")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=20, help=f"a contestant's steps in a round, a multiple of {CHUNK}")
+    parser.add_argument("--steps", type=int, default=25, help=f"a contestant's steps in a round, a multiple of {CHUNK}")
     arguments = parser.parse_args()
     if arguments.steps < CHUNK or arguments.steps % CHUNK or arguments.rounds < 1:
         parser.error(f"--steps must be a multiple of {CHUNK}, --rounds at least 1")

@@ -28,10 +28,12 @@ from dfq_jax.synthesis.objective import Evaluation, Moments, Targets
 from dfq_jax.synthesis.source import make_optimizer
 from dfq_jax.synthesis.step import BatchState, advance, batch_images, init_batch, response_targets
 
-# Optimizer steps in one compiled call, by backend: on CPU a loop around the network runs it slower than the same step
-# called from Python (`python benchmarks/synthesis_speed.py` measures it); on accelerators dispatch is the cost.
-DEFAULT_CHUNK = {"cpu": 1}
+# Optimizer steps in one compiled call. On accelerators dispatch is the cost of a call; on CPU it is memory, which each
+# call asks for anew (`python benchmarks/synthesis_speed.py` measures it). But nothing is reported within a call, and
+# Ctrl-C waits for its end: on CPU it does at most so many multiply-accumulates of the forward pass, some seconds' worth.
 ACCELERATOR_CHUNK = 50
+CPU_MAX_CHUNK = 25
+CPU_CHUNK_MACS = 6e10
 # Steps between reports to the host, which must wait for the device for each of them.
 REPORT_EVERY_STEPS = 10
 CHECKPOINT_EVERY_SECONDS = 15.0
@@ -148,7 +150,7 @@ class _Run:
         self.position = 0
         self.total = 0
         self.stopped: set[int] = set()
-        chunk = config.chunk or default_chunk()
+        chunk = config.chunk or default_chunk(self.graph)
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
         self.chunk = largest_divisor(chunk, config.steps, self.response_step or config.steps)
 
@@ -320,9 +322,12 @@ class _Run:
         return jax.eval_shape(work, self.variables, self.key)
 
 
-def default_chunk() -> int:
-    """Optimizer steps in one compiled call that suit the backend."""
-    return DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+def default_chunk(graph: Graph) -> int:
+    """Optimizer steps in one compiled call that suit the backend and the network at its batch size."""
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_CHUNK
+    macs = graph.input.shape[0] * sum(layer.macs for layer in graph.layers)
+    return max(1, min(CPU_MAX_CHUNK, int(CPU_CHUNK_MACS // max(macs, 1))))
 
 
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))

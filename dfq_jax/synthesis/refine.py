@@ -116,7 +116,7 @@ def refine(
     images = jnp.asarray(images, jnp.float32)
     size = min(config.batch_size, len(images))
     optimizer = refine_optimizer(config)
-    chunk = largest_divisor(default_chunk(), config.steps)
+    chunk = largest_divisor(default_chunk(graph.at((size, *images.shape[1:]), images.dtype)), config.steps)
     parts = []
     for batch in range(math.ceil(len(images) / size)):
         # The last batch is filled up with images from the start, whose second versions are dropped.
