@@ -5,11 +5,13 @@
 Prints, as they come, the drop of top-1 on `--data`, the agreement with the float network over `--data` and `--more`
 together, and the seconds of `quantize`: mean over keys and in brackets the spread (largest minus smallest). Images
 depend on the key alone: each recipe makes them once for a key and uses them for all rows, and its seconds count them.
+`--cache` keeps them, and the seconds they took, in a folder.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--edges", nargs="+", default=["8", "all"], help="edge bits; all: as every layer")
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER", help="fields of the recipes to change")
+    parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
 
     network = Network(arguments)
@@ -35,7 +38,7 @@ def main() -> None:
         recipe = RECIPES[name].replace(**changes)
         keys = arguments.keys[:1] if recipe.source == "analytic" else arguments.keys  # the same for all keys
         print(f"\n{recipe}\nkeys {keys}: drop of top-1 / agreement, seconds")
-        images: dict[int, tuple[Any, float]] = {}
+        images = Images(arguments.cache and arguments.cache / f"{arguments.model}_{name}")
         for bits in arguments.bits:
             for edges in arguments.edges:
                 convention = Convention.parse(bits, edge_bits=None if edges == "all" else int(edges))
@@ -43,8 +46,27 @@ def main() -> None:
                 print(f"{convention.describe()}: {_cell(scores)}", flush=True)
 
 
-def _score(network: Network, recipe: Any, convention: Convention, key: int, images: dict[int, tuple[Any, float]]):
-    made, seconds = images.get(key, (None, 0.0))
+class Images:
+    """The images of each key and the seconds they took to make, in memory and, where there is a path, in files."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.known = path, {}
+
+    def get(self, key: int) -> tuple[Any, float]:
+        file = self.path and Path(f"{self.path}_{key}.npz")
+        if key not in self.known and file and file.exists():
+            with np.load(file) as saved:
+                self.known[key] = saved["images"], float(saved["seconds"])
+        return self.known.get(key, (None, 0.0))
+
+    def put(self, key: int, images: Any, seconds: float) -> None:
+        self.known[key] = images, seconds
+        if self.path:
+            np.savez(f"{self.path}_{key}.npz", images=np.asarray(images), seconds=seconds)
+
+
+def _score(network: Network, recipe: Any, convention: Convention, key: int, images: Images) -> tuple[float, ...]:
+    made, seconds = (None, 0.0) if recipe.source == "analytic" else images.get(key)
     quantized = quantize(
         network.module,
         network.variables,
@@ -52,10 +74,10 @@ def _score(network: Network, recipe: Any, convention: Convention, key: int, imag
         recipe=recipe,
         convention=convention,
         key=key,
-        images=None if recipe.source == "analytic" else made,
+        images=made,
     )
-    if key not in images:
-        images[key] = quantized.images, quantized.report.seconds["images"]
+    if recipe.source != "analytic" and made is None:
+        images.put(key, quantized.images, quantized.report.seconds["images"])
     top1, agreement = network.score(quantized.variables)
     for step in quantized.report.steps:
         print(f"  key {key}: {step}", flush=True)

@@ -9,7 +9,10 @@ from dfq_jax.fields import check_field, is_non_negative
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """How blocks are reconstructed. The learning rates are chosen for short budgets (a few thousand steps a block).
+    """How blocks are reconstructed.
+
+    The defaults are for short budgets: at an equal number of images seen, many steps on few images, with a large
+    rounding rate, gave the lowest error on synthetic images held out (ResNet-20, W2A4).
 
     Attributes:
       steps: optimizer steps for each block.
@@ -29,14 +32,14 @@ class ReconstructionConfig:
       chunk: steps in one compiled call; 0 for the measured default of the backend.
     """
 
-    steps: int = 3000
-    batch_size: int = 32
+    steps: int = 2000
+    batch_size: int = 8
     drop: float = 0.5
-    rounding_rate: float = 1e-2
+    rounding_rate: float = 5e-2
     scale_rate: float = 1e-3
     step_rate: float = 1e-3
     bias_rate: float = 1e-2
-    regularizer: float = 0.01
+    regularizer: float = 0.03
     beta: tuple[float, float] = (20.0, 2.0)
     warm_up: float = 0.2
     trust: float = 0.0

@@ -30,7 +30,7 @@ from dfq_jax.synthesis.step import BatchState, advance, batch_images, init_batch
 
 # Optimizer steps in one compiled call. On accelerators dispatch is the cost of a call; on CPU it is memory, which each
 # call asks for anew (`python benchmarks/synthesis_speed.py` measures it). But nothing is reported within a call, and
-# Ctrl-C waits for its end: on CPU it does at most so many multiply-accumulates of the forward pass, some seconds' worth.
+# Ctrl-C waits for its end: on CPU it does at most so many multiply-accumulates of the forward pass, some seconds of it.
 ACCELERATOR_CHUNK = 50
 CPU_MAX_CHUNK = 25
 CPU_CHUNK_MACS = 6e10
