@@ -35,8 +35,9 @@ from dfq_jax.finetuning.losses import (
     relative_error,
     restricted_cross_entropy,
 )
-from dfq_jax.finetuning.step import advance, augment
+from dfq_jax.finetuning.step import advance, augment, init_state, make_optimizer
 from dfq_jax.finetuning.student import (
+    Parameters,
     hard_variables,
     init_codes,
     init_parameters,
@@ -48,7 +49,7 @@ from dfq_jax.finetuning.student import (
 )
 from dfq_jax.graph import QUANTIZATION
 from dfq_jax.qtensor import QTensor
-from dfq_jax.recipes import Recipe
+from dfq_jax.recipes import Recipe, recipe_from
 from dfq_jax.weights import quantize_kernel
 
 RNG = np.random.default_rng(0)
@@ -115,7 +116,7 @@ def images_of(case: Case, count: int = 40) -> jax.Array:
 
 
 @functools.cache
-def start_of(build, bits="w3a4", shortcuts="float"):
+def start_of(build, bits="w2a3", shortcuts="float"):
     """A graph, float variables, quantized ones, images."""
     case = build()
     apply_fn, variables = case.function()
@@ -128,7 +129,16 @@ def start_of(build, bits="w3a4", shortcuts="float"):
 
 
 CONFIG = FinetuneConfig(
-    steps=20, batch_size=16, weight_rate=3e-2, affine_rate=1e-2, label_weight=0.1, held_out=0.25, evaluations=3
+    steps=20,
+    batch_size=16,
+    weight_rate=2e-2,
+    affine_rate=1e-2,
+    trust=0.5,
+    feature_weight=1.0,
+    label_weight=0.1,
+    crop=1,
+    held_out=0.25,
+    evaluations=3,
 )
 EVERYTHING = dataclasses.replace(CONFIG, scale_rate=1e-3, step_rate=1e-3)
 
@@ -207,12 +217,17 @@ def test_labels_count_on_easy_images_alone(difficulty):
 def test_the_total_is_the_weighted_sum_of_the_terms():
     features = [jnp.asarray(RNG.normal(size=(6, 2, 2, 3)), jnp.float32) for _ in range(4)]
     teacher, student = Observation(T, tuple(features[:2])), Observation(S, tuple(features[2:]))
-    config = FinetuneConfig(divergence_weight=2.0, attention_weight=3.0, label_weight=5.0, temperature=4.0)
+    config = FinetuneConfig(
+        divergence_weight=2.0, feature_weight=7.0, attention_weight=3.0, label_weight=5.0, temperature=4.0
+    )
     found = distillation_loss(config, 5, teacher, student)
-    attention = (attention_distance(features[0], features[2]) + attention_distance(features[1], features[3])) / 2
+    error, attention = (
+        (distance(features[0], features[2]) + distance(features[1], features[3])) / 2
+        for distance in (relative_error, attention_distance)
+    )
     labeled = restricted_cross_entropy(T, S, T.argmax(-1), 0.5)
-    np.testing.assert_allclose(found[1:], [kl_divergence(T, S, 4.0), attention, labeled], rtol=1e-6)
-    np.testing.assert_allclose(found.total, 2 * found.divergence + 3 * attention + 5 * labeled, rtol=1e-6)
+    np.testing.assert_allclose(found[1:], [kl_divergence(T, S, 4.0), error, attention, labeled], rtol=1e-6)
+    np.testing.assert_allclose(found.total, 2 * found.divergence + 7 * error + 3 * attention + 5 * labeled, rtol=1e-6)
     given = distillation_loss(config, 5, teacher, student, T.argmin(-1))
     np.testing.assert_allclose(given.cross_entropy, restricted_cross_entropy(T, S, T.argmin(-1), 0.5), rtol=1e-6)
 
@@ -387,14 +402,40 @@ def test_networks_of_other_kinds(build):
     )
 
 
-def test_sgd_with_labels():
+def test_optimizers_and_schedules():
+    parameters = Parameters({"k": jnp.zeros(2)}, {}, {}, {"b": jnp.zeros(3)})
+    ones = jax.tree.map(jnp.ones_like, parameters)
+
+    def moves(**fields):
+        """What four steps add, by kind, for gradients of 1."""
+        optimizer = make_optimizer(FinetuneConfig(steps=4, weight_rate=0.1, affine_rate=1.0, **fields))
+        state, found = optimizer.init(parameters), []
+        for _ in range(4):
+            updates, state = optimizer.update(ones, state, parameters)
+            found.append((-float(updates.kernels["k"][0]), -float(updates.affine["b"][0])))
+        return np.asarray(found).T
+
+    np.testing.assert_allclose(moves(schedule="constant"), [[0.1] * 4, [1.0] * 4], rtol=1e-4)
+    cosine = (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
+    np.testing.assert_allclose(moves(), np.outer([0.1, 1.0], cosine), rtol=1e-4)
+    velocity = np.cumsum(0.9 ** np.arange(4))
+    expected = (1 + 0.9 * velocity) * 0.1 ** np.arange(4)  # Nesterov: the gradient, and the momentum after it
+    np.testing.assert_allclose(moves(optimizer="sgd", schedule="step"), np.outer([0.1, 1.0], expected), rtol=1e-4)
+
+
+def test_labels_are_used():
+    """The labels that the teacher would choose give what it gives without."""
     graph, variables, qvariables, images = start_of(small)
-    config = dataclasses.replace(
-        CONFIG, optimizer="sgd", schedule="step", weight_rate=1.0, affine_rate=1e-3, flip=False
-    )
     labels = np.asarray(graph.apply_fn(variables, images).argmax(1))
-    _, info = finetune(graph, variables, qvariables, images, jax.random.key(0), config, labels=labels)
-    assert info.best.step > 0 and info.completed
+    graph = graph.at((16, *images.shape[1:]))
+    config = dataclasses.replace(CONFIG, flip=False, crop=0, difficulty=1.0)
+    found = []
+    for given in (None, labels, (labels + 1) % 5):
+        state = init_state(config, init_parameters(graph, config, variables, qvariables))
+        _, losses = advance(graph, config, 1, variables, qvariables, images, given, state, jax.random.key(0))
+        found.append(float(losses.cross_entropy))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    assert found[2] > found[0]
 
 
 @pytest.mark.parametrize(("divergences", "best"), [((1, 2, 0.5, 0.7), 14), ((1, 2, 3, 1), 0), ((1, 2, np.nan), None)])
@@ -409,7 +450,7 @@ def test_the_best_of_what_was_seen_is_taken(divergences, best, monkeypatch):
     monkeypatch.setattr(loop, "compare", fake)
     arguments = graph, variables, qvariables, images, jax.random.key(0), CONFIG
     if best is None:
-        with pytest.raises(FloatingPointError, match="by step 14 of fine-tuning. Try a lower weight_rate"):
+        with pytest.raises(FloatingPointError, match=r"by step 14 of fine-tuning\. Try a lower weight_rate"):
             finetune(*arguments)
         return
     learned, info = finetune(*arguments)
@@ -453,7 +494,7 @@ def test_images_change_from_step_to_step():
         ({"held_out": 1.0}, "held_out: expected a number above 0"),
         ({"optimizer": "lion"}, "optimizer: expected one of"),
         ({"schedule": "linear"}, "schedule: expected one of"),
-        ({"divergence_weight": 0, "attention_weight": 0}, "all are 0"),
+        ({"divergence_weight": 0, "feature_weight": 0, "attention_weight": 0, "label_weight": 0}, "all are 0"),
     ],
 )
 def test_bad_settings_are_refused(fields, match):
@@ -489,19 +530,24 @@ def test_bad_input_is_refused():
 
 def test_the_recipe_fine_tunes_from_fast():
     case = small()
-    recipe = RECIPES["finetune"].replace(
-        synthesis_steps=5, synthesis_num_images=32, synthesis_batch_size=32, held_out=0.25,
-        finetune_steps=20, finetune_batch_size=16, finetune_weight_rate=1e-2,
-    )  # fmt: skip
-    assert recipe.finetune.steps == 20 and recipe.finetune.flip
+    fields = {f"finetune_{name}": value for name, value in dataclasses.asdict(CONFIG).items()}
+    recipe = RECIPES["finetune"].replace(held_out=0.25, **fields)
+    assert recipe.finetune == CONFIG
     stages, reports = [], []
     q = quantize(
-        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w3a3", edge_bits=None,
-        on_stage=stages.append, on_progress=reports.append,
-    )  # fmt: skip
-    assert stages[-3:] == ["adapt", "fine-tuning", "compare"] and reports[-1].step == 20
+        case.model,
+        case.variables,
+        input_shape=case.input_shape,
+        recipe=recipe,
+        bits="w2a3",
+        edge_bits=None,
+        images=images_of(case),
+        on_stage=stages.append,
+        on_progress=reports.append,
+    )
+    assert stages[-3:] == ["adapt", "fine-tuning", "compare"] and reports[-1].step == CONFIG.steps
     assert q.report.steps[-1].startswith("fine-tuning: kept, held-out divergence")
-    assert q.report.settings["finetune"]["steps"] == 20
+    assert recipe_from(q.report.settings) == recipe
 
 
 def test_fine_tuning_needs_images():

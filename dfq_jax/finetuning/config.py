@@ -28,6 +28,7 @@ class FinetuneConfig:
       temperature: of the class probabilities that are compared.
       divergence_weight: of the divergence of the student's class probabilities from the teacher's, times the squared
         temperature; without class scores, of the squared error of the outputs.
+      feature_weight: of the relative squared error of features, averaged over the outputs of blocks.
       attention_weight: of the squared distance of channel attention, averaged over the outputs of blocks.
       label_weight: of cross-entropy on the images that are easy for the teacher.
       difficulty: an image is easy where the teacher's probability of its label is above 1 - difficulty.
@@ -49,6 +50,7 @@ class FinetuneConfig:
     trust: float = 0.0
     temperature: float = 4.0
     divergence_weight: float = 1.0
+    feature_weight: float = 0.0
     attention_weight: float = 100.0
     label_weight: float = 0.0
     difficulty: float = 0.5
@@ -69,6 +71,7 @@ class FinetuneConfig:
             "step_rate",
             "affine_rate",
             "divergence_weight",
+            "feature_weight",
             "attention_weight",
             "label_weight",
         ):
@@ -82,5 +85,6 @@ class FinetuneConfig:
         )
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             check_field(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
-        if not (self.divergence_weight or self.attention_weight or self.label_weight):
-            raise ValueError("divergence_weight, attention_weight, label_weight: all are 0; nothing would be learned.")
+        terms = ("divergence_weight", "feature_weight", "attention_weight", "label_weight")
+        if not any(getattr(self, name) for name in terms):
+            raise ValueError(f"{', '.join(terms)}: all are 0; nothing would be learned.")

@@ -3,15 +3,19 @@
 With logits t of the teacher and s of the student, temperature T, and F_l the output of block l,
 
     divergence     T^2 mean_n KL(softmax(t / T) || softmax(s / T))                            (Hinton, arXiv 1503.02531)
+    features       mean_l |F_l^teacher - F_l^student|^2 / |F_l^teacher|^2
     attention      mean_l mean_n |a(F_l^teacher) - a(F_l^student)|^2,   a(F) = v / |v|,   v_c = mean over positions F^2
     cross-entropy  mean_n [1 - softmax(t)_y < difficulty] (-log softmax(s)_y)
 
-The alignment of channel attention is that of HAST (arXiv 2303.14085); that labels are trusted on easy images alone is
-SynQ's rule (Kim et al., ICLR 2025): on the others synthetic labels mislead more often than they help.
+The alignment of channel attention is that of HAST (arXiv 2303.14085). It asks which channels answer to an image, and so
+less than that of whole features (as in FitNets, arXiv 1412.6550), which asks where and how much. That labels are
+trusted on easy images alone is SynQ's rule (Kim et al., ICLR 2025): on the others synthetic labels mislead more often
+than they help.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +40,7 @@ class Losses(NamedTuple):
 
     total: Float[Array, ""]
     divergence: Float[Array, ""]
+    features: Float[Array, ""]
     attention: Float[Array, ""]
     cross_entropy: Float[Array, ""]
 
@@ -57,20 +62,33 @@ def distillation_loss(
       labels: of the images; the teacher's choice if None.
     """
     zero = jnp.zeros(())
-    divergence = attention = labeled = zero
+    divergence = features = attention = labeled = zero
     if config.divergence_weight:
         if classes < 2:
             divergence = relative_error(teacher.scores, student.scores)
         else:
             divergence = kl_divergence(teacher.scores, student.scores, config.temperature)
-    if config.attention_weight and teacher.features:
-        distances = map(attention_distance, teacher.features, student.features)
-        attention = sum(distances, start=zero) / len(teacher.features)
+    if config.feature_weight:
+        features = _mean(relative_error, teacher.features, student.features)
+    if config.attention_weight:
+        attention = _mean(attention_distance, teacher.features, student.features)
     if config.label_weight and classes >= 2:
         labels = teacher.scores.argmax(-1) if labels is None else labels
         labeled = restricted_cross_entropy(teacher.scores, student.scores, labels, config.difficulty)
-    total = config.divergence_weight * divergence + config.attention_weight * attention + config.label_weight * labeled
-    return Losses(total, divergence, attention, labeled)
+    total = (
+        config.divergence_weight * divergence
+        + config.feature_weight * features
+        + config.attention_weight * attention
+        + config.label_weight * labeled
+    )
+    return Losses(total, divergence, features, attention, labeled)
+
+
+def _mean(
+    distance: Callable[[jax.Array, jax.Array], jax.Array], teacher: tuple[Any, ...], student: tuple[Any, ...]
+) -> jax.Array:
+    """Mean distance over blocks; 0 for a network of one block."""
+    return sum(map(distance, teacher, student), start=jnp.zeros(())) / max(len(teacher), 1)
 
 
 def kl_divergence(
