@@ -136,6 +136,7 @@ CONFIG = FinetuneConfig(
     steps=42,
     batch_size=16,
     weight_rate=3e-3,
+    step_rate=0.0,
     affine_rate=3e-3,
     trust=0.0,
     feature_weight=100.0,

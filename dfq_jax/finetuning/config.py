@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "step", "constant")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """How a quantized network is fine-tuned. The rates are chosen for short budgets (a thousand steps or two).
+    """How a quantized network is fine-tuned. The rates are chosen for short budgets, of a few hundred steps.
 
     Attributes:
       steps: optimizer steps.
@@ -40,17 +40,17 @@ class FinetuneConfig:
     """
 
     steps: int = 1000
-    batch_size: int = 32
+    batch_size: int = 16
     optimizer: str = "adam"
     schedule: str = "cosine"
-    weight_rate: float = 1e-3
+    weight_rate: float = 5e-3
     scale_rate: float = 0.0
-    step_rate: float = 0.0
-    affine_rate: float = 1e-3
-    trust: float = 0.0
+    step_rate: float = 3e-3
+    affine_rate: float = 1e-2
+    trust: float = 0.5
     temperature: float = 4.0
     divergence_weight: float = 1.0
-    feature_weight: float = 0.0
+    feature_weight: float = 100.0
     attention_weight: float = 100.0
     label_weight: float = 0.0
     difficulty: float = 0.5
