@@ -39,7 +39,7 @@ class FinetuneConfig:
       chunk: steps in one compiled call, shortened to a divisor of `steps`; 0 for the measured default of the backend.
     """
 
-    steps: int = 1000
+    steps: int = 500
     batch_size: int = 16
     optimizer: str = "adam"
     schedule: str = "cosine"
