@@ -21,6 +21,7 @@ from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_mom
 from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.execute import apply_quantized, record_tensors, run, run_block
+from dfq_jax.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.folding import fold_batch_norm
 from dfq_jax.graph import Graph, GraphError, trace
 from dfq_jax.pipeline import quantize
@@ -40,6 +41,8 @@ __all__ = [
     "ArtifactError",
     "BatchNormConfig",
     "Convention",
+    "FinetuneConfig",
+    "Finetuning",
     "GPTQConfig",
     "Graph",
     "GraphError",
@@ -66,6 +69,7 @@ __all__ = [
     "estimate_ranges",
     "fake_quant",
     "find_pairs",
+    "finetune",
     "fold_batch_norm",
     "gptq",
     "gptq_from_noise",

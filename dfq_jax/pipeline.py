@@ -20,6 +20,7 @@ from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_
 from dfq_jax.batch_norm import adapt_batch_norm, correct_bias
 from dfq_jax.comparison import Comparison, compare
 from dfq_jax.convention import Convention, Ranges, quantize_params
+from dfq_jax.finetuning import finetune
 from dfq_jax.graph import Graph, trace
 from dfq_jax.quantized import Quantized
 from dfq_jax.ranges import ESTIMATORS, apply_estimator, check_images, estimate_ranges
@@ -61,7 +62,8 @@ def quantize(
       convention: everything about bits, in place of `bits` and `edge_bits`.
       key: a JAX key or a seed.
       images: preprocessed images to use in place of synthetic ones, `[N, H, W, C]`.
-      on_progress: called while images are made, and while blocks are reconstructed (a block counts as a batch).
+      on_progress: called while images are made, while blocks are reconstructed (a block counts as a batch), and during
+        fine-tuning.
       on_stage: called with the name of each stage as it begins.
       checkpoint: file to keep unfinished synthesis in; the same call resumes from it.
 
@@ -70,7 +72,8 @@ def quantize(
 
     Raises:
       ValueError, TypeError: arguments, weights or a network that cannot be quantized so; before any long work.
-      KeyboardInterrupt: interrupted during synthesis (a checkpoint, if asked for, is kept) or reconstruction.
+      KeyboardInterrupt: interrupted during synthesis (a checkpoint, if asked for, is kept), reconstruction or
+        fine-tuning.
     """
     recipe = get_recipe(recipe)
     if convention is None:
@@ -100,6 +103,9 @@ def quantize(
             qvariables = job.reconstruct(qvariables, on_progress)
     with clock("adapt"):
         qvariables = job.adapt(qvariables)
+    if recipe.finetune is not None:
+        with clock("fine-tuning"):
+            qvariables = job.finetune(qvariables, on_progress)
     with clock("compare"):
         compared = compare(graph, variables, qvariables, images, batch_size=recipe.batch_size)
     report = Report(
@@ -228,6 +234,25 @@ class _Job:
                 lambda q: correct_bias(graph, variables, q, self.fitted, normalized=config is None),
             )
         return qvariables
+
+    def finetune(self, qvariables: Any, on_progress: Callable[[Progress], None] | None) -> Any:
+        """Distillation; it chooses among its own steps on images held out of those it is given."""
+
+        def step(qvariables: Any) -> Any:
+            tuned, info = finetune(
+                self.graph,
+                self.variables,
+                qvariables,
+                self.fitted,
+                jax.random.fold_in(self.key, 2),
+                self.recipe.finetune,
+                on_progress=on_progress,
+            )
+            if not info.completed:
+                raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")
+            return tuned
+
+        return self.consider("fine-tuning", qvariables, step)
 
     def consider(self, name: str, current: Any, step: Callable[[Any], Any]) -> Any:
         """`step(current)`, or `current` where the step raises the error on the held-out images."""

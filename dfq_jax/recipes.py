@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfq_jax.batch_norm import BatchNormConfig
+from dfq_jax.finetuning import FinetuneConfig
 from dfq_jax.ranges import ESTIMATORS
 from dfq_jax.rounding import GPTQConfig, ReconstructionConfig
 from dfq_jax.synthesis import SynthesisConfig
@@ -20,6 +21,7 @@ NESTED = {
     "gptq": GPTQConfig,
     "reconstruction": ReconstructionConfig,
     "batch_norm": BatchNormConfig,
+    "finetune": FinetuneConfig,
 }
 
 
@@ -39,6 +41,7 @@ class Recipe:
       reconstruction: learned rounding on top of it, block by block; None for none.
       bias_correction: correct the means of layer outputs that no BatchNorm follows (all, if `batch_norm` is None).
       batch_norm: adaptation of BatchNorm statistics; None for none.
+      finetune: distillation of the float network into the quantized one, after all else; None for none.
       held_out: share of the images that adaptation is not fitted to; each step is kept only if it lowers the divergence
         from the float network on them. 0 keeps every step unseen.
       batch_size: images in one pass of the network.
@@ -54,6 +57,7 @@ class Recipe:
     reconstruction: ReconstructionConfig | None = None
     bias_correction: bool = False
     batch_norm: BatchNormConfig | None = None
+    finetune: FinetuneConfig | None = None
     held_out: float = 0.0
     batch_size: int = 64
 
@@ -66,8 +70,9 @@ class Recipe:
             raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding: expected one of {ROUNDINGS}, found {self.rounding!r}.")
-        if self.source == "analytic" and self.reconstruction is not None:
-            raise ValueError("reconstruction: learns from images, of which the source 'analytic' has none.")
+        for name in ("reconstruction", "finetune"):
+            if self.source == "analytic" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
         if not isinstance(self.held_out, (int, float)) or not 0 <= self.held_out < 1:
             raise ValueError(f"held_out: expected a share of at least 0 and below 1, found {self.held_out!r}.")
         if type(self.batch_size) is not int or self.batch_size < 1:
@@ -124,6 +129,16 @@ RECIPES: dict[str, Recipe] = {
             reconstruction=ReconstructionConfig(),
             batch_norm=BatchNormConfig(method="differential"),
             bias_correction=True,
+            held_out=0.125,
+        ),
+        # The whole network taught by the float one, from where `fast` ends; for the lowest bits in all layers.
+        Recipe(
+            name="finetune",
+            synthesis=SynthesisConfig(num_images=256),
+            rounding="squant",
+            batch_norm=BatchNormConfig(method="differential"),
+            bias_correction=True,
+            finetune=FinetuneConfig(),
             held_out=0.125,
         ),
     )
