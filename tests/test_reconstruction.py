@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_grid import cifar_resnet8
+from flax import linen as nn
+from model_grid import cifar_resnet8, transposed_conv
 
 from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params, trace
+from dfq_jax.comparison import compare
 from dfq_jax.qtensor import QTensor
-from dfq_jax.rounding.block import random_mask
+from dfq_jax.rounding.block import advance, prediction_difference, random_mask
 from dfq_jax.rounding.learned import reconstruct
 from dfq_jax.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
 from dfq_jax.weights import quantize_kernel
@@ -52,7 +54,7 @@ def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
     convention = Convention.parse("w3a4", shortcuts=shortcuts)
     ranges = estimate_ranges(graph, variables, images, convention)
     qvariables = quantize_params(graph, variables, ranges, convention)
-    config = ReconstructionConfig(steps=30, batch_size=8, rounding_rate=0.1)
+    config = ReconstructionConfig(steps=30, batch_size=8, rounding_rate=0.1, regularizer=0.01)
     reports = []
     learned, info = reconstruct(
         graph, variables, qvariables, images, jax.random.key(0), config, on_progress=reports.append
@@ -74,3 +76,69 @@ def test_bad_input_is_refused():
         reconstruct(graph, variables, variables, case.images(), jax.random.key(0))
     with pytest.raises(ValueError, match="steps: expected an integer"):
         ReconstructionConfig(steps=0)
+
+
+class EqualBlocks(nn.Module):
+    """A stem, three equal residual blocks, a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(x):
+            x = nn.Conv(8, (3, 3), use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=True)(x)
+
+        x = nn.relu(layer(x))
+        for _ in range(3):
+            x = nn.relu(x + layer(nn.relu(layer(x))))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def quantized_network(bits: str = "w3a4"):
+    module = EqualBlocks()
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 3)), jnp.float32)
+    variables = module.init(jax.random.key(0), images)
+    graph = trace(module.apply, variables, images.shape)
+    convention = Convention.parse(bits)
+    ranges = estimate_ranges(graph, variables, images, convention)
+    return graph, variables, quantize_params(graph, variables, ranges, convention), images
+
+
+def test_equal_blocks_compile_once():
+    graph, variables, qvariables, images = quantized_network()
+    config = ReconstructionConfig(steps=4, batch_size=4)
+    compiled = advance._cache_size()
+    _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
+    assert len(info.blocks) == 5 and advance._cache_size() == compiled + 3
+    reconstruct(graph, variables, qvariables, images, jax.random.key(1), config)
+    assert advance._cache_size() == compiled + 3
+
+
+def test_prediction_difference_is_the_divergence_of_class_probabilities():
+    rng = np.random.default_rng(0)
+    found, expected = rng.normal(size=(2, 6, 5)) * 3
+    p, q = (np.exp(z / 2) / np.exp(z / 2).sum(1, keepdims=True) for z in (expected, found))
+    wanted = 4 * (p * np.log(p / q)).sum(1).mean()
+    np.testing.assert_allclose(prediction_difference(jnp.asarray(found), jnp.asarray(expected), 2.0), wanted, rtol=1e-5)
+
+
+def test_prediction_difference_lowers_the_divergence_of_outputs():
+    """With next to no weight on the blocks' own error the outputs are all there is to learn from."""
+    graph, variables, qvariables, images = quantized_network("w2a4")
+    config = ReconstructionConfig(
+        steps=40, batch_size=8, rounding_rate=0.05, bias_rate=0.03, prediction_weight=1e3, temperature=1.0
+    )
+    learned, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
+    before, after = (compare(graph, variables, q, images).divergence for q in (qvariables, learned))
+    assert info.blocks[-1].kept and after < 0.8 * before
+
+
+def test_prediction_difference_needs_class_scores():
+    case = transposed_conv()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    images = case.images()
+    convention = Convention.parse("w4a4")
+    qvariables = quantize_params(graph, variables, estimate_ranges(graph, variables, images, convention), convention)
+    config = ReconstructionConfig(prediction_weight=1.0)
+    with pytest.raises(ValueError, match="no class scores"):
+        reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)

@@ -41,11 +41,15 @@ class State(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The block's inputs in the float and in the quantized network, and its float outputs, for all images."""
+    """The block's inputs in the float and in the quantized network, and its float outputs, for all images.
+
+    With the term of prediction difference, class scores of the whole float network too.
+    """
 
     float_inputs: Float[Array, "n ..."]
     inputs: Float[Array, "n ..."]
     targets: Any
+    logits: Float[Array, "n k"] | None = None
 
 
 class Losses(NamedTuple):
@@ -153,6 +157,14 @@ def reconstruction_error(found: Any, expected: Any) -> Float[Array, ""]:
     return sum(jax.tree.leaves(jax.tree.map(error, found, expected)), start=jnp.zeros(()))
 
 
+def prediction_difference(
+    found: Float[Array, "n k"], expected: Float[Array, "n k"], temperature: float
+) -> Float[Array, ""]:
+    """Divergence of class probabilities from those of the float network, times the squared temperature."""
+    log_found, log_expected = (jax.nn.log_softmax(z / temperature) for z in (found, expected))
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_found, log_expected).mean()
+
+
 @functools.cache
 def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
     """Adam for each kind of parameter; cached, since compilation is keyed on it."""
@@ -185,11 +197,13 @@ def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tup
     return jnp.where(step < begin, 0.0, config.regularizer), start + (end - start) * progress
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "config", "steps", "rest_graph"), donate_argnames="state")
 def advance(
     graph: Graph,
     config: ReconstructionConfig,
     steps: int,
+    rest_graph: Graph | None,
+    rest: Variables | None,
     own: Variables,
     bases: dict[str, jax.Array],
     cache: Cache,
@@ -200,6 +214,8 @@ def advance(
 
     Args:
       graph: of the block alone (`subnetwork`), static, as are `config` and `steps`: equal blocks compile once.
+      rest_graph, rest: the network behind the block, for the prediction difference, and its float variables; static and
+        an argument. None where the block's output holds the class scores, or the difference is not asked for.
       own: the block's quantized variables at the start.
       bases: base codes of its kernels.
       cache: what the minibatches are drawn from.
@@ -222,8 +238,15 @@ def advance(
         def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
             found = apply_soft(graph, soft_variables(own, bases, parameters), x, drop_key, config.drop)
             error = reconstruction_error(found, batch.targets)
+            difference = jnp.zeros(())
+            if config.prediction_weight:
+                last = graph if rest_graph is None else rest_graph
+                outputs = found if rest_graph is None else run(rest_graph, rest, found, layer=loop_friendly)
+                logits = last.logits(outputs).astype(jnp.float32)
+                difference = prediction_difference(logits, batch.logits, config.temperature)
             regularizer = sum((undecided(soft, beta) for soft in parameters.kernels.values()), start=jnp.zeros(()))
-            return error + weight * regularizer, Losses(error, regularizer)
+            total = error + config.prediction_weight * difference + weight * regularizer
+            return total, Losses(error, regularizer)
 
         gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)

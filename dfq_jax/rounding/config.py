@@ -26,6 +26,10 @@ class ReconstructionConfig:
       regularizer: weight of the term that drives weights to codes.
       beta: its exponent, at first and in the end.
       warm_up: share of the steps before it begins.
+      prediction_weight: of the prediction difference (PD-Quant, arXiv 2212.07048): the divergence of the class
+        probabilities that the float rest of the network makes of the block's output, times the squared temperature; 0
+        for none. It costs the rest of the network in each step, and equal blocks no longer share their compilation.
+      temperature: of those probabilities.
       trust: where rounding starts: 0 from the float weight between its two codes, 1 from the code that it has.
       min_layers: neighboring blocks are joined until each has so many layers.
       held_out: share of the images kept for deciding whether what was learned is better.
@@ -42,6 +46,8 @@ class ReconstructionConfig:
     regularizer: float = 0.03
     beta: tuple[float, float] = (20.0, 2.0)
     warm_up: float = 0.2
+    prediction_weight: float = 0.0
+    temperature: float = 4.0
     trust: float = 0.0
     min_layers: int = 1
     held_out: float = 0.125
@@ -53,8 +59,9 @@ class ReconstructionConfig:
         for name in ("steps", "batch_size", "min_layers"):
             check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         check_field("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
-        for name in ("rounding_rate", "scale_rate", "step_rate", "bias_rate", "regularizer"):
+        for name in ("rounding_rate", "scale_rate", "step_rate", "bias_rate", "regularizer", "prediction_weight"):
             check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
+        check_field("temperature", self.temperature, "a positive number", lambda v: is_non_negative(v) and v > 0)
         for name in ("drop", "warm_up", "trust"):
             check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
         check_field(

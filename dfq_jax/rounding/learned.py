@@ -4,7 +4,8 @@ Block by block, from the input on, the roundings, scales and biases of a quantiz
 block gives what its float block gives, behind earlier blocks as they are quantized by then. The method is that of BRECQ
 (Li et al., arXiv 2102.05426) with AdaRound's soft rounding (arXiv 2004.10568), the dropped quantization of QDrop (arXiv
 2203.05740), the learned weight scales of GENIE-M (arXiv 2212.04780) and learned activation steps (LSQ, arXiv
-1902.08153). No labels are used, and what does not help on images held out is not taken.
+1902.08153); PD-Quant's prediction difference (arXiv 2212.07048) may join the error. No labels are used, and what does
+not help on images held out is not taken.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from dfq_jax.rounding.block import (
 )
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.subnetwork import Subnetwork, subnetwork
+from dfq_jax.synthesis.checks import num_classes
 from dfq_jax.tracing.blocks import merge_blocks
 
 # Optimizer steps in one compiled call, by backend.
@@ -124,6 +126,8 @@ def reconstruct(
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2, one to learn from and one held out, found {len(images)}.")
     graph.leaves(variables)  # refuses other trees
+    if config.prediction_weight and num_classes(graph) < 2:
+        raise ValueError("prediction_weight: the network has no class scores to compare; set it to 0.")
     run = _Run(graph, variables, qvariables, jnp.asarray(images), key, config, on_progress)
     with catch_interrupt() as interrupted:
         completed = run.all_blocks(interrupted)
@@ -146,6 +150,7 @@ class _Run:
         self.blocks = merge_blocks(self.graph.blocks, config.min_layers)
         self.variables, self.qvariables = variables, qvariables
         self.float_inputs = self.inputs = images
+        self.float_logits = self.class_scores() if config.prediction_weight else None
         self.key, self.on_progress = key, on_progress
         self.chunk = config.chunk or DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
         self.seen: set[str] = set()  # leaves of earlier blocks: already learned, and other blocks rely on them
@@ -184,12 +189,17 @@ class _Run:
         float_own = sub.select(self.graph, self.variables)
         parameters, bases = init_parameters(sub.graph, config, float_own, own, frozen)
         state = State(parameters, make_optimizer(config).init(parameters), jnp.zeros((), jnp.int32))
-        cache = Cache(*jax.tree.map(lambda a: a[: self.train], (self.float_inputs, self.inputs, targets)))
+        cache = jax.tree.map(
+            lambda a: a[: self.train], Cache(self.float_inputs, self.inputs, targets, self.float_logits)
+        )
+        rest = self.rest(index)
+        rest_graph = None if rest is None else rest.graph
+        rest_own = None if rest is None else rest.select(self.graph, self.variables)
         key = jax.random.fold_in(self.key, index)
         done = 0
         while done < config.steps:
             steps = min(self.chunk, config.steps - done)
-            state, losses = advance(sub.graph, config, steps, own, bases, cache, state, key)
+            state, losses = advance(sub.graph, config, steps, rest_graph, rest_own, own, bases, cache, state, key)
             done += steps
             self.steps_done += steps
             if interrupted():
@@ -199,12 +209,26 @@ class _Run:
         learned = hard_variables(own, bases, state.parameters)
         return learned, changed_codes(own, learned)
 
+    def rest(self, index: int) -> Subnetwork | None:
+        """The network behind a block, where the prediction difference needs it."""
+        if not self.config.prediction_weight or index + 1 == len(self.blocks):
+            return None
+        (behind,) = merge_blocks(self.blocks[index + 1 :], len(self.graph.layers))
+        return subnetwork(self.graph, behind, self.batch_size)
+
     def report(self, index: int, step: int, loss: float) -> None:
         seconds = time.perf_counter() - self.started
         left = len(self.blocks) * self.config.steps - self.steps_done
         eta = seconds / self.steps_done * left
         name = self.blocks[index].name
         self.on_progress(BlockProgress(name, index, len(self.blocks), step, self.config.steps, loss, seconds, eta))
+
+    def class_scores(self) -> jax.Array:
+        """Of the float network, for all images."""
+        (whole,) = merge_blocks(self.graph.blocks, len(self.graph.layers))
+        sub = subnetwork(self.graph, whole, self.batch_size)
+        outputs = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
+        return sub.graph.logits(outputs).astype(jnp.float32)
 
     def outputs(self, sub: Subnetwork, own: Variables, inputs: jax.Array) -> Any:
         """The block's outputs on all images, in batches of one size."""
