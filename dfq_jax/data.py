@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from dfq_jax.zoo.checkpoint import read_npz
+from dfq_jax.zoo.arrays import read_npz
 
 __all__ = ["Dataset", "load_data"]
 

@@ -391,6 +391,7 @@ REFUSED = {
     "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),
     "checkpoint missing": (("quantize", "fashion_resnet20", "--checkpoint", "absent.th"), "absent.th"),
     "checkpoint foreign": (("quantize", "fashion_resnet20", "--checkpoint", "noise.th"), "none of the formats"),
+    "checkpoint on the hub": (("quantize", "cifar_resnet20", "--checkpoint", "hf:a"), "'hf:a' is no reference to the hub"),
     "checkpoint needed": (("quantize", "cifar_resnet20"), "comes without weights"),
     "checkpoint of function": ((*QUANTIZE, "--checkpoint", "noise.th"), "loads its own weights"),
     "data": ((*QUANTIZE, "--evaluate", "images"), "'images' names no data"),

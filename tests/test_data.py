@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dfq_jax.data import Dataset, load_data
-from dfq_jax.zoo.checkpoint import read_npz
+from dfq_jax.zoo.arrays import read_npz
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("DFQ_JAX_DATA") or ROOT / ".." / "shared" / "data")

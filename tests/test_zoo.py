@@ -15,7 +15,8 @@ from flax import nnx
 
 from dfq_jax import zoo
 from dfq_jax.zoo import cifar_resnet, fashion
-from dfq_jax.zoo.checkpoint import flatten_names, read_npz
+from dfq_jax.zoo.arrays import read_npz
+from dfq_jax.zoo.checkpoint import flatten_names
 from dfq_jax.zoo.imagenet import IMAGENET_MODELS
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -37,16 +37,17 @@ ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 Data = Annotated[str, arg(metavar="DATA", help=DATA_HELP)]
 OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
 OptionalData = Annotated[str | None, arg(metavar="DATA", help=DATA_HELP)]
+Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
 Count = Annotated[int | None, arg(metavar="N")]
 Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
 
 
-def inspect(model: Positional[ModelName], *, checkpoint: OptionalFile = None) -> None:
+def inspect(model: Positional[ModelName], *, checkpoint: Weights = None) -> None:
     """Print the layers that are found in a network, and what would not be quantized.
 
     Args:
-        checkpoint: Weights for a model of the zoo; its structure is shown without, too.
+        checkpoint: Weights for a model of the zoo, as for quantize; its structure is shown without, too.
     """
     print(resolve(model, checkpoint, weights=False).graph.table())
 
@@ -54,7 +55,7 @@ def inspect(model: Positional[ModelName], *, checkpoint: OptionalFile = None) ->
 def quantize(
     model: Positional[ModelName],
     *,
-    checkpoint: OptionalFile = None,
+    checkpoint: Weights = None,
     recipe: str = "fast",
     bits: str = "w8a8",
     edge_bits: Bits = 8,
@@ -71,7 +72,8 @@ def quantize(
     """Quantize a network without data.
 
     Args:
-        checkpoint: Weights for a model of the zoo: safetensors, npz, Flax msgpack or a torch state dict.
+        checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict) or
+            hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
         recipe: fast, paper or noise.
         bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
         edge_bits: Bits of the first and the last layer; none for the same as all others.

@@ -95,12 +95,12 @@ class Model:
         )
 
 
-def resolve(name: str, checkpoint: Path | None = None, *, weights: bool = True) -> Model:
+def resolve(name: str, checkpoint: str | Path | None = None, *, weights: bool = True) -> Model:
     """Find a model.
 
     Args:
       name: a zoo name, or `package.module:function`; the current folder is importable.
-      checkpoint: a file of weights, for a model of the zoo.
+      checkpoint: a file of weights or a reference to the Hugging Face hub, for a model of the zoo.
       weights: whether the weights are needed; without them, models of the zoo have shapes only.
 
     Raises:

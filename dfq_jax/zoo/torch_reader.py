@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["read_torch"]
+__all__ = ["Readers", "open_torch", "read_torch"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -89,6 +89,9 @@ class _OrderedDict(dict):
     """Stands for `collections.OrderedDict`; the attributes it may carry (`_metadata`) are dropped."""
 
 
+Readers = dict[str, Callable[[], np.ndarray]]
+
+
 def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the state dict of a torch file (`.pth`, `.pt`, `.th`; zip or the legacy format) as numpy arrays.
 
@@ -109,20 +112,28 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     try:
         size = os.stat(path).st_size
-        if size > _MAX_BYTES:
-            raise ValueError(f"its {size} bytes are more than the {_MAX_BYTES} this reader accepts")
         with open(path, "rb") as file:
-            start = file.read(4)
-            file.seek(0)
-            if start == b"PK\x03\x04":
-                return _read_zip(file, size)
-            if start[:1] == b"\x80":
-                return _read_legacy(io.BytesIO(file.read()))
-            raise ValueError(_WRONG_MAGIC)
+            return {name: read() for name, read in open_torch(file, size).items()}
     except OSError as error:
         raise ValueError(f"path: cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"path: {os.fspath(path)!r} cannot be read as a torch file: {error}") from error
+
+
+def open_torch(file: BinaryIO, size: int) -> Readers:
+    """As `read_torch`, of an open file of `size` bytes: name to a function that reads the array from it.
+
+    Everything but the numbers is read and checked at once.
+    """
+    if size > _MAX_BYTES:
+        raise ValueError(f"its {size} bytes are more than the {_MAX_BYTES} this reader accepts")
+    start = file.read(4)
+    file.seek(0)
+    if start == b"PK\x03\x04":
+        return _open_zip(file, size)
+    if start[:1] == b"\x80":
+        return _open_legacy(_Stream(file, size))
+    raise ValueError(_WRONG_MAGIC)
 
 
 # The two containers
@@ -162,7 +173,7 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
         raise ValueError(f"the archive's member {name!r} does not unpack: {error}") from error
 
 
-def _read_zip(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
+def _open_zip(file: BinaryIO, size: int) -> Readers:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
@@ -192,11 +203,22 @@ def _read_zip(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
     missing = [key for key in storages if f"{root}data/{key}" not in names]
     if missing:
         raise ValueError(f"the archive lacks storage {missing[0]!r}")
-    return _build(state, load)
+    return _readers(state, load)
 
 
-def _read_legacy(stream: io.BytesIO) -> dict[str, np.ndarray]:
-    data = stream.getbuffer()
+class _Stream:
+    """A file of which no more bytes are asked for than there are: a pickle may declare a string of 2**60."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.size = size
+        self.readline, self.seek, self.tell = file.readline, file.seek, file.tell
+        self._file = file
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(max(0, min(count, self.size - self.tell())))
+
+
+def _open_legacy(stream: _Stream) -> Readers:
     magic, _ = _interpret(stream)
     if magic != _LEGACY_MAGIC:
         raise ValueError(_WRONG_MAGIC)
@@ -217,19 +239,25 @@ def _read_legacy(stream: io.BytesIO) -> dict[str, np.ndarray]:
         odd = sorted(set(keys) ^ set(storages))[0]
         raise ValueError(f"storage {odd!r} is listed or used, but not both")
 
-    arrays: dict[str, np.ndarray] = {}
+    starts: dict[str, int] = {}
     position = stream.tell()
     for key in keys:
         storage = storages[key]
-        count = int.from_bytes(data[position : position + 8], "little", signed=True)
+        stream.seek(position)
+        count = int.from_bytes(stream.read(8), "little", signed=True)
         end = position + 8 + storage.numel * storage.dtype.itemsize
-        if end > len(data):
-            raise ValueError(f"truncated: storage {key!r} ends at byte {end} of {len(data)}")
+        if end > stream.size:
+            raise ValueError(f"truncated: storage {key!r} ends at byte {end} of {stream.size}")
         if count != storage.numel:
             raise ValueError(f"storage {key!r} has {count} elements where {storage.numel} are declared")
-        arrays[key] = _as_array(data[position + 8 : end], storage.dtype, swap=False)
+        starts[key] = position + 8
         position = end
-    return _build(state, lambda storage: arrays[storage.key])
+
+    def load(storage: _Storage) -> np.ndarray:
+        stream.seek(starts[storage.key])
+        return _as_array(stream.read(storage.numel * storage.dtype.itemsize), storage.dtype, swap=False)
+
+    return _readers(state, load)
 
 
 def _as_array(raw: bytes | memoryview, dtype: np.dtype, *, swap: bool) -> np.ndarray:
@@ -270,7 +298,7 @@ def _select_state(content: Any) -> dict[str, _Tensor]:
     return tensors
 
 
-def _build(state: dict[str, _Tensor], load: Callable[[_Storage], np.ndarray]) -> dict[str, np.ndarray]:
+def _readers(state: dict[str, _Tensor], load: Callable[[_Storage], np.ndarray]) -> Readers:
     # All sizes are checked before the first storage is read.
     total = 0
     for name, tensor in state.items():
@@ -278,17 +306,22 @@ def _build(state: dict[str, _Tensor], load: Callable[[_Storage], np.ndarray]) ->
         total += math.prod(tensor.size) * tensor.storage.dtype.itemsize
     if total > _MAX_BYTES:
         raise ValueError(f"its tensors take {total} bytes, more than the {_MAX_BYTES} this reader accepts")
-    arrays: dict[str, np.ndarray] = {}
-    result: dict[str, np.ndarray] = {}
-    for name, tensor in state.items():
-        key = tensor.storage.key
-        if key not in arrays:
-            arrays[key] = load(tensor.storage)
-        flat = arrays[key]
-        strides = tuple(flat.itemsize * stride for stride in tensor.stride)
-        view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.size, strides, writeable=False)
-        result[name] = np.array(view, order="C", copy=True)
-    return result
+    uses = Counter(tensor.storage.key for tensor in state.values())
+    shared: dict[str, np.ndarray] = {}  # else a storage of many tensors would be read as many times
+
+    def reader(tensor: _Tensor) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            key = tensor.storage.key
+            flat = shared[key] if key in shared else load(tensor.storage)
+            if uses[key] > 1:
+                shared[key] = flat
+            strides = tuple(flat.itemsize * stride for stride in tensor.stride)
+            view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.size, strides, writeable=False)
+            return np.array(view, order="C", copy=True)
+
+        return read
+
+    return {name: reader(tensor) for name, tensor in state.items()}
 
 
 def _check_bounds(name: str, tensor: _Tensor) -> None:
@@ -305,7 +338,7 @@ def _check_bounds(name: str, tensor: _Tensor) -> None:
 # The stack machine
 
 
-def _interpret(stream: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
+def _interpret(stream: io.BytesIO | _Stream) -> tuple[Any, dict[str, _Storage]]:
     """Interprets one pickle at the stream's position: what it describes and the storages it refers to."""
     machine = _Machine()
     for opcode, argument in _tokens(stream):
@@ -317,7 +350,7 @@ def _interpret(stream: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
     raise ValueError("its pickle ends with an unbalanced stack")
 
 
-def _tokens(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
+def _tokens(stream: io.BytesIO | _Stream) -> Iterator[tuple[str, Any]]:
     tokens = pickletools.genops(stream)
     for _ in range(_MAX_OPCODES):
         try:
