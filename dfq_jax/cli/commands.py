@@ -118,17 +118,17 @@ def quantize(
         seconds = dict(quantized.report.seconds)
         before = after = None
         if data is not None:
-            reference, seconds["evaluate_float"] = reporter.timed(
-                "evaluating the float network", target.classify, *target.traced_function, data.images
+            (reference, labels), seconds["evaluate_float"] = reporter.timed(
+                "evaluating the float network", target.classify, *target.traced_function, data
             )
-            found, seconds["evaluate_quantized"] = reporter.timed(
+            (found, _), seconds["evaluate_quantized"] = reporter.timed(
                 "evaluating the quantized network",
                 target.classify,
                 quantized.apply,
                 quantized.variables,
-                data.images,
+                data,
             )
-            before, after = accuracy(reference, data.labels), accuracy(found, data.labels, reference)
+            before, after = accuracy(reference, labels), accuracy(found, labels, reference)
     if output is not None:
         quantized.save(output, model=model, seed=seed)
     print(quantized.report.table())
@@ -181,10 +181,10 @@ def evaluate(
     images = target.load_data(data, limit)
     with open_display() as display:
         apply_fn = quantized.apply_integer if integer else quantized.apply
-        found, seconds = Reporter(display).timed(
-            "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images.images
+        (found, labels), seconds = Reporter(display).timed(
+            "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images
         )
-    result = accuracy(found, images.labels)
+    result = accuracy(found, labels)
     name_of_bits = quantized.convention.name.upper()
     row = (name_of_bits, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
     print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
