@@ -68,6 +68,12 @@ def with_preprocessing():
     return Net(), _variables(Net()), SHAPE, lambda images: (images[:, ::2, ::2] / 255.0 - 0.5).astype("float32")
 
 
+def resized():
+    from dfq_jax.zoo import Preprocessing
+
+    return Net(), _variables(Net()), SHAPE, Preprocessing(mean=(0.0,), std=(1.0,), resize=10, crop=8)
+
+
 def nnx_net():
     return NnxNet(nnx.Rngs(0)), None, SHAPE
 
@@ -290,6 +296,19 @@ def test_evaluate_repeats_what_quantize_measured(flags, tmp_path):
     assert f"{facts['quantized']['top1']:.2f}" in result.out
     # A file that names code is followed, but not in silence.
     assert ("running user_nets:linen" in result.err) == ("--model" not in flags)
+
+
+def test_folder_of_images_of_several_sizes(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    for index in range(130):  # more than one batch
+        pixels = images(1, 9 + index % 5)[0, :, : 9 + index % 3, 0]
+        (tmp_path / str(index % 3)).mkdir(exist_ok=True)
+        image_module.fromarray(pixels).save(tmp_path / str(index % 3) / f"{index}.png")
+    flags = ("--model", "user_nets:resized", "--json", tmp_path / "facts.json")
+    succeed("evaluate", "linen.safetensors", "--data", f"folder:{tmp_path}", *flags)
+    assert json.loads((tmp_path / "facts.json").read_text())["n"] == 130
+    refused = run("evaluate", "linen.safetensors", "--data", f"folder:{tmp_path}", "--model", "user_nets:linen")
+    assert refused.code and "the model takes images of 8x8x1, image 0 of folder:" in refused.err
 
 
 @pytest.mark.parametrize(

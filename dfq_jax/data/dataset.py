@@ -15,6 +15,8 @@ from jaxtyping import Float, Int32, Integer, UInt8
 
 __all__ = ["Dataset"]
 
+_GROUP_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
@@ -151,7 +153,7 @@ class Dataset:
 
         Args:
             preprocessing: maps pixels `[N, H, W, C]` to what the network takes, `[N, ...]`; called from several
-                threads, with one image at a time where sizes vary.
+                threads, with as many images as have one size in a row and take a megabyte.
             batch_size: images in a batch; the last one may have fewer.
             workers: threads; None for one a core, at most four.
 
@@ -163,13 +165,7 @@ class Dataset:
         workers = min(4, os.cpu_count() or 1) if workers is None else workers
 
         def make(start: int) -> tuple[np.ndarray, np.ndarray]:
-            examples = [self[index] for index in range(start, min(start + batch_size, self.size))]
-            images = [image for image, _ in examples]
-            try:
-                prepared = _prepare(preprocessing, images)
-            except ValueError as error:
-                raise ValueError(f"images {start}...{start + len(images) - 1} of {self.name}: {error}") from error
-            return prepared, np.array([label for _, label in examples], np.int32)
+            return self._batch(preprocessing, start, min(start + batch_size, self.size))
 
         # Image libraries and NumPy leave the interpreter to other threads while they work.
         pool = ThreadPoolExecutor(workers)
@@ -183,16 +179,37 @@ class Dataset:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def _batch(self, preprocessing: Callable[..., Any], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        parts: list[np.ndarray] = []
+        labels: list[int] = []
+        for images, group in self._groups(start, stop):
+            first = start + len(labels)
+            what = f"images {first}...{first + len(images) - 1} of {self.name}"
+            labels += group
+            try:
+                part = np.asarray(preprocessing(np.stack(images)))
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
+            parts.append(part)
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise ValueError(
+                    f"preprocessing makes {what} {_by(part.shape[1:])}, those before {_by(parts[0].shape[1:])}; it must "
+                    "resize or crop them to one size"
+                )
+        return np.concatenate(parts), np.array(labels, np.int32)
 
-def _prepare(preprocessing: Callable[[np.ndarray], Any], images: list[np.ndarray]) -> np.ndarray:
-    if len({image.shape for image in images}) == 1:
-        return np.asarray(preprocessing(np.stack(images)))
-    prepared = [np.asarray(preprocessing(image[None])) for image in images]
-    shapes = {array.shape for array in prepared}
-    if len(shapes) > 1:
-        found = ", ".join(_by(shape[1:]) for shape in sorted(shapes)[:3])
-        raise ValueError(f"preprocessing makes images of several sizes ({found}); it must resize or crop them to one")
-    return np.concatenate(prepared)
+    def _groups(self, start: int, stop: int) -> Iterator[tuple[list[np.ndarray], list[int]]]:
+        """Images of one size in a row, with labels: small ones are preprocessed together, large ones as they come."""
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        for index in range(start, stop):
+            image, label = self[index]
+            if images and (image.shape != images[0].shape or len(images) * image.nbytes > _GROUP_BYTES):
+                yield images, labels
+                images, labels = [], []
+            images.append(image)
+            labels.append(label)
+        yield images, labels
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -117,11 +117,12 @@ def _resize(images: np.ndarray, short: int, interpolation: str) -> np.ndarray:
         raise ImportError("resizing images needs pillow: pip install 'dfq_jax[folder]'") from error
     size = tuple(round(side * short / min(height, width)) for side in (width, height))
     method = getattr(Image.Resampling, interpolation.upper())
-    # Channel by channel: pillow knows images of one channel or of three, networks take any number.
     result = np.empty((count, size[1], size[0], channels), np.uint8)
-    for index in np.ndindex(count, channels):
-        plane = np.ascontiguousarray(images[index[0], :, :, index[1]])
-        result[index[0], :, :, index[1]] = np.asarray(Image.fromarray(plane).resize(size, method))
+    # Pillow knows images of three channels or of one, networks take any number.
+    for parts in [slice(0, 3)] if channels == 3 else range(channels):
+        for image, resized in zip(images, result, strict=True):
+            pixels = np.ascontiguousarray(image[:, :, parts])
+            resized[:, :, parts] = np.asarray(Image.fromarray(pixels).resize(size, method))
     return result
 
 
