@@ -193,8 +193,8 @@ class Dataset:
             parts.append(part)
             if part.shape[1:] != parts[0].shape[1:]:
                 raise ValueError(
-                    f"preprocessing makes {what} {_by(part.shape[1:])}, those before {_by(parts[0].shape[1:])}; it must "
-                    "resize or crop them to one size"
+                    f"preprocessing makes {what} {_by(part.shape[1:])}, those before {_by(parts[0].shape[1:])}; it "
+                    "must resize or crop them to one size"
                 )
         return np.concatenate(parts), np.array(labels, np.int32)
 
