@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -18,7 +17,8 @@ import msgpack
 import numpy as np
 import safetensors
 
-from dfq_jax.zoo.torch_reader import Readers, check_archive, open_torch, read_member
+from dfq_jax.zoo.archive import check_archive, open_archive, read_member
+from dfq_jax.zoo.torch_reader import Readers, open_torch
 
 __all__ = ["Readers", "open_arrays", "read_arrays", "read_npz"]
 
@@ -129,24 +129,17 @@ def _recognize(file: BinaryIO, size: int, path: Any) -> tuple[str, Callable[[Bin
 
 
 def _holds_pickle(file: BinaryIO) -> bool:
-    with _open_archive(file) as archive:
+    with open_archive(file) as archive:
         found = any(name.endswith(".pkl") for name in archive.namelist())
     file.seek(0)
     return found
-
-
-def _open_archive(file: BinaryIO) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(file)
-    except Exception as error:  # besides BadZipFile, whatever damaged records lead to
-        raise ValueError(f"the zip archive is truncated or damaged ({error})") from error
 
 
 # npz
 
 
 def _open_npz(file: BinaryIO, size: int) -> Readers:
-    archive = _open_archive(file)
+    archive = open_archive(file)
     check_archive(archive, size, floor=_NPZ_FLOOR, expansion=_NPZ_EXPANSION)
 
     def reader(name: str) -> Callable[[], np.ndarray]:
