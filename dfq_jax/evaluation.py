@@ -54,7 +54,7 @@ def wilson_margin(percent: float, n: int) -> float:
 def predict(
     apply_fn: ApplyFn,
     variables: Any,
-    batches: Iterable[tuple[Float[np.ndarray, "b ..."], Int[np.ndarray, " b"]]],
+    batches: Iterable[tuple[Float[np.ndarray, "_ ..."], Int[np.ndarray, " _"]]],
     *,
     logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
     on_progress: Callable[[int], None] | None = None,
