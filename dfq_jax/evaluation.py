@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from dfq_jax.adapters import ApplyFn
 
 TOP = 5
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,41 +54,42 @@ def wilson_margin(percent: float, n: int) -> float:
 def predict(
     apply_fn: ApplyFn,
     variables: Any,
-    images: UInt8[np.ndarray, "n h w c"],
-    preprocessing: Callable[[Any], Any],
+    batches: Iterable[tuple[Float[np.ndarray, "_ ..."], Int[np.ndarray, " _"]]],
     *,
     logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
-    batch_size: int = 256,
-    on_progress: Progress | None = None,
-) -> Int[np.ndarray, "n k"]:
-    """The likeliest classes of each image.
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[Int[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
+    """The likeliest classes of labeled images, beside their labels.
 
     Args:
-      apply_fn: `(variables, x) -> outputs`; compiled once, with the last batch padded to the same size.
+      apply_fn: `(variables, x) -> outputs`; compiled once, with a smaller last batch padded to the size of the first.
       variables: its variables.
-      images: raw images.
-      preprocessing: maps raw images to what the network takes.
+      batches: preprocessed images and their labels, as from `Dataset.batches`; held one at a time.
       logits: picks the class scores among the outputs (`graph.logits`).
-      batch_size: images in one call.
-      on_progress: called with (images done, images in all).
+      on_progress: called with the number of images done.
 
     Returns:
-      `[N, 5]` class indices, the likeliest first; `[N, 1]` where there are no more than five classes.
+      `[N, 5]` class indices, the likeliest first, or `[N, 1]` where there are no more than five classes; and the labels
+      `[N]`.
+
+    Raises:
+      ValueError: there are no batches, or a later one is larger than the first.
     """
-    if len(images) == 0:
-        raise ValueError("images: found none to evaluate on.")
-    size = min(batch_size, len(images))
-    results = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        missing = size - len(batch)
-        if missing:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-        classes = _classes(apply_fn, logits, variables, jnp.asarray(preprocessing(batch)))
-        results.append(np.asarray(classes)[: size - missing])
+    found, labels = [], []
+    size = done = 0
+    for x, label in batches:
+        size = size or len(x)
+        if len(x) > size:
+            raise ValueError(f"batches: one has {len(x)} images, the first {size}; the first must be the largest.")
+        padded = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) if len(x) < size else x
+        found.append(np.asarray(_classes(apply_fn, logits, variables, jnp.asarray(padded)))[: len(x)])
+        labels.append(label)
+        done += len(x)
         if on_progress is not None:
-            on_progress(min(start + size, len(images)), len(images))
-    return np.concatenate(results)
+            on_progress(done)
+    if not found:
+        raise ValueError("batches: found none to evaluate on.")
+    return np.concatenate(found), np.concatenate(labels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

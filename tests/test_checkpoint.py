@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tracemalloc
 import zipfile
 
 import flax.serialization
@@ -11,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import linen as nn
+from flax import nnx
 
+from dfq_jax import as_function, zoo
 from dfq_jax.zoo import cifar_resnet
-from dfq_jax.zoo.checkpoint import flatten_names, load_checkpoint, read_arrays, read_npz
+from dfq_jax.zoo.arrays import open_arrays, read_arrays, read_npz
+from dfq_jax.zoo.checkpoint import flatten_names, load_checkpoint
 from dfq_jax.zoo.layouts import LAYOUTS, Layout, Rule
 
 STRUCT = jax.ShapeDtypeStruct
@@ -254,11 +259,11 @@ def test_nothing_wanted_is_found(tmp_path):
 
 def test_bad_template(tmp_path):
     path = write(tmp_path / "w.npz", arrays())
-    with pytest.raises(TypeError, match=r"template: 'params' is a float; expected a jax\.ShapeDtypeStruct"):
+    with pytest.raises(TypeError, match=r"model: 'params' is a float; expected a jax\.ShapeDtypeStruct"):
         load_checkpoint(path, {"params": 1.0})
-    with pytest.raises(TypeError, match="template: expected nested dictionaries, found NoneType"):
+    with pytest.raises(TypeError, match=r"model: expected a name of the zoo, .* found NoneType"):
         load_checkpoint(path, None)
-    with pytest.raises(ValueError, match="template: holds no arrays"):
+    with pytest.raises(ValueError, match="model: holds no arrays"):
         load_checkpoint(path, {})
 
 
@@ -282,6 +287,132 @@ def test_arithmetic_of_rules():
     )
     assert layout.place("b9.12")[1] == "params/s10/u2"
     assert layout.place("b9.x") is None
+
+
+# What a checkpoint is loaded for
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Conv(2, (3, 3), use_bias=False)(x))
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
+class NNX(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Conv(3, 2, (3, 3), use_bias=False, rngs=rngs), nnx.BatchNorm(2, rngs=rngs)])
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.dropout(x)
+
+
+def torch_names(conv, norm):
+    rules = zoo.layouts.table.conv(r"c", conv) + zoo.layouts.table.norm(r"n", norm)
+    return Layout(name="two", description="", signature=(), rules=rules)
+
+
+@pytest.fixture
+def two_layers(tmp_path):
+    state = {"c.weight": rng.normal(size=(2, 3, 3, 3))}
+    state |= {f"n.{part}": rng.uniform(1, 2, 2) for part in ("weight", "bias", "running_mean", "running_var")}
+    return write(tmp_path / "two.npz", state)
+
+
+def test_linen_and_nnx_modules(two_layers):
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 3)), jnp.float32)
+    layout = torch_names("Conv_0", "BatchNorm_0")
+    found = load_checkpoint(two_layers, Linen(), layout, input_shape=(1, 5, 5, 3))
+    function, variables = as_function(Linen(), found)
+    expected = function(variables, x)
+
+    module = NNX(nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    found = load_checkpoint(two_layers, module, torch_names("layers/0", "layers/1"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(module, nnx.Param)), before)
+    function, variables = as_function(module, found)
+    np.testing.assert_allclose(function(variables, x), expected, rtol=1e-5, atol=1e-5)
+    abstract = nnx.eval_shape(lambda: NNX(nnx.Rngs(0)))
+    again = load_checkpoint(two_layers, abstract, torch_names("layers/0", "layers/1"))
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+def test_names_and_entries_of_the_zoo(tmp_path):
+    path = write(tmp_path / "w.safetensors", akamaster(20))
+    entry = next(entry for entry in zoo.list_models() if entry.name == "cifar_resnet20")
+    found = load_checkpoint(path, "cifar_resnet20")
+    assert jax.tree.structure(found) == jax.tree.structure(entry.template())
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(path, entry), found)
+
+
+def test_bad_models(two_layers):
+    with pytest.raises(ValueError, match=r"input_shape: a Linen module's variables depend on it; give \(1, H, W, C\)"):
+        load_checkpoint(two_layers, Linen())
+    with pytest.raises(ValueError, match="input_shape: only a Linen module needs it"):
+        load_checkpoint(two_layers, "cifar_resnet20", input_shape=(1, 32, 32, 3))
+    with pytest.raises(ValueError, match="name: no model 'cifar_resnet21' in the zoo; did you mean"):
+        load_checkpoint(two_layers, "cifar_resnet21")
+    with pytest.raises(TypeError, match=r"model: expected .* a Linen or NNX module, .* found "):
+        load_checkpoint(two_layers, Linen)
+
+
+def test_another_programs_file_of_another_network(tmp_path):
+    """What timm calls its RegNet, and what pytorchcv calls its MobileNet, for a ResNet of torchvision's."""
+    timm = {"stem.conv.weight": (32, 3, 3, 3), "s1.b1.conv1.conv.weight": (48, 32, 1, 1), "head.fc.weight": (9, 48)}
+    pytorchcv = {
+        "features.init_block.conv.weight": (32, 3, 3, 3),
+        "features.stage1.unit1.dw_conv.conv.weight": (32, 1, 3, 3),
+    }
+    for names in (timm, pytorchcv):
+        path = write(tmp_path / "w.safetensors", {name: np.zeros(shape, np.float32) for name, shape in names.items()})
+        message = problem(path, "resnet18", "nothing was loaded|in no known layout")
+        assert next(reversed(names)) in message
+
+
+# Memory and time
+
+
+def test_arrays_are_read_one_at_a_time(tmp_path):
+    """The peak of what NumPy and Python allocate is the result and a few arrays, not the file and its copies."""
+    count, size = 40, 1 << 16
+    content = {f"params/a{n}": rng.random(size, np.float32) for n in range(count)}
+    model = {"params": {f"a{n}": STRUCT((size,), jnp.float32) for n in range(count)}}
+    for suffix in (".npz", ".safetensors", ".msgpack", ".pth", ".legacy"):
+        path = tmp_path / f"w{suffix}"
+        if suffix in (".pth", ".legacy"):
+            torch = pytest.importorskip("torch")
+            tensors = {name: torch.from_numpy(array) for name, array in content.items()}
+            torch.save(tensors, path, _use_new_zipfile_serialization=suffix == ".pth")
+        else:
+            write(path, content)
+        tracemalloc.start()
+        found = load_checkpoint(path, model)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found["params"]["a7"], content["params/a7"])
+        assert peak < 1.5 * count * 4 * size, (suffix, peak / (count * 4 * size))
+
+
+def test_files_are_closed(tmp_path):
+    path = write(tmp_path / "w.msgpack", {"params/a": np.zeros(3, np.float32)})
+    with open_arrays(path) as readers:
+        assert list(readers) == ["params/a"]
+    with pytest.raises(ValueError, match="closed file"):
+        readers["params/a"]()
+
+
+def test_msgpack_of_arrays_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
+    content = {"params/a": rng.normal(size=(5, 20)), "params/b/c": np.arange(3)}
+    path = write(tmp_path / "w.msgpack", content)
+    assert b"__msgpack_chunked_array__" in path.read_bytes()
+    found = read_arrays(path)
+    assert list(found) == list(content)
+    for name, array in content.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 # Bad files
@@ -326,9 +457,19 @@ def test_msgpack_of_other_things(tmp_path):
     path.write_bytes(flax.serialization.msgpack_serialize({"params": {"a": "text"}}))
     unreadable(path, "holds 'params/a', a str, no array")
     path.write_bytes(flax.serialization.msgpack_serialize({"params": {}}))
-    unreadable(path, "does not hold nested names: tree: holds no arrays")
+    unreadable(path, "it holds no arrays")
     path.write_bytes(b"\x81\xa1a" + b"\x81\xa1a" * 2000 + b"\x01")
     unreadable(path, "no Flax msgpack file or damaged")
+    good = flax.serialization.msgpack_serialize({"a": np.zeros(3)})
+    path.write_bytes(good + b"\x00")
+    unreadable(path, "goes on for 1 bytes after its end")
+    path.write_bytes(b"\x82" + 2 * good[1:])
+    unreadable(path, "two leaves have the name 'a'")
+    path.write_bytes(b"\x81\xc0" + good[3:])
+    unreadable(path, "the key None is neither")
+    for bomb in (b"\xdf\xff\xff\xff\xff", b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", b"\x81\xdb\xff\xff\xff\xff"):
+        path.write_bytes(bomb + b"\xa1a")
+        unreadable(path, "no Flax msgpack file or damaged")
 
 
 def test_safetensors_with_an_absurd_header(tmp_path):

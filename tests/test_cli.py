@@ -68,6 +68,12 @@ def with_preprocessing():
     return Net(), _variables(Net()), SHAPE, lambda images: (images[:, ::2, ::2] / 255.0 - 0.5).astype("float32")
 
 
+def resized():
+    from dfq_jax.zoo import Preprocessing
+
+    return Net(), _variables(Net()), SHAPE, Preprocessing(mean=(0.0,), std=(1.0,), resize=10, crop=8)
+
+
 def nnx_net():
     return NnxNet(nnx.Rngs(0)), None, SHAPE
 
@@ -209,6 +215,29 @@ def test_models_lists_the_zoo():
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [entry.name for entry in zoo.list_models()]
     assert "fashion_resnet20" in text and "bundled" in text
+    assert "25.6 M" in text and "4089 M" in text  # parameters and MACs of ResNet-50
+
+
+def test_models_builds_none_and_writes_json(tmp_path, monkeypatch):
+    built = []
+    entries = tuple(dataclasses.replace(entry, build=lambda **_: built.append(1)) for entry in zoo.list_models())
+    monkeypatch.setattr("dfq_jax.zoo.registry._ENTRIES", entries)
+    succeed("models", "--json", tmp_path / "models.json")
+    assert not built
+    found = json.loads((tmp_path / "models.json").read_text())["models"]
+    assert [model["name"] for model in found] == [entry.name for entry in entries]
+    by_name = {model["name"]: model for model in found}
+    assert by_name["resnet50"] == {
+        "name": "resnet50",
+        "input": [224, 224, 3],
+        "classes": 1000,
+        "parameters": 25_557_032,
+        "macs": 4_089_184_256,
+        "float_top1": 76.13,
+        "weights": "--checkpoint",
+        "trained_on": "ImageNet-1k",
+        "source": "torchvision's ResNet50_Weights.IMAGENET1K_V1",
+    }
 
 
 @pytest.mark.parametrize("model", ["fashion_resnet20", "fashion_mobilenet", "user_nets:plain"])
@@ -267,6 +296,19 @@ def test_evaluate_repeats_what_quantize_measured(flags, tmp_path):
     assert f"{facts['quantized']['top1']:.2f}" in result.out
     # A file that names code is followed, but not in silence.
     assert ("running user_nets:linen" in result.err) == ("--model" not in flags)
+
+
+def test_folder_of_images_of_several_sizes(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    for index in range(130):  # more than one batch
+        pixels = images(1, 9 + index % 5)[0, :, : 9 + index % 3, 0]
+        (tmp_path / str(index % 3)).mkdir(exist_ok=True)
+        image_module.fromarray(pixels).save(tmp_path / str(index % 3) / f"{index}.png")
+    flags = ("--model", "user_nets:resized", "--json", tmp_path / "facts.json")
+    succeed("evaluate", "linen.safetensors", "--data", f"folder:{tmp_path}", *flags)
+    assert json.loads((tmp_path / "facts.json").read_text())["n"] == 130
+    refused = run("evaluate", "linen.safetensors", "--data", f"folder:{tmp_path}", "--model", "user_nets:linen")
+    assert refused.code and "the model takes images of 8x8x1, image 0 of folder:" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -391,6 +433,7 @@ REFUSED = {
     "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),
     "checkpoint missing": (("quantize", "fashion_resnet20", "--checkpoint", "absent.th"), "absent.th"),
     "checkpoint foreign": (("quantize", "fashion_resnet20", "--checkpoint", "noise.th"), "none of the formats"),
+    "checkpoint on the hub": (("quantize", "cifar_resnet20", "--checkpoint", "hf:a"), "'hf:a' is no reference to"),
     "checkpoint needed": (("quantize", "cifar_resnet20"), "comes without weights"),
     "checkpoint of function": ((*QUANTIZE, "--checkpoint", "noise.th"), "loads its own weights"),
     "data": ((*QUANTIZE, "--evaluate", "images"), "'images' names no data"),

@@ -1,17 +1,21 @@
 """Evaluation data: every kind of spec, and everything that must not load."""
 
+import importlib
 import importlib.resources
 import importlib.util
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from dfq_jax.data import Dataset, load_data
-from dfq_jax.zoo.checkpoint import read_npz
+from dfq_jax.zoo import Preprocessing
+from dfq_jax.zoo.arrays import read_npz
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("DFQ_JAX_DATA") or ROOT / ".." / "shared" / "data")
@@ -48,7 +52,7 @@ def refused(spec, match, error=ValueError, **options):
 )
 def test_dataset_is_validated(images, labels, error, match):
     with pytest.raises(error, match=match):
-        Dataset(name="here", images=images, labels=labels)
+        Dataset.from_arrays("here", images, labels)
 
 
 @pytest.mark.parametrize("spec", ["", "bundle", "npz", "npz:", "folder:", "tfds:", "csv:x", "bundled:x"])
@@ -73,7 +77,7 @@ def test_bundled():
     assert data.images.shape == (10_000, 28, 28, 1) and data.images.dtype == np.uint8
     assert data.labels.dtype == np.int32 and np.all(np.bincount(data.labels) == 1000)
     assert len(load_data("bundled", limit=7)) == 7
-    refused("bundled", "takes images of 32x32x3, bundled holds 28x28x1", input_shape=(1, 32, 32, 3))
+    refused("bundled", "takes images of 32x32x3, image 0 of bundled has 28x28x1", input_shape=(1, 32, 32, 3))
     refused("bundled", "num_classes: the model has 9 classes .*, but bundled has the label 9", num_classes=9)
 
 
@@ -109,7 +113,7 @@ def test_npz_refusals(file, tmp_path):
     refused(f"npz:{file}", "path: cannot read .*No such file")
     refused(f"npz:{tmp_path}", "path: cannot read")
     file.write_bytes(b"not an archive")
-    refused(f"npz:{file}", "is no npz file or truncated")
+    refused(f"npz:{file}", "cannot be read as npz: the zip archive is truncated or damaged")
     good = dict(images=pixels(3, 4, 4, 3), labels=np.arange(3))
 
     def attempt(match, error=ValueError, **changes):
@@ -132,7 +136,7 @@ def test_npz_refusals(file, tmp_path):
     np.savez(file, **good)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    refused(f"npz:{file}", "is no npz file or truncated")
+    refused(f"npz:{file}", "cannot be read as npz: the zip archive is truncated or damaged")
 
 
 def test_shared_cifar():
@@ -212,7 +216,11 @@ def test_folder_refusals(tmp_path, image_module):
 
     save(image_module, tmp_path / "sizes" / "0.png", pixels(4, 4, 3))
     save(image_module, tmp_path / "sizes" / "1.png", pixels(4, 5, 3))
-    refused(f"folder:{tmp_path / 'sizes'}", r"image '1\.png' has 4x5 pixels, '0\.png' has 4x4; resize")
+    sizes = f"folder:{tmp_path / 'sizes'}"
+    with pytest.raises(ValueError, match=r"image 1 of .* has 4x5x3 pixels, the first one 4x4x3"):
+        load_data(sizes).images  # noqa: B018
+    with pytest.raises(ValueError, match=r"the model takes images of 4x4x3, image 1 of .* has 4x5x3"):
+        load_data(sizes, input_shape=(1, 4, 4, 3)).images  # noqa: B018
 
     save(image_module, tmp_path / "names" / "cat.png", pixels(4, 4, 3))
     refused(f"folder:{tmp_path / 'names'}", "cat.png' must be the index of its class")
@@ -246,6 +254,95 @@ def test_shared_imagenet(image_module):
     assert 50 < data.images.mean() < 200
 
 
+# Batches
+
+
+def tiny_images(count=10, **changes):
+    fields = dict(name="tiny", size=count, read=lambda i: (np.full((2, 2, 1), i, np.uint8), i)) | changes
+    return Dataset(**fields)
+
+
+@pytest.mark.parametrize("workers", [None, 1, 3])
+def test_batches_are_in_order(workers):
+    found = list(tiny_images().batches(lambda x: x / 255, 4, workers=workers))
+    assert [x.shape for x, _ in found] == [(4, 2, 2, 1), (4, 2, 2, 1), (2, 2, 2, 1)]
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in found]), np.arange(10))
+    np.testing.assert_allclose(np.concatenate([x for x, _ in found])[:, 0, 0, 0], np.arange(10) / 255)
+
+
+def test_few_batches_are_made_ahead():
+    read = []
+
+    def slowly(index):
+        read.append(index)
+        return np.zeros((2, 2, 1), np.uint8), 0
+
+    batches = tiny_images(1000, read=slowly).batches(lambda x: x, 10, workers=2)
+    assert not read
+    for done in range(1, 20):
+        next(batches)
+        assert len(read) <= 10 * (done + 3)
+    batches.close()
+    assert len(read) < 300
+
+
+def test_errors_of_batches():
+    def broken(index):
+        if index == 7:
+            raise ValueError("spec: image '7.png' cannot be decoded")
+        return np.zeros((2, 2 + index // 5, 1), np.uint8), index
+
+    batches = tiny_images(read=broken).batches(lambda x: x, 5)
+    next(batches)
+    with pytest.raises(ValueError, match=r"'7\.png' cannot be decoded"):
+        next(batches)
+    varied = tiny_images(read=lambda i: (np.zeros((2, 2 + i, 1), np.uint8), 0))
+    with pytest.raises(ValueError, match=r"makes images 1\.\.\.1 of tiny 2x3x1, those before 2x2x1; it must"):
+        next(varied.batches(lambda x: x, 3))
+    with pytest.raises(ValueError, match=r"images 0\.\.\.3 of tiny: images: 2x2 pixels are too small to crop 3x3"):
+        next(tiny_images().batches(Preprocessing(mean=(0.0,), std=(1.0,), crop=3), 4))
+    with pytest.raises(ValueError, match="batch_size: expected a positive number of images, found 0"):
+        next(tiny_images().batches(lambda x: x, 0))
+    for wrong in (np.zeros((2, 2), np.uint8), np.zeros((2, 2, 1)), np.zeros((0, 2, 1), np.uint8)):
+        with pytest.raises(ValueError, match=r"image 0 of tiny is .*; expected \[H, W, C\] in uint8"):
+            tiny_images(read=lambda i, wrong=wrong: (wrong, 0))[0]
+    with pytest.raises(ValueError, match="label -1 in tiny is negative"):
+        tiny_images(read=lambda i: (np.zeros((2, 2, 1), np.uint8), -1))[3]
+    with pytest.raises(IndexError, match=r"index: expected 0\.\.\.9, found 10"):
+        tiny_images()[10]
+
+
+RESIZED = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, resize=24, crop=16, interpolation="bilinear")
+
+
+def photographs(image_module, count):
+    """Encoded JPEG images of several sizes and modes, with their pixels in RGB."""
+    for index in range(count):
+        size = (30 + 5 * (index % 3), 40 - 7 * (index % 2))
+        gray = index % 4 == 3
+        image = image_module.fromarray(pixels(*size) if gray else pixels(*size, 3))
+        if index == 5:
+            image = image.convert("CMYK")
+        stream = io.BytesIO()
+        image.save(stream, "jpeg")
+        with image_module.open(io.BytesIO(stream.getvalue())) as decoded:
+            yield stream.getvalue(), np.asarray(decoded.convert("RGB"))
+
+
+def test_folder_of_varied_sizes(tmp_path, image_module):
+    expected = []
+    for label, (content, image) in enumerate(photographs(image_module, 11)):
+        (tmp_path / f"{label:02}.JPEG").write_bytes(content)
+        expected.append(RESIZED(image[None])[0])
+    data = load_data(f"folder:{tmp_path}", channels=3, num_classes=11)
+    found = list(data.batches(RESIZED, 4))
+    assert [x.shape for x, _ in found] == [(4, 16, 16, 3), (4, 16, 16, 3), (3, 16, 16, 3)]
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in found]), np.stack(expected))
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in found]), np.arange(11))
+    with pytest.raises(ValueError, match=r"images: image 1 of .* has"):
+        data.images  # noqa: B018
+
+
 # Without the extras
 
 
@@ -269,7 +366,7 @@ def test_missing_extra_is_named(spec, modules, extra, monkeypatch):
 # TensorFlow Datasets, without TensorFlow
 
 PREPARE = """
-import io, sys
+import io, pathlib, sys
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -282,12 +379,12 @@ def png(array):
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
-    keys, size = ("image", "label"), 6
+    keys, size, encoding = ("image", "label"), 6, "png"
 
     def _info(self):
         image, label = self.keys
         features = {
-            image: tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            image: tfds.features.Image(shape=(None, None, 3), encoding_format=self.encoding),
             label: tfds.features.ClassLabel(num_classes=3),
         }
         supervised = None if image == "x" else self.keys
@@ -313,7 +410,27 @@ class TinyKeys(Tiny):
 class TinyOther(Tiny):
     keys = ("x", "y")
 
-for builder in (Tiny, TinySizes, TinyKeys, TinyOther):
+class Imagenet2012(Tiny):  # as the real one is prepared: JPEG files of several sizes
+    VERSION = tfds.core.Version("5.1.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=1000),
+            "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, manager):
+        return {"validation": self._generate_examples(0)}
+
+    def _generate_examples(self, count):
+        for path in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+            yield path.name, {"image": str(path), "label": int(path.stem), "file_name": path.name}
+
+for builder in (Tiny, TinySizes, TinyKeys, TinyOther, Imagenet2012):
     builder(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 assert "tensorflow" not in sys.modules
 """
@@ -325,10 +442,16 @@ def prepared(tmp_path_factory):
     for module in ("tensorflow_datasets", "array_record", "importlib_resources", "PIL"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
+    from PIL import Image
+
     folder = tmp_path_factory.mktemp("tfds")
+    photos = folder / "photos"
+    photos.mkdir()
+    for label, (content, _) in enumerate(photographs(Image, 11)):
+        (photos / f"{label:02}.jpeg").write_bytes(content)
     script = folder / "prepare.py"
     script.write_text(PREPARE)
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, cwd=folder)
+    done = subprocess.run([sys.executable, script, folder, photos], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -348,6 +471,48 @@ def test_tfds(prepared, monkeypatch):
         assert "tensorflow" not in sys.modules
 
 
+def test_imagenet_of_tfds(prepared):
+    """The same pixels as of a folder of the same files, whatever their order."""
+    folder = load_data(f"folder:{prepared / 'photos'}", channels=3)
+    expected = {label: x for x, (label,) in folder.batches(RESIZED, 1)}
+    data = load_data("tfds:imagenet2012/validation", data_dir=prepared, channels=3, num_classes=1000)
+    assert len(data) == 11
+    labels = []
+    for x, batch in data.batches(RESIZED, 4):
+        for image, label in zip(x, batch, strict=True):
+            np.testing.assert_array_equal(image, expected[label][0])
+        labels += batch.tolist()
+    assert sorted(labels) == list(range(11))
+    refused("tfds:imagenet2012/validation", "has 1000", data_dir=prepared, num_classes=10)
+
+
+def test_tfds_of_arrays_and_of_encoded_files(prepared, monkeypatch):
+    """Whatever a source gives: arrays already decoded, gray ones without an axis for channels, files as bytes."""
+    import tensorflow_datasets as tfds
+
+    array = load_data("tfds:tiny/test", data_dir=prepared)[0][0]
+    stream = io.BytesIO()
+    importlib.import_module("PIL.Image").fromarray(array).save(stream, "png")
+    features = {"image": tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8), "label": None}
+    info = types.SimpleNamespace(supervised_keys=None, features=features)
+
+    class Source(list):
+        dataset_info = info
+
+    for image in (array, stream.getvalue(), np.array(stream.getvalue(), object)):
+        monkeypatch.setattr(tfds, "data_source", lambda *_, image=image, **__: Source([{"image": image, "label": 3}]))
+        found, label = load_data("tfds:any/test")[0]
+        np.testing.assert_array_equal(found, array)
+        assert label == 3
+    gray = Source([{"image": array[..., 0], "label": np.int64(1)}])
+    monkeypatch.setattr(tfds, "data_source", lambda *_, **__: gray)
+    assert load_data("tfds:any/test")[0][0].shape == (8, 8, 1)
+    gray[0]["label"] = np.zeros(10)
+    refused("tfds:any/test", r"the label of image 0 of 'any' is float64 \(10,\), no integer")
+    monkeypatch.setattr(tfds, "data_source", lambda *_, **__: Source())
+    refused("tfds:any/test", "split 'test' of 'any' is empty")
+
+
 def test_tfds_data_dir_from_the_environment(prepared):
     code = "from dfq_jax.data import load_data; print(len(load_data('tfds:tiny/test')))"
     environment = os.environ | {"TFDS_DATA_DIR": str(prepared), "PYTHONPATH": str(ROOT)}
@@ -364,7 +529,9 @@ def test_tfds_refusals(prepared, tmp_path):
     with pytest.raises(ValueError, match="'test' of 'no_such_data'") as caught:
         load_data("tfds:no_such_data/test", data_dir=prepared)
     assert len(str(caught.value)) < 1200
-    refused("tfds:tiny_sizes/test", "only data sets with images of one size", data_dir=prepared)
+    with pytest.raises(ValueError, match="image 1 of tfds:tiny_sizes/test has "):
+        load_data("tfds:tiny_sizes/test", data_dir=prepared).images  # noqa: B018
+    refused("tfds:tiny/test", "the model has 2 classes, but 'tiny' has 3", data_dir=prepared, num_classes=2)
     refused("tfds:tiny_other/test", "'tiny_other' has no 'image' and 'label'; it has x, y", data_dir=prepared)
 
 

@@ -12,17 +12,32 @@ def scores(variables, x):
     return x.reshape(x.shape[0], -1) @ variables
 
 
+def batches(images, size):
+    labels = np.arange(len(images), dtype=np.int32)
+    return [(images[i : i + size] / np.float32(255), labels[i : i + size]) for i in range(0, len(images), size)]
+
+
 @pytest.mark.parametrize(("classes", "columns"), [(3, 1), (5, 1), (6, 5), (20, 5)])
 def test_predictions_are_sorted(classes, columns):
     weights = rng.normal(size=(12, classes)).astype(np.float32)
     images = rng.integers(0, 256, (23, 2, 2, 3), np.uint8)
     seen = []
-    found = predict(
-        scores, weights, images, lambda x: x / np.float32(255), batch_size=5, on_progress=lambda *p: seen.append(p)
-    )
+    found, labels = predict(scores, weights, batches(images, 5), on_progress=seen.append)
     expected = np.argsort(-(images.reshape(23, -1) / 255 @ weights), axis=1)[:, :columns]
     np.testing.assert_array_equal(found, expected)
-    assert seen == [(5, 23), (10, 23), (15, 23), (20, 23), (23, 23)]
+    np.testing.assert_array_equal(labels, np.arange(23))
+    assert seen == [5, 10, 15, 20, 23]
+
+
+def test_one_size_of_batch_is_compiled():
+    shapes = []
+
+    def traced(variables, x):
+        shapes.append(x.shape)
+        return scores(variables, x)
+
+    predict(traced, np.zeros((12, 3), np.float32), batches(rng.integers(0, 256, (23, 2, 2, 3), np.uint8), 5))
+    assert shapes == [(5, 2, 2, 3)]
 
 
 def test_accuracy():
@@ -41,10 +56,14 @@ def test_margins_are_those_of_wilson():
     assert found.top5_margin == pytest.approx(found.margin)
 
 
+@pytest.mark.untyped
 def test_bad_input():
     with pytest.raises(ValueError, match="predicted: expected"):
         accuracy(np.zeros(3, int), np.zeros(3, int))
     with pytest.raises(ValueError, match="reference: expected"):
         accuracy(np.zeros((3, 1), int), np.zeros(3, int), np.zeros((2, 1), int))
     with pytest.raises(ValueError, match="found none to evaluate on"):
-        predict(scores, np.zeros((12, 3)), np.zeros((0, 2, 2, 3), np.uint8), lambda x: x)
+        predict(scores, np.zeros((12, 3)), [])
+    growing = batches(np.zeros((2, 2, 2, 3), np.uint8), 2) + batches(np.zeros((3, 2, 2, 3), np.uint8), 3)
+    with pytest.raises(ValueError, match="one has 3 images, the first 2"):
+        predict(scores, np.zeros((12, 3), np.float32), growing)

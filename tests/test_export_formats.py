@@ -149,7 +149,7 @@ def test_tflite_predicts_as_the_simulation_of_the_bundled_networks(name, tmp_pat
     model = load_model(name)
     recipe = dfq_jax.RECIPES["fast"].replace(synthesis_steps=50, synthesis_num_images=32)
     net = dfq_jax.quantize(model.module, model.variables, input_shape=model.input_shape, recipe=recipe)
-    x = load_data("fashion", model.preprocessing, limit=500).images
+    x = model.preprocessing(load_data("bundled", limit=500).images)
     TFLiteExporter().write(net, tmp_path / "net.tflite")
     assert agreement(TFLiteExporter().open(tmp_path / "net.tflite")(x), np.asarray(net(x))) >= 0.99
 

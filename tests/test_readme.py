@@ -40,6 +40,8 @@ def test_commands_run(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     for command in commands():
+        if "ORG/REPO" in command:
+            continue  # a placeholder
         assert not main(shlex.split(command)[1:]), command
 
 

@@ -264,10 +264,10 @@ def shared_checkpoint():
 
 
 def refused(path, match):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=match) as caught:
         read_torch(path)
-    assert time.perf_counter() - start < 5  # seconds, on a busy machine
+    assert time.process_time() - start < 5  # seconds of CPU: the machine may be busy
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -408,7 +408,7 @@ def test_memory_and_time_bombs(path):
 
 
 def test_too_many_opcodes(path, monkeypatch):
-    monkeypatch.setattr("dfq_jax.zoo.torch_reader._MAX_OPCODES", 1000)
+    monkeypatch.setattr("dfq_jax.zoo.torch_pickle._MAX_OPCODES", 1000)
     refused(write_zip(path, b"}" * 1000 + dictionary(w=tensor())), "more than 1000 opcodes")
 
 
@@ -416,7 +416,7 @@ def test_limits_of_sizes(path, monkeypatch):
     write_zip(path, dictionary(w=tensor()))
     monkeypatch.setattr("dfq_jax.zoo.torch_reader._MAX_PICKLE_BYTES", 10)
     refused(path, "pickle is larger")
-    monkeypatch.setattr("dfq_jax.zoo.torch_reader._MAX_BYTES", 100)
+    monkeypatch.setattr("dfq_jax.zoo.torch_reader.MAX_BYTES", 100)
     refused(path, "bytes are more than")
 
 

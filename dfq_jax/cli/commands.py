@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,16 +38,17 @@ ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 Data = Annotated[str, arg(metavar="DATA", help=DATA_HELP)]
 OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
 OptionalData = Annotated[str | None, arg(metavar="DATA", help=DATA_HELP)]
+Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
 Count = Annotated[int | None, arg(metavar="N")]
 Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
 
 
-def inspect(model: Positional[ModelName], *, checkpoint: OptionalFile = None) -> None:
+def inspect(model: Positional[ModelName], *, checkpoint: Weights = None) -> None:
     """Print the layers that are found in a network, and what would not be quantized.
 
     Args:
-        checkpoint: Weights for a model of the zoo; its structure is shown without, too.
+        checkpoint: Weights for a model of the zoo, as for quantize; its structure is shown without, too.
     """
     print(resolve(model, checkpoint, weights=False).graph.table())
 
@@ -54,7 +56,7 @@ def inspect(model: Positional[ModelName], *, checkpoint: OptionalFile = None) ->
 def quantize(
     model: Positional[ModelName],
     *,
-    checkpoint: OptionalFile = None,
+    checkpoint: Weights = None,
     recipe: str = "fast",
     bits: str = "w8a8",
     edge_bits: Bits = 8,
@@ -71,7 +73,8 @@ def quantize(
     """Quantize a network without data.
 
     Args:
-        checkpoint: Weights for a model of the zoo: safetensors, npz, Flax msgpack or a torch state dict.
+        checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict) or
+            hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
         recipe: fast, paper or noise.
         bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
         edge_bits: Bits of the first and the last layer; none for the same as all others.
@@ -115,17 +118,17 @@ def quantize(
         seconds = dict(quantized.report.seconds)
         before = after = None
         if data is not None:
-            reference, seconds["evaluate_float"] = reporter.timed(
-                "evaluating the float network", target.classify, *target.traced_function, data.images
+            (reference, labels), seconds["evaluate_float"] = reporter.timed(
+                "evaluating the float network", target.classify, *target.traced_function, data
             )
-            found, seconds["evaluate_quantized"] = reporter.timed(
+            (found, _), seconds["evaluate_quantized"] = reporter.timed(
                 "evaluating the quantized network",
                 target.classify,
                 quantized.apply,
                 quantized.variables,
-                data.images,
+                data,
             )
-            before, after = accuracy(reference, data.labels), accuracy(found, data.labels, reference)
+            before, after = accuracy(reference, labels), accuracy(found, labels, reference)
     if output is not None:
         quantized.save(output, model=model, seed=seed)
     print(quantized.report.table())
@@ -178,10 +181,10 @@ def evaluate(
     images = target.load_data(data, limit)
     with open_display() as display:
         apply_fn = quantized.apply_integer if integer else quantized.apply
-        found, seconds = Reporter(display).timed(
-            "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images.images
+        (found, labels), seconds = Reporter(display).timed(
+            "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images
         )
-    result = accuracy(found, images.labels)
+    result = accuracy(found, labels)
     name_of_bits = quantized.convention.name.upper()
     row = (name_of_bits, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
     print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
@@ -192,23 +195,53 @@ def evaluate(
         write_json(json, {"model": name, "file": str(file), **measured, **_description(quantized, timing)})
 
 
-def models() -> None:
-    """List the models of the zoo."""
-    header = ("name", "input", "classes", "parameters", "float top-1 %", "weights", "trained on", "source")
-    rows = [
-        (
-            entry.name,
-            "x".join(map(str, entry.input_shape[1:])),
-            str(entry.num_classes),
-            str(entry.num_parameters),
-            "" if entry.float_top1 is None else f"{entry.float_top1:.2f}",
-            _origin(entry.weights),
-            entry.trained_on,
-            entry.source,
-        )
+def models(*, json: OptionalFile = None) -> None:
+    """List the models of the zoo.
+
+    Top-1 is that of the float network as its source published it, or as measured for the bundled ones.
+
+    Args:
+        json: Write the list, for machines.
+    """
+    check_targets(json)
+    facts = [
+        {
+            "name": entry.name,
+            "input": list(entry.input_shape[1:]),
+            "classes": entry.num_classes,
+            "parameters": entry.num_parameters,
+            "macs": entry.macs,
+            "float_top1": entry.float_top1,
+            "weights": _origin(entry.weights),
+            "trained_on": entry.trained_on,
+            "source": entry.source,
+        }
         for entry in zoo.list_models()
     ]
-    print_table(header, rows, right=("classes", "parameters", "float top-1 %"))
+    header = ("name", "input", "classes", "parameters", "MACs", "float top-1 %", "weights", "trained on", "source")
+    rows = [
+        (
+            model["name"],
+            "x".join(map(str, model["input"])),
+            str(model["classes"]),
+            _short(model["parameters"]),
+            _short(model["macs"]),
+            "" if model["float_top1"] is None else f"{model['float_top1']:.2f}",
+            model["weights"],
+            model["trained_on"],
+            model["source"],
+        )
+        for model in facts
+    ]
+    print_table(header, rows, right=("classes", "parameters", "MACs", "float top-1 %"))
+    if json is not None:
+        write_json(json, {"models": facts})
+
+
+def _short(number: int) -> str:
+    """In millions, with three digits at least."""
+    millions = number / 1e6
+    return f"{millions:.{max(0, 2 - math.floor(math.log10(millions)))}f} M"
 
 
 def _origin(weights: str | PackagedWeights | None) -> str:

@@ -54,8 +54,8 @@ def demo(*, json: Annotated[Path | None, arg(metavar="FILE")] = None) -> None:
     data = model.load_data(DATA)
     with open_display() as display:
         reporter = Reporter(display)
-        reference, seconds = reporter.timed("float: evaluating", model.classify, *model.traced_function, data.images)
-        before = accuracy(reference, data.labels)
+        (reference, labels), seconds = reporter.timed("float: evaluating", model.classify, *model.traced_function, data)
+        before = accuracy(reference, labels)
         rows = [("float", "", "", "", "", with_margin(before), "", "")]
         results: list[dict[str, Any]] = []
         for name in DEMONSTRATED:
@@ -71,10 +71,10 @@ def demo(*, json: Annotated[Path | None, arg(metavar="FILE")] = None) -> None:
                 on_progress=reporter.on_progress,
                 on_stage=reporter.on_stage,
             )
-            found, evaluated = reporter.timed(
-                "evaluating", model.classify, quantized.apply, quantized.variables, data.images
+            (found, _), evaluated = reporter.timed(
+                "evaluating", model.classify, quantized.apply, quantized.variables, data
             )
-            after = accuracy(found, data.labels, reference)
+            after = accuracy(found, labels, reference)
             stages = quantized.report.seconds
             rows.append(
                 (

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional, arg
 
-from dfq_jax.cli.models import EVALUATION_BATCH, Model, model_of, resolve
+from dfq_jax.cli.models import Model, Progress, model_of, resolve
 from dfq_jax.cli.output import check_targets, environment, print_table, write_json
 from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.evaluation import Progress, sqnr
+from dfq_jax.data import Dataset
+from dfq_jax.evaluation import sqnr
 from dfq_jax.export import Runner, get_exporter
 from dfq_jax.quantized import Quantized, load
 
@@ -71,13 +72,13 @@ def export(
 
 
 def _both(
-    quantized: Quantized, run: Runner, target: Model, data: Any, on_progress: Progress
+    quantized: Quantized, run: Runner, target: Model, data: Dataset, on_progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[N, classes]` of the network as simulated here, and as the runtime gives them."""
-    pairs = []
-    for start in range(0, len(data.images), EVALUATION_BATCH):
-        x = np.asarray(target.preprocessing(data.images[start : start + EVALUATION_BATCH]), np.float32)
+    pairs, done = [], 0
+    for x, _ in target.batches(data):
         pairs.append((np.asarray(quantized.graph.logits(quantized(jnp.asarray(x)))), np.asarray(run(x))))
-        on_progress(start + len(x), len(data.images))
+        done += len(x)
+        on_progress(done, len(data))
     ours, theirs = map(np.concatenate, zip(*pairs, strict=True))
     return ours, theirs

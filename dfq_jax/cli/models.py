@@ -8,7 +8,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dfq_jax.zoo.registry import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.
 EVALUATION_BATCH = 100
+Progress = Callable[[int, int], None]  # images done, images in all
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
@@ -40,6 +41,7 @@ class Model:
       input_shape: shape of its input, `[N, H, W, C]`.
       preprocessing: maps raw images `[N, H, W, C]`, uint8, to its input.
       resizes: preprocessing may change the size of images.
+      channels: of raw images, 1 or 3; None for what they have.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Model:
     input_shape: tuple[int, ...]
     preprocessing: Callable[[np.ndarray], Any]
     resizes: bool = False
+    channels: int | None = None
 
     @functools.cached_property
     def function(self) -> tuple[ApplyFn, Any]:
@@ -74,33 +77,36 @@ class Model:
         if not classes:
             raise ValueError(f"{self.name} gives no class scores [N, classes]: accuracy is not defined")
         shape = None if self.resizes else self.input_shape
-        data = load_data(spec, limit=limit, input_shape=shape, num_classes=classes)
-        found = np.shape(_guarded("preprocessing", lambda: self.preprocessing(data.images[:1])))
+        data = load_data(spec, limit=limit, input_shape=shape, channels=self.channels, num_classes=classes)
+        image = data[0][0][None]
+        found = np.shape(_guarded("preprocessing", lambda: self.preprocessing(image)))
         if found[1:] != self.input_shape[1:]:
             raise ValueError(f"{spec}: preprocessed images are {found[1:]}, {self.name} takes {self.input_shape[1:]}")
         return data
 
+    def batches(self, data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Preprocessed images with their labels."""
+        return data.batches(self.preprocessing, EVALUATION_BATCH)
+
     def classify(
-        self, apply_fn: ApplyFn, variables: Any, images: np.ndarray, on_progress: Callable[[int, int], None]
-    ) -> Int[np.ndarray, "n k"]:
-        """The likeliest classes that this network, or a quantized form of it, sees in raw images."""
+        self, apply_fn: ApplyFn, variables: Any, data: Dataset, on_progress: Progress
+    ) -> tuple[Int[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
+        """The likeliest classes that this network, or a quantized form of it, sees in images; and their labels."""
         return predict(
             apply_fn,
             variables,
-            images,
-            self.preprocessing,
+            self.batches(data),
             logits=self.graph.logits,
-            batch_size=EVALUATION_BATCH,
-            on_progress=on_progress,
+            on_progress=lambda done: on_progress(done, len(data)),
         )
 
 
-def resolve(name: str, checkpoint: Path | None = None, *, weights: bool = True) -> Model:
+def resolve(name: str, checkpoint: str | Path | None = None, *, weights: bool = True) -> Model:
     """Find a model.
 
     Args:
       name: a zoo name, or `package.module:function`; the current folder is importable.
-      checkpoint: a file of weights, for a model of the zoo.
+      checkpoint: a file of weights or a reference to the Hugging Face hub, for a model of the zoo.
       weights: whether the weights are needed; without them, models of the zoo have shapes only.
 
     Raises:
@@ -130,6 +136,7 @@ def resolve(name: str, checkpoint: Path | None = None, *, weights: bool = True) 
         input_shape=tuple(entry.input_shape),
         preprocessing=steps,
         resizes=steps.resize is not None or steps.crop is not None,
+        channels=steps.channels,
     )
 
 

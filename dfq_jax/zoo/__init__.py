@@ -9,7 +9,9 @@ model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
 
 from dfq_jax.zoo.checkpoint import load_checkpoint
 from dfq_jax.zoo.layouts import LAYOUTS, Layout, Rule
-from dfq_jax.zoo.registry import Preprocessing, Size, ZooEntry, ZooModel, list_models, load_model
+from dfq_jax.zoo.loading import ZooModel, load_model
+from dfq_jax.zoo.preprocessing import Preprocessing
+from dfq_jax.zoo.registry import Size, ZooEntry, list_models
 from dfq_jax.zoo.torch_reader import read_torch
 
 __all__ = [

@@ -1,67 +1,113 @@
 """Loads trained weights of other programs into the variables of a Flax module, all of them or none.
 
-Reading has two steps: a file becomes a flat dictionary of names and arrays, whatever its format; then a
-layout, a table of rules, says for every name where in the variables it belongs and how its axes are turned.
+Reading has two steps: a file becomes a flat table of names and arrays, whatever its format; then a layout, a table of
+rules, says for every name where in the variables it belongs and how its axes are turned.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.serialization
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+from flax import nnx
 
+from dfq_jax.adapters import inference_arguments
+from dfq_jax.zoo import hub
+from dfq_jax.zoo.arrays import Readers, open_arrays
 from dfq_jax.zoo.layouts import FLAX, LAYOUTS, TRANSFORMS, Layout, Rule
-from dfq_jax.zoo.torch_reader import check_archive, read_member, read_torch
+from dfq_jax.zoo.registry import ZooEntry, find_model
 
-__all__ = ["flatten_names", "load_checkpoint", "read_arrays", "read_npz"]
+__all__ = ["flatten_names", "load_checkpoint"]
 
-_FORMATS = "safetensors, torch (.pth, .pt, .th), npz, Flax msgpack"
-# Compressed images may be mostly background; 1032 is what deflate can reach at all.
-_NPZ_EXPANSION = 200
-_NPZ_FLOOR = 64 << 20
+
+Model = Mapping[str, Any] | str | ZooEntry | nn.Module | nnx.Module
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], template: Mapping[str, Any], layout: Layout | str | None = None
+    path: str | os.PathLike[str],
+    model: Model,
+    layout: Layout | str | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Loads a checkpoint into the structure of a module's variables; never a part of it.
+    """Loads a checkpoint into the structure of a model's variables; never a part of it.
+
+    Arrays are read one at a time: a file takes little more memory than the result.
 
     Args:
         path: a safetensors, torch (zip or legacy format), npz or Flax msgpack file, recognized by its
-            content.
-        template: the variables as nested dictionaries of `jax.ShapeDtypeStruct` (or arrays), for example
-            ``jax.eval_shape(module.init, key, x)``.
+            content; or ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
+        model: what the variables are of: a name of `list_models`, a `ZooEntry`, a Linen module (with
+            `input_shape`), an NNX module, or the variables themselves as nested dictionaries of
+            `jax.ShapeDtypeStruct` (or arrays), for example ``jax.eval_shape(module.init, key, x)``.
         layout: how the file names its arrays: a `Layout`, the name of one of `LAYOUTS`, or None to recognize
             it.
+        input_shape: shape ``(N, H, W, C)`` of a Linen module's input.
 
     Returns:
-        Nested dictionaries as in `template`, with numpy arrays of its shapes and dtypes.
+        The variables as nested dictionaries of numpy arrays, in the model's shapes and dtypes: the collections
+        of a Linen module, or the state of an NNX module without its random streams as a pure dictionary, as
+        `dfq_jax.quantize` and `as_function` take them. The module itself is left as it is.
 
     Raises:
-        TypeError: if `template` is not made of nested dictionaries of shapes.
-        ValueError: if the file cannot be read, its layout is unknown, or names are missing, unexpected or of
-            another shape or kind than the template's; the message names them.
+        TypeError: if `model` is none of the above.
+        ValueError: if the file cannot be read or downloaded, its layout is unknown, or names are missing,
+            unexpected or of another shape or kind than the model's; the message names them.
+        ImportError: for ``hf:`` without huggingface_hub.
     """
-    wanted = flatten_names(template, argument="template")
+    template = _template(model, input_shape)
+    wanted = flatten_names(template, argument="model")
     for name, leaf in wanted.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(f"template: {name!r} is a {type(leaf).__name__}; expected a jax.ShapeDtypeStruct")
-    arrays = read_arrays(path)
-    layout = _find_layout(layout, arrays, wanted, path)
+            raise TypeError(f"model: {name!r} is a {type(leaf).__name__}; expected a jax.ShapeDtypeStruct")
+    with open_arrays(hub.local_file(path)) as readers:
+        layout = _find_layout(layout, readers, wanted, path)
+        placed, problems = _place(readers, layout, wanted)
+    if problems:
+        raise ValueError(
+            f"path: {os.fspath(path)!r}, read in the layout {layout.name!r}, does not fit the model; "
+            "nothing was loaded.\n  " + "\n  ".join(problems) + "\nIs the checkpoint of this model?"
+        )
+    return _unflatten_like(template, placed)
 
+
+def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any]:
+    """The model's variables as shapes."""
+    if isinstance(model, nn.Module):
+        if input_shape is None:
+            raise ValueError("input_shape: a Linen module's variables depend on it; give (1, H, W, C)")
+        image = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32)
+        init = functools.partial(model.init, **inference_arguments(type(model).__call__))
+        return jax.eval_shape(init, jax.random.key(0), image)
+    if input_shape is not None:
+        raise ValueError("input_shape: only a Linen module needs it; the variables of other models are known")
+    if isinstance(model, str):
+        model = find_model(model)
+    if isinstance(model, ZooEntry):
+        return model.template()
+    if isinstance(model, nnx.Module):
+        return nnx.to_pure_dict(nnx.split(model, nnx.RngState, ...)[2])
+    if not isinstance(model, Mapping):
+        raise TypeError(
+            "model: expected a name of the zoo, an entry of it, a Linen or NNX module, or nested dictionaries of "
+            f"shapes, found {type(model).__name__}"
+        )
+    return model
+
+
+def _place(readers: Readers, layout: Layout, wanted: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays by their names in the model, and all that is wrong with them."""
     sources: dict[str, str] = {}
     placed: dict[str, np.ndarray] = {}
     unexpected: list[str] = []
     misfits: list[str] = []
-    for name, array in arrays.items():
+    for name, read in readers.items():
         place = layout.place(name)
         if place is not None and place[1] is None:
             continue
@@ -69,28 +115,18 @@ def load_checkpoint(
         if target is None:
             unexpected.append(name)
             continue
-        rule = place[0]
         if target in sources:
             misfits.append(f"{name}: goes to {target}, as does {sources[target]}")
             continue
         sources[target] = name
-        fitted = _fit(array, rule, wanted[target])
+        fitted = _fit(read(), place[0], wanted[target])
         if isinstance(fitted, str):
             misfits.append(f"{name}: {fitted}")
         else:
             placed[target] = fitted
     missing = [name for name in wanted if name not in sources]
-    problems = [
-        f"{title}: {_some(names)}"
-        for title, names in (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"path: {os.fspath(path)!r}, read in the layout {layout.name!r}, does not fit the model; "
-            "nothing was loaded.\n  " + "\n  ".join(problems) + "\nIs the checkpoint of this model?"
-        )
-    return _unflatten_like(template, placed)
+    kinds = (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
+    return placed, [f"{title}: {_some(names)}" for title, names in kinds if names]
 
 
 def _find_layout(
@@ -196,118 +232,3 @@ def _unflatten_like(template: Mapping[Any, Any], arrays: Mapping[str, np.ndarray
         name = f"{prefix}/{key}" if prefix else str(key)
         result[key] = _unflatten_like(value, arrays, name) if isinstance(value, Mapping) else arrays[name]
     return result
-
-
-# Files
-
-
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the named arrays of a file; the format is recognized by content, not by the file's name.
-
-    Args:
-        path: a safetensors, torch, npz or Flax msgpack file.
-
-    Returns:
-        Name to array; nested names of a msgpack file joined with '/'.
-
-    Raises:
-        ValueError: if there is no such file, it is in none of the formats, or is damaged.
-    """
-    shown = repr(os.fspath(path))
-    try:
-        size = os.stat(path).st_size
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise ValueError(f"path: cannot read {shown}: {error.strerror or error}") from error
-    if start.startswith(b"PK\x03\x04"):
-        return read_torch(path) if _holds_pickle(path) else read_npz(path)
-    if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-        return _read_safetensors(path, shown)
-    if start[:1] == b"\x80":
-        return read_torch(path)
-    if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
-        return _read_msgpack(path, shown)
-    what = "is empty" if not start else f"starts with {start!r}"
-    raise ValueError(f"path: {shown} {what}, which is none of the formats read here: {_FORMATS}")
-
-
-def _holds_pickle(path: Any) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
-    except Exception as error:
-        raise ValueError(f"path: the zip archive {os.fspath(path)!r} is damaged ({error})") from error
-
-
-def _read_safetensors(path: Any, shown: str) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: {shown} is a damaged or unsupported safetensors file: {error}") from error
-
-
-def _read_msgpack(path: Any, shown: str) -> dict[str, np.ndarray]:
-    try:
-        with open(path, "rb") as file:
-            tree = flax.serialization.msgpack_restore(file.read())
-    except Exception as error:  # msgpack's own exceptions, and whatever Flax makes of wrong contents
-        raise ValueError(f"path: {shown} is no Flax msgpack file or damaged: {error}") from error
-    try:
-        leaves = flatten_names(tree)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"path: {shown} does not hold nested names: {error}") from error
-    odd = [name for name, leaf in leaves.items() if not isinstance(leaf, (np.ndarray, np.generic))]
-    if odd:
-        raise ValueError(f"path: {shown} holds {odd[0]!r}, a {type(leaves[odd[0]]).__name__}, no array")
-    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
-
-
-def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the arrays of an npz file, without pickles, believing no declared size.
-
-    `numpy.load` allocates what a member's header declares before it reads the data; here the header must
-    agree with the size of the member.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Name to array, read-only.
-
-    Raises:
-        ValueError: if there is no such file, it is no npz file, is damaged, or holds Python objects.
-    """
-    shown = repr(os.fspath(path))
-    try:
-        size = os.stat(path).st_size
-        with zipfile.ZipFile(path) as archive:
-            check_archive(archive, size, floor=_NPZ_FLOOR, expansion=_NPZ_EXPANSION)
-            names = archive.namelist()
-            return {name.removesuffix(".npy"): _parse_npy(name, read_member(archive, name)) for name in names}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"path: {shown} is no npz file or truncated ({error})") from error
-    except OSError as error:
-        raise ValueError(f"path: cannot read {shown}: {error.strerror or error}") from error
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"path: {shown} cannot be read as npz: {error}") from error
-
-
-def _parse_npy(name: str, raw: bytes) -> np.ndarray:
-    stream = io.BytesIO(raw)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except KeyError as error:
-        raise ValueError(f"member {name!r} is in npy format {error}, which is not read here") from error
-    except Exception as error:  # the header is a Python literal; anything may be wrong with it
-        raise ValueError(f"member {name!r} is no npy array: {error}") from error
-    if dtype.hasobject:
-        raise ValueError(f"member {name!r} holds Python objects, stored as a pickle: refused")
-    start = stream.tell()
-    count = 1
-    for extent in shape:
-        count *= extent
-    if any(extent < 0 for extent in shape) or count * dtype.itemsize != len(raw) - start:
-        raise ValueError(f"member {name!r} declares {dtype} {shape} but has {len(raw) - start} bytes")
-    return np.frombuffer(raw, dtype, count, start).reshape(shape, order="F" if fortran else "C")

