@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
-from test_integer import quantized
+from test_runtime import quantized
 
 from dfq_jax.convention import Convention
 from dfq_jax.execute import apply_quantized

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
-from test_integer import EVERYTHING, quantized
+from test_runtime import EVERYTHING, quantized
 
-from dfq_jax import kernels, policy
-from dfq_jax.integer import apply_integer, compile_integer
-from dfq_jax.kernels import HEADER, kernel_table, measure_policy, paired_times, self_test
-from dfq_jax.policy import FLOAT, INT8, UNQUANTIZED, WEIGHT_ONLY, Policy, decide, default_policy, largest_sum
 from dfq_jax.qtensor import params_from_range, quantize_tensor
+from dfq_jax.runtime import apply_integer, compile_integer, kernel_table, measure_policy, policy, timing
+from dfq_jax.runtime import self_test as testing
+from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED, WEIGHT_ONLY, Policy, decide, default_policy, largest_sum
+from dfq_jax.runtime.self_test import self_test, signature
+from dfq_jax.runtime.table import HEADER
+from dfq_jax.runtime.timing import paired_times
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,13 @@ def test_sums_beyond_int32_run_as_float(monkeypatch):
 
 def test_self_test_runs_once_for_each_shape(monkeypatch):
     graph, _, _, _ = quantized(model_grid.cifar_resnet8, "w8a8", "quantized")
-    monkeypatch.setattr(kernels, "_PASSED", {})
+    monkeypatch.setattr(testing, "_PASSED", {})
     calls = []
-    original = kernels.integer_sums
-    monkeypatch.setattr(kernels, "integer_sums", lambda *args: calls.append(args) or original(*args))
+    original = testing.integer_sums
+    monkeypatch.setattr(testing, "integer_sums", lambda *args: calls.append(args) or original(*args))
     names = [layer.name for layer in graph.layers]
     assert all(self_test(graph, names, EVERYTHING).values())
-    shapes = {kernels.signature(graph, name, "int32") for name in names}
+    shapes = {signature(graph, name, "int32") for name in names}
     assert len(calls) == len(shapes) < len(names) + 1
     assert all(self_test(graph, names, EVERYTHING).values()) and len(calls) == len(shapes)
 
@@ -105,14 +107,14 @@ def test_self_test_runs_once_for_each_shape(monkeypatch):
 def test_self_test_catches_a_wrong_kernel(monkeypatch):
     """As if this backend computed strided convolutions without their last input channel."""
     graph, qvariables, x, expected = quantized(model_grid.cifar_resnet8, "w8a8", "quantized")
-    monkeypatch.setattr(kernels, "_PASSED", {})
-    original = kernels.integer_sums
+    monkeypatch.setattr(testing, "_PASSED", {})
+    original = testing.integer_sums
 
     def wrong(call, codes, kernel, accumulator):
         codes = codes.at[..., -1].set(0) if 2 in call.layer.strides else codes
         return original(call, codes, kernel, accumulator)
 
-    monkeypatch.setattr(kernels, "integer_sums", wrong)
+    monkeypatch.setattr(testing, "integer_sums", wrong)
     plan, ivariables = compile_integer(graph, qvariables, Policy())
     for layer in graph.layers:
         decision = plan.layer(layer.name).decision
@@ -128,7 +130,7 @@ def test_self_test_catches_a_wrong_kernel(monkeypatch):
 def test_the_faster_kernel_is_chosen(monkeypatch):
     graph, qvariables, _, _ = quantized(model_grid.mlp, "w8a8", "quantized")
     ratios = iter([2.0, 0.5])  # the two inner layers have one shape; the last another
-    monkeypatch.setattr(kernels, "_speed_ratio", lambda *_: next(ratios, 0.25))
+    monkeypatch.setattr(timing, "_speed_ratio", lambda *_: next(ratios, 0.25))
     measured = measure_policy(graph, EVERYTHING)
     by_layer = dict(measured.measured)
     plan, _ = compile_integer(graph, qvariables, measured)

@@ -30,8 +30,8 @@ from dfq_jax.execute import OPERANDS, TENSORS
 from dfq_jax.export import Runner, require
 from dfq_jax.files import write_atomically
 from dfq_jax.graph import QUANTIZATION, without_quantization
-from dfq_jax.policy import centered
 from dfq_jax.qtensor import QTensor, QuantizerParams
+from dfq_jax.runtime.policy import centered
 
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized

@@ -20,8 +20,7 @@ from jaxtyping import Float
 from dfq_jax.export import Runner, require
 from dfq_jax.files import write_atomically
 from dfq_jax.graph import GraphError
-from dfq_jax.integer import apply_integer, compile_integer
-from dfq_jax.policy import Policy, default_policy
+from dfq_jax.runtime import Policy, apply_integer, compile_integer, default_policy
 
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized

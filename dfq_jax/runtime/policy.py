@@ -3,7 +3,7 @@
 XLA for CPU has fast int8 products for channels-last layouts, and slow ones for stems of few channels, depthwise
 convolutions and channels-first layouts. XLA for CUDA has cuDNN's int8 convolutions only, which give float32, and has
 computed wrong sums for groups (openxla/xla#49123). So a `Policy` says per backend what to trust; `self_test` and
-`measure_policy` in `kernels.py` replace trust by observation.
+`measure_policy` replace trust by observation.
 
 A layer that runs as float still computes on codes, held in float32 where their sums are exact up to 2^24: the choice
 changes the speed and not the network.
@@ -168,7 +168,7 @@ def largest_sum(layer: Layer, kernel: QTensor, params: QuantizerParams) -> int:
     """Bound on the sums of products of codes: the largest code times the sum of |weights|, over output channels."""
     low, high = bounds(params.bits, params.signed)
     zero = 0 if params.zero_point is None else int(params.zero_point)
-    shifted = 128 if params.bits == 8 and not params.signed else zero  # what `integer.Codes.int8` takes off
+    shifted = 128 if params.bits == 8 and not params.signed else zero  # what `execution.Codes.int8` takes off
     largest = max(abs(low - shifted), abs(high - shifted), abs(low - zero), abs(high - zero))
     axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
     return largest * int(np.abs(centered(kernel).astype(np.int64)).sum(axes).max(initial=0))
