@@ -20,6 +20,7 @@ what a policy assumes by what this machine does; `table.py` shows the outcome.
 
 from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_integer
+from dfq_jax.runtime.network import IntegerNetwork
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
 from dfq_jax.runtime.policy import Decision, Policy, default_policy
 from dfq_jax.runtime.table import kernel_table
@@ -27,6 +28,7 @@ from dfq_jax.runtime.timing import measure_policy
 
 __all__ = [
     "Decision",
+    "IntegerNetwork",
     "IntegerPlan",
     "LayerPlan",
     "Policy",

@@ -52,6 +52,8 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
     policy = default_policy() if policy is None else policy
     leaves = graph.leaves(qvariables)
     collection = qvariables[QUANTIZATION]
+    if policy.activations == "float":
+        collection = {}
     quantizers: dict[str, QuantizerParams] = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
     decisions = {
         layer.name: decide(policy, graph, layer, leaves[layer.kernel_index], quantizers.get(layer.tensor))
@@ -73,7 +75,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         if layer.name not in folded:
             plans.append(LayerPlan(name=layer.name, decision=decision))
             continue
-        compact = policy.storage == "memory" or decision.runs == WEIGHT_ONLY
+        compact = policy.storage == "memory" or (decision.runs == WEIGHT_ONLY and policy.activations == "codes")
         packed = policy.storage == "memory" and storage_bits(kernel.bits) < 8
         form = (layer.kernel, decision.runs, packed)
         if form not in kernels:
@@ -104,7 +106,6 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         policy=policy,
         layers=tuple(plans),
         for_all=tuple(collection.get(TENSORS, {})),
-        quantizers=tuple((name, params.bits, params.signed) for name, params in quantizers.items()),
     )
     return plan, variables
 

@@ -38,7 +38,6 @@ class IntegerPlan:
     policy: Policy
     layers: tuple[LayerPlan, ...]
     for_all: tuple[str, ...]  # tensors that are quantized for all readers
-    quantizers: tuple[tuple[str, int, bool], ...]  # (tensor, bits, signed)
 
     @functools.cached_property
     def _layers(self) -> dict[str, LayerPlan]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.graph import Graph
-from dfq_jax.runtime.policy import Policy
+from dfq_jax.graph import Graph, without_quantization
+from dfq_jax.qtensor import QTensor
+from dfq_jax.runtime.compiler import compile_integer
+from dfq_jax.runtime.execution import apply_integer
+from dfq_jax.runtime.plan import IntegerPlan
+from dfq_jax.runtime.policy import Policy, default_policy
 from dfq_jax.runtime.self_test import integer_sums, layer_call, random_codes, signature
 
 # Seconds that one timed round of one kernel takes at least, so that the clock's grain and the dispatch do not count.
 MIN_ROUND = 0.005
 HOPELESS = 5.0  # an int8 kernel this much slower than float is not timed any further
+CLEARLY = 1.2  # an int8 kernel this much faster than float is thought to be so in the network too
+SLACK = 1.05  # a network may take so much of the float network's time
+
+Timer = Callable[[Sequence[Callable[[], Any]], int], list[list[float]]]
 
 
 def paired_times(functions: Sequence[Callable[[], Any]], rounds: int = 7) -> list[list[float]]:
@@ -48,36 +57,90 @@ def paired_times(functions: Sequence[Callable[[], Any]], rounds: int = 7) -> lis
     return times
 
 
-def measure_policy(graph: Graph, policy: Policy, *, rounds: int = 7) -> Policy:
-    """Time every layer shape as int8 and as float, at the batch and image size of the graph.
+def measure_policy(
+    graph: Graph, qvariables: Any, policy: Policy | None = None, *, rounds: int = 7, timer: Timer | None = None
+) -> Policy:
+    """Choose what runs as int8 by the clock: no network under the policy is slower than the float one by over 5 %.
 
-    Each kernel is timed with what integer execution does around it: codes in, requantized codes out. Takes a few
-    seconds for compilation and about `rounds` times 10 ms for each distinct shape.
+    First every layer shape is timed as int8 and as float, each kernel with what integer execution does around it:
+    codes in, requantized codes out. Kernels that are faster alone may not be in the network, where codes change type
+    between them. So whole networks are timed against the float one, `jax.jit(apply_fn)` on dequantized weights: with
+    all int8 layers that are faster, with those that are `CLEARLY` faster, and with none. The fastest is taken. Where
+    even that takes more than `SLACK` of the float network's time, activations stay in float (`Policy.activations`).
+    `Policy.network` says what the choice measured.
+
+    Takes the compilation of each distinct kernel and of four or five networks.
 
     Args:
       graph: the network at the shape to be served: `graph.at((32, 224, 224, 3))`.
-      policy: what else to decide by.
-      rounds: of timing, a median is taken over them.
+      qvariables: its quantized variables.
+      policy: what else to decide by; by default that of JAX's backend.
+      rounds: of timing; what is compared takes turns in each, and a median is taken over them.
+      timer: gives the seconds of each function in each round; `paired_times` by default.
 
     Returns:
-      The policy with `measured` filled in: layers run the faster way, on this machine.
+      The policy with `measured`, `min_speedup`, `activations` and `network` filled in, for this machine and shape.
 
     Raises:
-      ValueError: `rounds` is no positive integer.
+      ValueError: `rounds` is no positive integer, or `qvariables` are not quantized.
     """
     if type(rounds) is not int or rounds < 1:
         raise ValueError(f"rounds: expected an integer of at least 1, found {rounds!r}.")
+    policy = measure_kernels(graph, default_policy() if policy is None else policy, rounds=rounds, timer=timer)
+    x = jnp.zeros(graph.input.shape, graph.input.dtype)
+    reference = functools.partial(jax.jit(graph.apply_fn), _dequantized(qvariables), x)
+    candidates: dict[tuple[str, ...], tuple[Policy, Callable[[], Any]]] = {}
+    for min_speedup in (1.0, CLEARLY, math.inf):
+        candidate = dataclasses.replace(policy, min_speedup=min_speedup, activations="codes")
+        plan, function = _network(graph, qvariables, candidate, x)
+        candidates.setdefault(tuple(layer.decision.runs for layer in plan.layers), (candidate, function))
+    chosen = list(candidates.values())
+    ratios = _ratios(timer, reference, [function for _, function in chosen], rounds)
+    ratio, (best, _) = max(zip(ratios, chosen, strict=True), key=lambda item: item[0])
+    if ratio < 1 / SLACK:
+        best = dataclasses.replace(policy, activations="float")
+        (ratio,) = _ratios(timer, reference, [_network(graph, qvariables, best, x)[1]], rounds)
+    return dataclasses.replace(best, network=ratio)
+
+
+def _network(graph: Graph, qvariables: Any, policy: Policy, x: jax.Array) -> tuple[IntegerPlan, Callable[[], Any]]:
+    plan, variables = compile_integer(graph, qvariables, policy)
+    return plan, functools.partial(jax.jit(apply_integer, static_argnums=0), plan, variables, x)
+
+
+def _dequantized(qvariables: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
+        without_quantization(qvariables),
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+
+
+def _ratios(
+    timer: Timer | None, reference: Callable[[], Any], functions: list[Callable[[], Any]], rounds: int
+) -> list[float]:
+    """Time of the reference over that of each function, medians over rounds."""
+    own, *others = (timer or paired_times)([reference, *functions], rounds)
+    return [float(statistics.median(a / b for a, b in zip(own, other, strict=True))) for other in others]
+
+
+def measure_kernels(graph: Graph, policy: Policy, *, rounds: int = 7, timer: Timer | None = None) -> Policy:
+    """The policy with `measured` filled in: every layer shape timed as int8 and as float.
+
+    Args:
+      graph, policy, rounds, timer: as in `measure_policy`.
+    """
     ratios: dict[tuple[Any, ...], float] = {}
     measured = []
     for layer in graph.layers:
         key = signature(graph, layer.name, policy.accumulator)
         if key not in ratios:
-            ratios[key] = _speed_ratio(graph, layer.name, policy, rounds)
+            ratios[key] = _speed_ratio(graph, layer.name, policy, rounds, timer)
         measured.append((layer.name, ratios[key]))
     return dataclasses.replace(policy, measured=tuple(measured))
 
 
-def _speed_ratio(graph: Graph, name: str, policy: Policy, rounds: int) -> float:
+def _speed_ratio(graph: Graph, name: str, policy: Policy, rounds: int, timer: Timer | None) -> float:
     """Time of the float kernel over that of the int8 kernel."""
     codes, kernel = random_codes(graph, name, np.random.default_rng(0))
     call = layer_call(graph, name)
@@ -97,8 +160,7 @@ def _speed_ratio(graph: Graph, name: str, policy: Policy, rounds: int) -> float:
     functions = [functools.partial(jax.jit(f), *args) for f, args in ((floating, wide), (integer, small))]
     # The first round of few finds kernels that are out of the question, and take seconds.
     for count in (1, rounds):
-        times = paired_times(functions, count)
-        ratio = statistics.median(f / i for f, i in zip(*times, strict=True))
+        (ratio,) = _ratios(timer, functions[0], functions[1:], count)
         if ratio < 1 / HOPELESS:
             break
-    return float(ratio)
+    return ratio
