@@ -64,7 +64,8 @@ def apply_integer(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array,
     def tensor(item: Tensor, value: Any) -> Any:
         if isinstance(value, Codes) or item.name not in quantizers:
             return value
-        steps = value.astype(jnp.float32) * (1.0 / quantizers[item.name]["scale"])
+        # Divided as in the simulation: pixels may lie between two codes by the thousand.
+        steps = value.astype(jnp.float32) / quantizers[item.name]["scale"]
         return quantized(item.name, steps, None if item.name in plan.for_all else value)
 
     def layer(call: LayerCall) -> Any:

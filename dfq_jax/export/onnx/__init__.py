@@ -97,6 +97,7 @@ class _Onnx:
 
 
 EXPORTER = _Onnx()
+FATAL = 4  # of ONNX Runtime's log levels
 
 
 def _session(runtime: Any, data: bytes) -> Any:
@@ -107,6 +108,7 @@ def _session(runtime: Any, data: bytes) -> Any:
     options.add_session_config_entry("session.x64quantprecision", "1")
     # Float activations of weight-only networks stay in float32 (1), and are not quantized on the way (4, the default).
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.log_severity_level = FATAL  # errors come as exceptions, and one of them is expected
     try:
         return runtime.InferenceSession(data, options, providers=providers)
     except Exception as error:
