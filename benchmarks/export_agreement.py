@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=0, help="of synthesis: images for LiteRT's ranges of sums; 0: noise"
     )
+    parser.add_argument("--synthesized", type=int, default=64, help="number of synthesized images")
     parser.add_argument("--formats", nargs="*", default=["onnx", "tflite"])
     arguments = parser.parse_args()
 
     served = serve(arguments.model, arguments.checkpoint)
     images, source = served.images(arguments.data, arguments.limit)
-    net = served.quantize("w8a8", _images(served, arguments.steps))
+    net = served.quantize("w8a8", _images(served, arguments.steps, arguments.synthesized))
     simulated = _batches(lambda x: net.graph.logits(net(x)), images, arguments.batch)
     floating = _batches(lambda x: served.graph.logits(_float(served)(served.variables, x)), images, arguments.batch)
     print(
@@ -70,10 +71,10 @@ def main() -> None:
     )
 
 
-def _images(served: Served, steps: int) -> Any:
+def _images(served: Served, steps: int, images: int) -> Any:
     if not steps:
         return None
-    config = SynthesisConfig(num_images=16, batch_size=16, steps=steps)
+    config = SynthesisConfig(num_images=images, batch_size=min(images, 32), steps=steps)
     return synthesize(served.graph, served.variables, jax.random.key(3), config).images
 
 

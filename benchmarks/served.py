@@ -40,7 +40,7 @@ class Served:
         """By the recipe without images: given ones, or noise, serve to compare and for LiteRT's ranges of sums."""
         shape = self.graph.input.shape
         if images is None:
-            images = noise(1, (8, *shape[1:]))
+            images = noise(1, (32, *shape[1:]))
         return quantize(self.module, self.variables, input_shape=shape, recipe="instant", bits=bits, images=images)
 
     def images(self, data: str | None, limit: int) -> tuple[np.ndarray, str]:

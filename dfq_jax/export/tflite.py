@@ -112,6 +112,34 @@ class TFLiteExporter:
                 )
             write_atomically(path, Path(folder, "model.tflite").read_bytes())
 
+    def float_model(
+        self, graph: Graph, variables: Any, x: Float[np.ndarray, "n ..."]
+    ) -> tuple[bytes, dict[str, list[str]]]:
+        """The float network as a LiteRT file, and LiteRT's names of the tensors that layers read.
+
+        For quantization by other means, with `interchange.to_litert(ranges, names)`.
+
+        Args:
+          graph: of the network.
+          variables: float variables.
+          x: images, of which the first serves to recognize tensors by their values.
+
+        Returns:
+          The file, and the names by tensor: none where the converter left no tensor with these values.
+
+        Raises:
+          ImportError, ValueError, TimeoutError: as in `write`.
+        """
+        graph = graph.at((1, *graph.input.shape[1:]))
+        x = np.asarray(x[:1], np.float32)
+        variables = float_variables(graph, variables)
+        with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
+            Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
+            tensors = recorded(graph, variables, x)
+            np.savez(Path(folder, "inputs.npz"), images=x, **{f"tensor:{k}": v for k, v in tensors.items()})
+            result = self._call("export", folder)
+            return Path(folder, "model.tflite").read_bytes(), dict(result["names"])
+
     def open(self, path: str | os.PathLike[str]) -> Runner:
         """Load a written file in LiteRT; see `Exporter.open`. Each call of the runner starts a process."""
         data = Path(path).read_bytes()

@@ -4,6 +4,7 @@ The converter brings its own copy of MLIR, which must not share a process with J
 others need newer. So `export.tflite` talks to it by files:
 
     python tflite_worker.py convert FOLDER    module.mlir, job.json[, inputs.npz] -> model.tflite, result.json
+    python tflite_worker.py export FOLDER     module.mlir, inputs.npz -> float model.tflite, result.json
     python tflite_worker.py run FOLDER        model.tflite, inputs.npz -> outputs.npz
 """
 
@@ -33,6 +34,15 @@ def convert(folder):
     with open(os.path.join(folder, "model.tflite"), "wb") as file:
         file.write(model)
     return result
+
+
+def export(folder):
+    """StableHLO text to a float LiteRT file, and LiteRT's names of our tensors."""
+    with open(os.path.join(folder, "module.mlir")) as file:
+        model = to_float(file.read())
+    with open(os.path.join(folder, "model.tflite"), "wb") as file:
+        file.write(model)
+    return {"names": tensor_names(model, np.load(os.path.join(folder, "inputs.npz")))}
 
 
 def to_float(text):
@@ -152,7 +162,7 @@ def decode(values, detail):
 
 def main(command, folder):
     try:
-        result = {"convert": convert, "run": run}[command](folder)
+        result = {"convert": convert, "export": export, "run": run}[command](folder)
     except ModuleNotFoundError as error:
         result = {"missing": error.name}
     except Exception as error:
