@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfq_jax.convention import Ranges
-from dfq_jax.execute import OPERANDS, TENSORS
+from dfq_jax.execute import activation_quantizers
 from dfq_jax.export import require
-from dfq_jax.graph import QUANTIZATION, Graph, is_quantized
+from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, bounds
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def ranges_of(qvariables: Any) -> Ranges:
 def _quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
     if not is_quantized(qvariables):
         raise ValueError("qvariables: expected quantized variables, found no collection 'quantization'.")
-    collection = qvariables[QUANTIZATION]
-    return {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    return activation_quantizers(qvariables)
 
 
 def _renamed(ranges: Ranges, names: Names) -> dict[str, tuple[float, float]]:

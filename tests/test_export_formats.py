@@ -105,6 +105,9 @@ def test_stablehlo_refusals(tmp_path):
         StableHLOExporter().open(tmp_path / "text")
     with pytest.raises(OSError, match="missing"):
         StableHLOExporter().write(network("mlp"), tmp_path / "missing" / "net")
+    StableHLOExporter().write(network("mlp"), tmp_path / "net")
+    with pytest.raises(ValueError, match=r"x: the file takes \[N, 7\], found \(2, 3\)"):
+        StableHLOExporter().open(tmp_path / "net")(np.zeros((2, 3), np.float32))
 
 
 # --- LiteRT ---

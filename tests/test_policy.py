@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_runtime import EVERYTHING, quantized
 
+from dfq_jax.graph import dequantized
 from dfq_jax.qtensor import params_from_range, quantize_tensor
 from dfq_jax.quantized import Quantized
 from dfq_jax.runtime import apply_integer, compile_integer, kernel_table, measure_policy, policy, timing
@@ -198,7 +199,7 @@ def test_activations_stay_in_float_where_codes_are_slow(monkeypatch):
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(ivariables)}
     assert dtypes == {jnp.dtype("float32")}  # nothing is left to convert in every call
     found = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, x)
-    weights_alone = graph.apply_fn(timing._dequantized(qvariables), x)
+    weights_alone = graph.apply_fn(dequantized(qvariables), x)
     np.testing.assert_allclose(found, weights_alone, rtol=1e-4, atol=1e-4 * np.abs(weights_alone).max())
 
 

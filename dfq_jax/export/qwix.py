@@ -27,8 +27,8 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.adapters import as_function, inference_arguments
-from dfq_jax.execute import OPERANDS, TENSORS
-from dfq_jax.export import Runner, require
+from dfq_jax.execute import TENSORS, activation_quantizers
+from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.files import write_atomically
 from dfq_jax.graph import QUANTIZATION, Graph, Layer, without_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams
@@ -58,10 +58,9 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a Linen module, found {type(module).__name__}.")
     graph, variables = quantized.graph, quantized.variables
-    collection = variables[QUANTIZATION]
-    quantizers = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    quantizers = activation_quantizers(variables)
     for tensor in graph.tensors:
-        if tensor.shared and tensor.name in collection.get(TENSORS, {}):
+        if tensor.shared and tensor.name in variables[QUANTIZATION].get(TENSORS, {}):
             raise ValueError(
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'
@@ -192,6 +191,7 @@ class QwixExporter:
         call = jax.jit(apply_fn)
 
         def logits(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n classes"]:
+            x = as_batch(x, (None, *spec.shape[1:]))
             return np.asarray(jax.tree.leaves(call(variables, jnp.asarray(x)))[0])
 
         return logits

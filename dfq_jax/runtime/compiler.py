@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall
+from dfq_jax.execute import TENSORS, LayerCall, activation_quantizers
 from dfq_jax.graph import QUANTIZATION, Graph, Layer, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack, storage_bits
 from dfq_jax.runtime.fusion import Fusion, fuse
@@ -51,10 +51,8 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         )
     policy = default_policy() if policy is None else policy
     leaves = graph.leaves(qvariables)
-    collection = qvariables[QUANTIZATION]
-    if policy.activations == "float":
-        collection = {}
-    quantizers: dict[str, QuantizerParams] = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    quantizers = activation_quantizers(qvariables) if policy.activations == "codes" else {}
+    for_all = tuple(name for name in qvariables[QUANTIZATION].get(TENSORS, {}) if name in quantizers)
     decisions = {
         layer.name: decide(policy, graph, layer, leaves[layer.kernel_index], quantizers.get(layer.tensor))
         for layer in graph.layers
@@ -67,7 +65,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
                 decisions[name] = dataclasses.replace(decisions[name], runs=FLOAT, reason=reason)
 
     folded = frozenset(name for name, decision in decisions.items() if decision.runs != UNQUANTIZED)
-    fusion = fuse(graph, folded, frozenset(collection.get(TENSORS, {})))
+    fusion = fuse(graph, folded, frozenset(for_all))
     plans, layer_variables = [], {}
     kernels: dict[Any, jax.Array] = {}  # layers that share a kernel share its buffer
     for layer in graph.layers:
@@ -105,7 +103,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         graph=graph,
         policy=policy,
         layers=tuple(plans),
-        for_all=tuple(collection.get(TENSORS, {})),
+        for_all=for_all,
     )
     return plan, variables
 

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.graph import Graph, without_quantization
-from dfq_jax.qtensor import QTensor
+from dfq_jax.graph import Graph, dequantized
 from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_integer
 from dfq_jax.runtime.plan import IntegerPlan
@@ -88,7 +87,7 @@ def measure_policy(
         raise ValueError(f"rounds: expected an integer of at least 1, found {rounds!r}.")
     policy = measure_kernels(graph, default_policy() if policy is None else policy, rounds=rounds, timer=timer)
     x = jnp.zeros(graph.input.shape, graph.input.dtype)
-    reference = functools.partial(jax.jit(graph.apply_fn), _dequantized(qvariables), x)
+    reference = functools.partial(jax.jit(graph.apply_fn), dequantized(qvariables), x)
     candidates: dict[tuple[str, ...], tuple[Policy, Callable[[], Any]]] = {}
     for min_speedup in (1.0, CLEARLY, math.inf):
         candidate = dataclasses.replace(policy, min_speedup=min_speedup, activations="codes")
@@ -106,14 +105,6 @@ def measure_policy(
 def _network(graph: Graph, qvariables: Any, policy: Policy, x: jax.Array) -> tuple[IntegerPlan, Callable[[], Any]]:
     plan, variables = compile_integer(graph, qvariables, policy)
     return plan, functools.partial(jax.jit(apply_integer, static_argnums=0), plan, variables, x)
-
-
-def _dequantized(qvariables: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
-        without_quantization(qvariables),
-        is_leaf=lambda leaf: isinstance(leaf, QTensor),
-    )
 
 
 def _ratios(
