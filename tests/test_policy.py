@@ -267,3 +267,5 @@ def test_unknown_backend_and_rounds():
     graph, _, _, _ = quantized(model_grid.mlp, "w8a8", "quantized")
     with pytest.raises(ValueError, match="rounds: expected an integer of at least 1"):
         measure_policy(graph, None, Policy(), rounds=0)
+    with pytest.raises(ValueError, match="qvariables: expected quantized variables"):
+        measure_policy(graph, {"params": {}}, Policy())

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.graph import Graph, dequantized
+from dfq_jax.graph import Graph, dequantized, is_quantized
 from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_integer
 from dfq_jax.runtime.plan import IntegerPlan
@@ -65,8 +65,8 @@ def measure_policy(
     codes in, requantized codes out. Kernels that are faster alone may not be in the network, where codes change type
     between them. So whole networks are timed against the float one, `jax.jit(apply_fn)` on dequantized weights: with
     all int8 layers that are faster, with those that are `CLEARLY` faster, and with none. The fastest is taken. Where
-    even that takes more than `SLACK` of the float network's time, activations stay in float (`Policy.activations`).
-    `Policy.network` says what the choice measured.
+    even that takes more than `SLACK` of the float network's time, activations stay in float (`Policy.activations`): the
+    float network's own products, with BatchNorms folded. `Policy.network` says what the choice measured.
 
     Takes the compilation of each distinct kernel and of four or five networks.
 
@@ -85,6 +85,8 @@ def measure_policy(
     """
     if type(rounds) is not int or rounds < 1:
         raise ValueError(f"rounds: expected an integer of at least 1, found {rounds!r}.")
+    if not is_quantized(qvariables):
+        raise ValueError("qvariables: expected quantized variables, found no collection 'quantization'.")
     policy = measure_kernels(graph, default_policy() if policy is None else policy, rounds=rounds, timer=timer)
     x = jnp.zeros(graph.input.shape, graph.input.dtype)
     reference = functools.partial(jax.jit(graph.apply_fn), dequantized(qvariables), x)
