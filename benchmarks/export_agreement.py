@@ -13,7 +13,7 @@ W8A8, recipe `instant`. Prints, for one network:
 * sizes as ratios of the float32 variables: the artifact with weights of 8 and of 4 bits, the ONNX and the LiteRT file.
 
 A format whose packages are missing, or that refuses the network, says so. `export_agreement.txt` has the output for
-nine networks.
+some networks, and what it means.
 """
 
 from __future__ import annotations
