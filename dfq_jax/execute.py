@@ -186,6 +186,13 @@ class LayerCall:
 # The two parts of the collection "quantization": tensors quantized for all readers, and for layers alone.
 TENSORS, OPERANDS = "tensors", "operands"
 
+
+def activation_quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
+    """All activation quantizers of quantized variables, by tensor."""
+    collection = qvariables[QUANTIZATION]
+    return {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+
+
 LayerRule = Callable[[LayerCall], jax.Array]
 TensorRule = Callable[[Tensor, jax.Array], jax.Array]
 BatchNormRule = Callable[[BatchNorm, jax.Array, BatchNormParameters], jax.Array]

@@ -262,6 +262,15 @@ def without_quantization(variables: Any) -> Any:
     return type(variables)({k: v for k, v in variables.items() if k != QUANTIZATION})
 
 
+def dequantized(qvariables: Any) -> Any:
+    """The float network that quantized variables stand for: weights as dequantized, and no activation quantizers."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
+        without_quantization(qvariables),
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+
+
 def with_quantization(variables: Any, quantizers: Mapping[str, Any]) -> Any:
     """The variables with the collection of activation quantizers added or replaced.
 

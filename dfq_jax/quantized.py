@@ -20,6 +20,7 @@ from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized
 from dfq_jax.graph import QUANTIZATION, Graph, GraphError, is_quantized, trace, with_quantization
 from dfq_jax.recipes import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
+from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,35 @@ class Quantized:
 
     def __call__(self, x: Float[Array, "n ..."]) -> Any:
         return apply_jitted(self.graph, self.variables, x)
+
+    def integer(self, policy: Policy | None = None) -> IntegerNetwork:
+        """The network compiled to int8 codes from layer to layer.
+
+        Args:
+          policy: what runs as int8: by default what is known to be right and fast on JAX's backend, the sums of each
+            int8 kernel put to the test here; or one that `measure_policy` found by the clock.
+
+        Returns:
+          A function of x, and `apply` and `variables` for `jax.jit`.
+        """
+        plan, variables = compile_integer(self.graph, self.variables, policy)
+        return IntegerNetwork(plan=plan, variables=variables)
+
+    def measure_policy(
+        self, shape: tuple[int, ...] | None = None, policy: Policy | None = None, *, rounds: int = 7
+    ) -> Policy:
+        """A policy for `integer` that is no slower than the float network on this machine; takes a minute or so.
+
+        Args:
+          shape: of the input to be served, `[N, H, W, C]`; by default that of `quantize`.
+          policy, rounds: see `runtime.measure_policy`.
+        """
+        graph = self.graph if shape is None else self.graph.at(shape)
+        return measure_policy(graph, self.variables, policy, rounds=rounds)
+
+    def kernels(self, policy: Policy | None = None) -> str:
+        """A table of what each layer runs as under a policy, the measured speed, and why a layer stays in float."""
+        return self.integer(policy).kernels()
 
     def save(self, path: str | Path, **header: Any) -> None:
         """Write one safetensors file that `dfq_jax.load` reads; `header` adds facts of your own."""

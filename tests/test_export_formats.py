@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
-from test_integer import quantized
+from test_runtime import quantized
 
 from dfq_jax.convention import Convention
 from dfq_jax.execute import apply_quantized
@@ -105,6 +105,9 @@ def test_stablehlo_refusals(tmp_path):
         StableHLOExporter().open(tmp_path / "text")
     with pytest.raises(OSError, match="missing"):
         StableHLOExporter().write(network("mlp"), tmp_path / "missing" / "net")
+    StableHLOExporter().write(network("mlp"), tmp_path / "net")
+    with pytest.raises(ValueError, match=r"x: the file takes \[N, 7\], found \(2, 3\)"):
+        StableHLOExporter().open(tmp_path / "net")(np.zeros((2, 3), np.float32))
 
 
 # --- LiteRT ---

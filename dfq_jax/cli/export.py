@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional, arg
@@ -15,9 +17,14 @@ from dfq_jax.cli.output import check_targets, environment, print_table, write_js
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.evaluation import sqnr
+from dfq_jax.execute import activation_quantizers
 from dfq_jax.export import Runner, get_exporter
+from dfq_jax.export.tflite import check_expressible
+from dfq_jax.graph import dequantized
 from dfq_jax.quantized import Quantized, load
+from dfq_jax.synthesis import synthesize
 
+RANGE_IMAGES = 64
 DATA_HELP = "Images to run both on: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT; labels are not used."
 
 
@@ -45,9 +52,16 @@ def export(
     exporter = get_exporter(to)
     name = model or model_of(file)
     target = resolve(name, weights=False)
+    if to == "qwix":  # its files have parameters alone: writing and running them takes the model's code
+        exporter = dataclasses.replace(exporter, module=target.network)
     quantized = load(file, target.network, target.variables)
     # What cannot be verified is refused before anything is written.
     data = None if verify is None else target.load_data(verify, limit)
+    if to == "tflite" and quantized.convention.activation_bits is not None:
+        check_expressible(activation_quantizers(quantized.variables))
+        exporter.check_installed()
+        with open_display() as display:
+            quantized = dataclasses.replace(quantized, images=_images(quantized, Reporter(display)))
     exporter.write(quantized, output)
     size = output.stat().st_size
     found: dict[str, Any] = {"file": str(output), "format": to, "bytes": size}
@@ -69,6 +83,20 @@ def export(
         seconds = {"total": round(time.perf_counter() - began, 3)}
         content = {"model": name, **found, "sqnr": finite, "seconds": seconds, "versions": environment()}
         write_json(json, content)
+
+
+def _images(quantized: Quantized, reporter: Reporter) -> Any:
+    """What LiteRT takes ranges of residual sums from, made anew: saved networks have no images."""
+    graph, key = quantized.graph, jax.random.key(0)
+    if not graph.batch_norms:
+        return jax.random.normal(key, (RANGE_IMAGES, *graph.input.shape[1:]))
+    config = dataclasses.replace(quantized.recipe.synthesis, num_images=RANGE_IMAGES)
+    reporter.on_stage("images")
+    variables = dequantized(quantized.variables)
+    result = synthesize(graph, variables, key, config, on_progress=reporter.on_progress)
+    if not result.completed:
+        raise KeyboardInterrupt
+    return result.images
 
 
 def _both(

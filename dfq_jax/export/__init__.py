@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized
 
-__all__ = ["FORMATS", "Exporter", "Runner", "get_exporter", "require"]
+__all__ = ["FORMATS", "Exporter", "Runner", "as_batch", "get_exporter", "require"]
 
 FORMATS = ("onnx", "qwix", "stablehlo", "tflite")
 
@@ -88,3 +88,17 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"this needs the package {module} ({error}): pip install 'dfq_jax[{extra}]'") from error
+
+
+def as_batch(x: Any, shape: Sequence[Any]) -> np.ndarray:
+    """A batch for a written file; sizes in `shape` that are no integers may be any.
+
+    Raises:
+      ValueError: it has another shape than the file takes.
+    """
+    x = np.asarray(x)
+    expected = [size if isinstance(size, int) else None for size in shape]
+    if x.ndim != len(expected) or any(size not in (None, found) for size, found in zip(expected, x.shape, strict=True)):
+        wanted = ", ".join("N" if size is None else str(size) for size in expected)
+        raise ValueError(f"x: the file takes [{wanted}], found {x.shape}.")
+    return x

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,12 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.adapters import as_function, inference_arguments
-from dfq_jax.execute import OPERANDS, TENSORS
-from dfq_jax.export import Runner, require
+from dfq_jax.execute import TENSORS, activation_quantizers
+from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.files import write_atomically
-from dfq_jax.graph import QUANTIZATION, without_quantization
-from dfq_jax.policy import centered
+from dfq_jax.graph import QUANTIZATION, Graph, Layer, without_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams
+from dfq_jax.runtime.policy import centered
 
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized
@@ -57,38 +58,30 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a Linen module, found {type(module).__name__}.")
     graph, variables = quantized.graph, quantized.variables
-    collection = variables[QUANTIZATION]
-    quantizers = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    quantizers = activation_quantizers(variables)
     for tensor in graph.tensors:
-        if tensor.shared and tensor.name in collection.get(TENSORS, {}):
+        if tensor.shared and tensor.name in variables[QUANTIZATION].get(TENSORS, {}):
             raise ValueError(
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'
             )
-    model, template = _template(module, graph.input)
+    model, template = qwix_template(module, graph.input)
     flat = flax.traverse_util.flatten_dict(template["params"])
     plain = without_quantization(variables)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(plain)["params"])
     filled = {path: leaf for path, leaf in params.items() if not isinstance(leaf, QTensor)}
-    by_kernel: dict[str, list[Any]] = {}
-    for layer in graph.layers:
-        by_kernel.setdefault(layer.kernel, []).append(layer)
-    for kernel, layers in by_kernel.items():
-        path = tuple(kernel.split("/"))[1:]
-        filled[path] = _weight(layers[0].name, params[path], flat.get(path))
-        scales = [p for p in flat if p[:-1] == path[:-1] and p[-1].endswith("_lhs_scale")]
-        if len(scales) != len(layers):
-            raise ValueError(f"layer {layers[0].name!r}: Qwix quantizes {len(scales)} of its {len(layers)} products.")
-        for layer, scale in zip(layers, scales, strict=True):
-            zero = (*scale[:-1], scale[-1].removesuffix("scale") + "zero_point")
-            filled[scale], filled[zero] = _activation(layer.name, quantizers.get(layer.tensor), flat[scale])
+    for layer, scale in activation_scales(graph, flat):
+        path = _path(layer)
+        filled[path] = _weight(layer.name, params[path], flat.get(path))
+        zero = (*scale[:-1], scale[-1].removesuffix("scale") + "zero_point")
+        filled[scale], filled[zero] = _activation(layer.name, quantizers.get(layer.tensor), flat[scale])
     if missing := flat.keys() - filled.keys():
         names = ", ".join(sorted("/".join(path) for path in missing)[:3])
         raise ValueError(f"Qwix quantizes more than the layers of the graph: {names}.")
     return model, {**plain, "params": flax.traverse_util.unflatten_dict(filled)}
 
 
-def _template(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[nn.Module, Any]:
+def qwix_template(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[nn.Module, Any]:
     """The Qwix model, and the shapes of its variables."""
     qwix = require("qwix", "qwix")
     rule = qwix.QuantizationRule(
@@ -97,6 +90,29 @@ def _template(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[nn.Module, An
     model = qwix.quantize_model(module, qwix.PtqProvider([rule]))
     init = functools.partial(model.init, **inference_arguments(type(module).__call__))
     return model, flax.core.unfreeze(jax.eval_shape(init, jax.random.key(0), x))
+
+
+def activation_scales(graph: Graph, flat: Mapping[tuple[str, ...], Any]) -> list[tuple[Layer, tuple[str, ...]]]:
+    """Each layer, and where Qwix keeps the scale of what it reads, among its parameters by path.
+
+    Raises:
+      ValueError: Qwix sees other products than the graph has layers.
+    """
+    found = []
+    by_kernel: dict[tuple[str, ...], list[Layer]] = {}
+    for layer in graph.layers:
+        by_kernel.setdefault(_path(layer), []).append(layer)
+    for path, layers in by_kernel.items():
+        scales = [p for p in flat if p[:-1] == path[:-1] and p[-1].endswith("_lhs_scale")]
+        if len(scales) != len(layers):
+            raise ValueError(f"layer {layers[0].name!r}: Qwix quantizes {len(scales)} of its {len(layers)} products.")
+        found += zip(layers, scales, strict=True)
+    return found
+
+
+def _path(layer: Layer) -> tuple[str, ...]:
+    """Of a layer's kernel among the parameters."""
+    return tuple(layer.kernel.split("/"))[1:]
 
 
 def _weight(name: str, kernel: Any, template: Any) -> Any:
@@ -165,7 +181,7 @@ class QwixExporter:
         if header.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)}: not the variables of a Qwix model.")
         spec = jax.ShapeDtypeStruct(tuple(map(int, header["input_shape"].split(","))), jnp.float32)
-        model, template = _template(module, spec)
+        model, template = qwix_template(module, spec)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
         missing = [name for name in map(jax.tree_util.keystr, (k for k, _ in leaves)) if name not in flat]
         if missing:
@@ -175,6 +191,7 @@ class QwixExporter:
         call = jax.jit(apply_fn)
 
         def logits(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n classes"]:
+            x = as_batch(x, (None, *spec.shape[1:]))
             return np.asarray(jax.tree.leaves(call(variables, jnp.asarray(x)))[0])
 
         return logits

@@ -17,11 +17,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.export import Runner, require
+from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.files import write_atomically
 from dfq_jax.graph import GraphError
-from dfq_jax.integer import apply_integer, compile_integer
-from dfq_jax.policy import Policy, default_policy
+from dfq_jax.runtime import Policy, apply_integer, compile_integer, default_policy
 
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized
@@ -96,7 +95,8 @@ class StableHLOExporter:
         call = jax.jit(program.call)
 
         def logits(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n classes"]:
-            return np.asarray(call(np.asarray(x, program.in_avals[0].dtype)))
+            (spec,) = program.in_avals
+            return np.asarray(call(as_batch(x, spec.shape).astype(spec.dtype)))
 
         return logits
 

@@ -31,12 +31,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.execute import OPERANDS, TENSORS, record_tensors
+from dfq_jax.execute import activation_quantizers, record_tensors
 from dfq_jax.export import Runner
 from dfq_jax.files import write_atomically
 from dfq_jax.folding import fold_batch_norm
-from dfq_jax.graph import QUANTIZATION, Graph, without_quantization
-from dfq_jax.qtensor import QTensor, QuantizerParams
+from dfq_jax.graph import Graph, dequantized
+from dfq_jax.qtensor import QuantizerParams
 
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized
@@ -74,6 +74,15 @@ class TFLiteExporter:
         if type(self.max_images) is not int or self.max_images < 1:
             raise ValueError(f"max_images: expected an integer of at least 1, found {self.max_images!r}.")
 
+    def check_installed(self) -> None:
+        """Refuse work that LiteRT could not finish.
+
+        Raises:
+          ImportError: a LiteRT package is missing, or the interpreter; the message says what to do.
+        """
+        with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
+            self._call("check", folder)
+
     def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
         """Write the network to a file, whole or not at all; see `Exporter.write`.
 
@@ -84,8 +93,7 @@ class TFLiteExporter:
           TimeoutError: the converter took longer than `timeout`.
         """
         graph = quantized.graph.at((1, *quantized.graph.input.shape[1:]))
-        collection = quantized.variables[QUANTIZATION]
-        quantizers = {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+        quantizers = activation_quantizers(quantized.variables)
         check_expressible(quantizers)
         weights_only = not quantizers
         if not weights_only and quantized.images is None:
@@ -111,6 +119,34 @@ class TFLiteExporter:
                     stacklevel=2,
                 )
             write_atomically(path, Path(folder, "model.tflite").read_bytes())
+
+    def float_model(
+        self, graph: Graph, variables: Any, x: Float[np.ndarray, "n ..."]
+    ) -> tuple[bytes, dict[str, list[str]]]:
+        """The float network as a LiteRT file, and LiteRT's names of the tensors that layers read.
+
+        For quantization by other means, with `interchange.to_litert(ranges, names)`.
+
+        Args:
+          graph: of the network.
+          variables: float variables.
+          x: images, of which the first serves to recognize tensors by their values.
+
+        Returns:
+          The file, and the names by tensor: none where the converter left no tensor with these values.
+
+        Raises:
+          ImportError, ValueError, TimeoutError: as in `write`.
+        """
+        graph = graph.at((1, *graph.input.shape[1:]))
+        x = np.asarray(x[:1], np.float32)
+        variables = float_variables(graph, variables)
+        with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
+            Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
+            tensors = recorded(graph, variables, x)
+            np.savez(Path(folder, "inputs.npz"), images=x, **{f"tensor:{k}": v for k, v in tensors.items()})
+            result = self._call("export", folder)
+            return Path(folder, "model.tflite").read_bytes(), dict(result["names"])
 
     def open(self, path: str | os.PathLike[str]) -> Runner:
         """Load a written file in LiteRT; see `Exporter.open`. Each call of the runner starts a process."""
@@ -184,12 +220,7 @@ def check_expressible(quantizers: Mapping[str, QuantizerParams]) -> None:
 
 def float_variables(graph: Graph, qvariables: Any) -> Any:
     """Dequantized kernels with BatchNorm folded in, which leaves their codes what they are."""
-    plain = jax.tree.map(
-        lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
-        without_quantization(qvariables),
-        is_leaf=lambda leaf: isinstance(leaf, QTensor),
-    )
-    return jax.tree.map(np.asarray, fold_batch_norm(graph, plain))
+    return jax.tree.map(np.asarray, fold_batch_norm(graph, dequantized(qvariables)))
 
 
 def stablehlo_text(graph: Graph, variables: Any) -> str:

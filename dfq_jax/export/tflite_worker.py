@@ -3,7 +3,9 @@
 The converter brings its own copy of MLIR, which must not share a process with JAX's, can crash, and pins packages that
 others need newer. So `export.tflite` talks to it by files:
 
+    python tflite_worker.py check FOLDER      -> result.json
     python tflite_worker.py convert FOLDER    module.mlir, job.json[, inputs.npz] -> model.tflite, result.json
+    python tflite_worker.py export FOLDER     module.mlir, inputs.npz -> float model.tflite, result.json
     python tflite_worker.py run FOLDER        model.tflite, inputs.npz -> outputs.npz
 """
 
@@ -15,6 +17,16 @@ import time
 import numpy as np
 
 SIGNATURE = "serving_default"
+
+
+def check(folder):
+    """That what the others import is here."""
+    import ai_edge_litert.interpreter
+    import ai_edge_quantizer.quantizer
+    import litert_converter.converter_api_ext
+
+    modules = ai_edge_litert, ai_edge_quantizer, litert_converter
+    return {"packages": [module.__name__ for module in modules]}
 
 
 def convert(folder):
@@ -33,6 +45,15 @@ def convert(folder):
     with open(os.path.join(folder, "model.tflite"), "wb") as file:
         file.write(model)
     return result
+
+
+def export(folder):
+    """StableHLO text to a float LiteRT file, and LiteRT's names of our tensors."""
+    with open(os.path.join(folder, "module.mlir")) as file:
+        model = to_float(file.read())
+    with open(os.path.join(folder, "model.tflite"), "wb") as file:
+        file.write(model)
+    return {"names": tensor_names(model, np.load(os.path.join(folder, "inputs.npz")))}
 
 
 def to_float(text):
@@ -152,7 +173,7 @@ def decode(values, detail):
 
 def main(command, folder):
     try:
-        result = {"convert": convert, "run": run}[command](folder)
+        result = {"check": check, "convert": convert, "export": export, "run": run}[command](folder)
     except ModuleNotFoundError as error:
         result = {"missing": error.name}
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.export import Runner, require
+from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.export.onnx.translate import LOGITS, MIN_OPSET, to_onnx
 from dfq_jax.export.onnx.writer import INPUT
 from dfq_jax.files import write_atomically
@@ -76,11 +76,7 @@ def open_onnx(path: str | os.PathLike[str]) -> Runner:
     expected = inputs[INPUT].shape
 
     def run(x: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n ..."]:
-        x = np.asarray(x)
-        same = [size == found for size, found in zip(expected, x.shape, strict=False) if isinstance(size, int)]
-        if x.ndim != len(expected) or not all(same):
-            raise ValueError(f"x: the file takes {expected}, found {x.shape}.")
-        return session.run([LOGITS], {INPUT: x})[0]
+        return session.run([LOGITS], {INPUT: as_batch(x, expected)})[0]
 
     return run
 
@@ -97,6 +93,7 @@ class _Onnx:
 
 
 EXPORTER = _Onnx()
+FATAL = 4  # of ONNX Runtime's log levels
 
 
 def _session(runtime: Any, data: bytes) -> Any:
@@ -107,6 +104,7 @@ def _session(runtime: Any, data: bytes) -> Any:
     options.add_session_config_entry("session.x64quantprecision", "1")
     # Float activations of weight-only networks stay in float32 (1), and are not quantized on the way (4, the default).
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.log_severity_level = FATAL  # errors come as exceptions, and one of them is expected
     try:
         return runtime.InferenceSession(data, options, providers=providers)
     except Exception as error:

@@ -87,10 +87,19 @@ class _Translation:
             producer_name="dfq_jax",
             ir_version=helper.find_min_ir_version_for(opsets),
         )
-        facts = {"graph": self.graph.digest, "logits": LOGITS}
+        facts = {"graph": self.graph.digest, "logits": LOGITS, "tensors": self._tensor_names()}
         helper.set_model_props(model, {"dfq_jax": json.dumps(facts)})
         self.onnx.checker.check_model(model, full_check=True)
         return model
+
+    def _tensor_names(self) -> dict[str, list[str]]:
+        """The ONNX tensors that hold what layers read, transposed or not."""
+        names = {tensor.name: [self.env[value].name] for value, tensor in self.tensors.items() if value in self.env}
+        for node in self.writer.nodes:
+            if node.op_type == "Transpose":
+                for own in names.values():
+                    own += node.output if node.input[0] in own else []
+        return names
 
     def _names(self) -> list[str]:
         """Of the outputs: "logits", the others after their paths."""

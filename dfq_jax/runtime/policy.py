@@ -3,10 +3,11 @@
 XLA for CPU has fast int8 products for channels-last layouts, and slow ones for stems of few channels, depthwise
 convolutions and channels-first layouts. XLA for CUDA has cuDNN's int8 convolutions only, which give float32, and has
 computed wrong sums for groups (openxla/xla#49123). So a `Policy` says per backend what to trust; `self_test` and
-`measure_policy` in `kernels.py` replace trust by observation.
+`measure_policy` replace trust by observation.
 
 A layer that runs as float still computes on codes, held in float32 where their sums are exact up to 2^24: the choice
-changes the speed and not the network.
+changes the speed and not the network. Only `activations="float"`, which nothing but `measure_policy` chooses by itself,
+changes the network.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dfq_jax.qtensor import QTensor, QuantizerParams, bounds
 BACKENDS = ("cpu", "cuda", "tpu")
 ACCUMULATORS = ("int32", "float32")
 STORAGE = ("speed", "memory")
+ACTIVATIONS = ("codes", "float")
 INT8, FLOAT, WEIGHT_ONLY, UNQUANTIZED = "int8", "float", "weight-only", "unquantized"
 
 INT32_LIMIT = 2**31
@@ -44,6 +46,10 @@ class Policy:
         all of them as int8, or packed where they have 2 to 4 bits, and unpacks them in every call.
       measured: by layer, the time of the float kernel over that of the int8 kernel, from `measure_policy`; goes before
         the rules about channels, layouts and depthwise convolutions.
+      min_speedup: measured ratio above which a layer runs as int8.
+      activations: "codes" quantizes them as the network says. "float" leaves them in float and keeps quantized
+        weights alone: another network than the simulated one, and where codes are slow, as fast as the float network.
+      network: measured time of the float network over that of the network under this policy; None if not measured.
     """
 
     backend: str = "cpu"
@@ -55,15 +61,25 @@ class Policy:
     self_test: bool = True
     storage: str = "speed"
     measured: tuple[tuple[str, float], ...] = ()
+    min_speedup: float = 1.0
+    activations: str = "codes"
+    network: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("backend", BACKENDS), ("accumulator", ACCUMULATORS), ("storage", STORAGE)):
+        for name, choices in (
+            ("backend", BACKENDS),
+            ("accumulator", ACCUMULATORS),
+            ("storage", STORAGE),
+            ("activations", ACTIVATIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}.")
         if type(self.min_input_channels) is not int or self.min_input_channels < 1:
             raise ValueError(
                 f"min_input_channels: expected an integer of at least 1, found {self.min_input_channels!r}."
             )
+        if not self.min_speedup >= 0:
+            raise ValueError(f"min_speedup: expected a ratio of at least 0, found {self.min_speedup!r}.")
 
     def ratio(self, layer: str) -> float | None:
         """Measured time of the float kernel over that of the int8 kernel; above 1 where int8 is faster."""
@@ -120,6 +136,8 @@ def decide(policy: Policy, graph: Graph, layer: Layer, kernel: object, params: Q
     """
     if not isinstance(kernel, QTensor):
         return Decision(runs=UNQUANTIZED, reason="its kernel is not quantized")
+    if policy.activations == "float":
+        return Decision(runs=WEIGHT_ONLY, reason="no network on codes measured as fast as the float one")
     if params is None:
         return Decision(runs=WEIGHT_ONLY, reason="its input is not quantized")
     largest = largest_sum(layer, kernel, params)
@@ -142,7 +160,11 @@ def _unsupported(policy: Policy, layer: Layer) -> str:
 def _slow(policy: Policy, graph: Graph, layer: Layer) -> str:
     ratio = policy.ratio(layer.name)
     if ratio is not None:
-        return "" if ratio > 1 else f"int8 measured at {1 / ratio:.2f} of the float time"
+        if ratio > policy.min_speedup:
+            return ""
+        if ratio > 1:
+            return f"int8 measured at {1 / ratio:.2f} of the float time, and the network gains nothing by it"
+        return f"int8 measured at {1 / ratio:.2f} of the float time"
     if layer.kind != "conv":
         return ""
     params = graph.program.ops[layer.op].params
@@ -168,7 +190,7 @@ def largest_sum(layer: Layer, kernel: QTensor, params: QuantizerParams) -> int:
     """Bound on the sums of products of codes: the largest code times the sum of |weights|, over output channels."""
     low, high = bounds(params.bits, params.signed)
     zero = 0 if params.zero_point is None else int(params.zero_point)
-    shifted = 128 if params.bits == 8 and not params.signed else zero  # what `integer.Codes.int8` takes off
+    shifted = 128 if params.bits == 8 and not params.signed else zero  # what `execution.Codes.int8` takes off
     largest = max(abs(low - shifted), abs(high - shifted), abs(low - zero), abs(high - zero))
     axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
     return largest * int(np.abs(centered(kernel).astype(np.int64)).sum(axes).max(initial=0))

@@ -18,8 +18,9 @@ from dfq_jax import qtensor
 from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.execute import apply_quantized, record_tensors
 from dfq_jax.graph import Graph, GraphError, trace
-from dfq_jax.integer import IntegerPlan, apply_integer, compile_integer, unpack
-from dfq_jax.policy import FLOAT, INT8, WEIGHT_ONLY, Policy, default_policy
+from dfq_jax.runtime import IntegerPlan, apply_integer, compile_integer
+from dfq_jax.runtime.execution import unpack
+from dfq_jax.runtime.policy import FLOAT, INT8, WEIGHT_ONLY, Policy, default_policy
 from dfq_jax.tracing.program import sub_jaxprs
 
 # All that can run as int8 does, and nothing is compiled to find out whether it should.

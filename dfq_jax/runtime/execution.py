@@ -1,0 +1,121 @@
+"""A compiled network in execution: codes from layer to layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dfq_jax.execute import LayerCall, run_leaves
+from dfq_jax.graph import Layer, Tensor
+from dfq_jax.qtensor import storage_bits
+from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
+from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A quantized tensor on its way: centered codes, and what readers in float get."""
+
+    centered: jax.Array  # code less zero point, integers in float32
+    scale: jax.Array
+    zero: jax.Array | None  # int8 value of real zero; None: 0
+    real: jax.Array | None  # the tensor before quantization, where other readers take that
+
+    def int8(self) -> jax.Array:
+        shifted = self.centered if self.zero is None else self.centered + self.zero
+        return shifted.astype(jnp.int8)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The tensor in float."""
+        return (self.centered * self.scale if self.real is None else self.real).astype(dtype)
+
+
+def apply_integer(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array, "n ..."]) -> Any:
+    """Run a compiled network; `jax.jit` with the plan static.
+
+    The outputs are those of `apply_quantized` up to the rounding of folded factors, which moves a code by one step
+    where a value lies between two.
+
+    Args:
+      plan: from `compile_integer`.
+      ivariables: from the same call.
+      x: `[N, H, W, C]`; any batch size, and other image sizes where the network takes them.
+
+    Returns:
+      What `apply_fn` returns.
+
+    Raises:
+      ValueError: x does not fit the network.
+    """
+    graph = plan.graph.at(x.shape, x.dtype)
+    fusion = plan.fusion_at(graph)
+    quantizers, layers = ivariables["tensors"], ivariables["layers"]
+
+    def quantized(name: str, steps: jax.Array, real: jax.Array | None) -> Codes:
+        params = quantizers[name]
+        codes = jnp.round(jnp.clip(steps, params["low"], params["high"]))
+        return Codes(codes, params["scale"], params.get("zero"), real)
+
+    def tensor(item: Tensor, value: Any) -> Any:
+        if isinstance(value, Codes) or item.name not in quantizers:
+            return value
+        # Divided as in the simulation: pixels may lie between two codes by the thousand.
+        steps = value.astype(jnp.float32) / quantizers[item.name]["scale"]
+        return quantized(item.name, steps, None if item.name in plan.for_all else value)
+
+    def layer(call: LayerCall) -> Any:
+        own = plan.layer(call.layer.name)
+        if own.decision.runs == UNQUANTIZED:
+            return call.default()
+        arrays = layers[own.name]
+        total = _product(plan, own, call, arrays).astype(jnp.float32)
+        result = total * arrays["multiplier"] + arrays["offset"]
+        if own.requantizes is not None:
+            return quantized(own.requantizes, result, None)
+        return result.astype(graph.program.avals[fusion.results[own.name]].dtype)
+
+    leaves = [ivariables["leaves"].get(path) for path in graph.leaf_paths]
+    return run_leaves(graph, leaves, x, layer=layer, tensor=tensor, live=fusion.live, results=fusion.results)
+
+
+def _product(plan: IntegerPlan, own: LayerPlan, call: LayerCall, arrays: dict[str, jax.Array]) -> jax.Array:
+    """The sum of products of codes."""
+    source, kernel = call.source, _kernel(own, call.layer, arrays)
+    if own.decision.runs == INT8:
+        codes = call.rearrange(source.int8(), 0 if source.zero is None else source.zero.astype(jnp.int8))
+        zero = None if source.zero is None else source.zero.astype(jnp.int8)
+        kernel = call.kernel_operand(kernel.astype(jnp.int8))
+        return call.integer_product(codes, kernel, zero, jnp.dtype(plan.policy.accumulator))
+    values = source.centered if own.decision.runs == FLOAT else source.astype(jnp.float32)
+    return call.float32_product(call.rearrange(values), call.kernel_operand(kernel.astype(jnp.float32)))
+
+
+def _kernel(own: LayerPlan, layer: Layer, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Centered codes of a kernel, in the shape of its leaf."""
+    kernel = arrays["kernel"]
+    if own.packed:
+        kernel = unpack(kernel, storage_bits(own.bits), layer.kernel_shape, own.signed)
+    return kernel.astype(jnp.int16) - arrays["zero"] if "zero" in arrays else kernel
+
+
+def unpack(packed: jax.Array, width: int, shape: tuple[int, ...], signed: bool) -> jax.Array:
+    """Codes from the bytes of `qtensor.pack`, inside a compiled function.
+
+    Args:
+      packed: uint8 `[bytes]`.
+      width: bits of one code, 2 or 4.
+      shape: of the codes.
+      signed: whether they are two's complement.
+
+    Returns:
+      int8 codes.
+    """
+    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
+    codes = (packed[:, None] >> shifts) & jnp.uint8(2**width - 1)
+    codes = codes.reshape(-1)[: math.prod(shape)].reshape(shape).astype(jnp.int8)
+    return jnp.where(codes >= 2 ** (width - 1), codes - 2**width, codes) if signed else codes

@@ -1,0 +1,87 @@
+"""The int8 kernels of a backend put to the test: are their sums right?
+
+Compilers change faster than tables of what works, and cards differ. So the sums of each layer's shape are compared
+with integers held in float32, once for each shape and process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dfq_jax.execute import LayerCall
+from dfq_jax.graph import Graph
+from dfq_jax.runtime.policy import Policy
+
+_PASSED: dict[tuple[Any, ...], bool] = {}
+
+
+def signature(graph: Graph, name: str, accumulator: str) -> tuple[Any, ...]:
+    """What two layers have in common whose kernels are the same program."""
+    layer = graph.layer(name)
+    op = graph.program.ops[layer.op]
+    shapes = tuple(graph.program.avals[v].shape for v in op.inputs)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "dimension_numbers")
+    params = tuple(repr(op.params[n]) for n in names if n in op.params)
+    return (jax.default_backend(), op.name, layer.kernel_operand, shapes, params, accumulator)
+
+
+def self_test(graph: Graph, names: Sequence[str], policy: Policy) -> dict[str, bool]:
+    """Whether the int8 kernels of layers give the right sums on this machine.
+
+    Random codes are multiplied once in int8 and once in float32, where these sums are exact. The results are kept for
+    the process; the shapes not tested yet are compiled together.
+
+    Args:
+      graph: the network.
+      names: of layers.
+      policy: gives the type of sums.
+
+    Returns:
+      By layer, whether all sums are equal.
+    """
+    keys = {name: signature(graph, name, policy.accumulator) for name in names}
+    new: dict[tuple[Any, ...], str] = {}
+    for name, key in keys.items():
+        if key not in _PASSED:
+            new.setdefault(key, name)
+    if new:
+        rng = np.random.default_rng(0)
+        operands = [random_codes(graph, name, rng) for name in new.values()]
+        sums = functools.partial(_both_sums, graph, tuple(new.values()), policy.accumulator)
+        for key, (integer, exact) in zip(new, jax.jit(sums)(operands), strict=True):
+            _PASSED[key] = bool(np.array_equal(np.asarray(integer), np.asarray(exact)))
+    return {name: _PASSED[key] for name, key in keys.items()}
+
+
+def layer_call(graph: Graph, name: str) -> LayerCall:
+    layer = graph.layer(name)
+    return LayerCall(layer, graph.program.ops[layer.op], graph, None, None, None)
+
+
+def random_codes(graph: Graph, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """int8 operands of a layer: its input and its kernel."""
+    op, side = graph.program.ops[graph.layer(name).op], graph.layer(name).kernel_operand
+    shapes = [graph.program.avals[op.inputs[i]].shape for i in (1 - side, side)]
+    return tuple(rng.integers(-128, 128, shape, np.int8) for shape in shapes)
+
+
+def integer_sums(call: LayerCall, codes: jax.Array, kernel: jax.Array, accumulator: str) -> jax.Array:
+    """The int8 kernel of a layer, as integer execution calls it."""
+    return call.integer_product(codes, kernel, None, jnp.dtype(accumulator)).astype(jnp.float32)
+
+
+def _both_sums(
+    graph: Graph, names: tuple[str, ...], accumulator: str, operands: list[tuple[jax.Array, jax.Array]]
+) -> list[tuple[jax.Array, jax.Array]]:
+    result = []
+    for name, (codes, kernel) in zip(names, operands, strict=True):
+        call = layer_call(graph, name)
+        exact = call.float32_product(codes.astype(jnp.float32), kernel.astype(jnp.float32))
+        result.append((integer_sums(call, codes, kernel, accumulator), exact))
+    return result
