@@ -141,6 +141,21 @@ def test_tflite_round_trip(name, bits, tmp_path):
     assert files(tmp_path) == ["net.tflite"]
 
 
+def test_ranges_are_extremes_over_images():
+    from dfq_jax.export.tflite_worker import extremes
+
+    class Job:
+        """Calibration on one image at a time; a tensor may have nothing to calibrate."""
+
+        def calibrate(self, data, num_threads):
+            (image,) = (example["x"] for example in data["serving_default"])
+            return {"y": {"min": np.array([image.min()]), "max": np.array([image.max()])}, "index": {}}
+
+    images = np.array([[0.0, 1.0], [-5.0, 0.5], [0.2, 7.0]])
+    found = extremes(Job(), images)
+    assert found["y"] == {"min": np.array([-5.0]), "max": np.array([7.0])} and found["index"] == {}
+
+
 @needs_litert
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fashion_resnet20", "fashion_mobilenet"])
