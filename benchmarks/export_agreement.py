@@ -114,7 +114,7 @@ def _others(net: Quantized) -> list[tuple[str, Callable[[Any, Any], Any], Any]]:
 def _moved(net: Quantized) -> Any:
     """The variables with BatchNorm parameters one float32 step away, up or down at random."""
     graph, rng, updates = net.graph, np.random.default_rng(0), {}
-    for path in {p for bn in graph.batch_norms for p in (bn.mean, bn.var, bn.scale, bn.bias) if p is not None}:
+    for path in sorted({p for bn in graph.batch_norms for p in (bn.mean, bn.var, bn.scale, bn.bias) if p}):
         leaf = np.asarray(graph.leaf(net.variables, path))
         updates[path] = jnp.asarray(
             np.nextafter(leaf, np.where(rng.random(leaf.shape) < 0.5, -np.inf, np.inf), dtype=leaf.dtype)
