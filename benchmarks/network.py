@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,11 +15,13 @@ from dfq_jax import apply_quantized, as_function, trace
 from dfq_jax.data import load_data
 from dfq_jax.zoo import load_model
 
+BATCH_PIXELS = 512 * 32 * 32
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `Network` takes."""
     parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--checkpoint", help="weights; left out where the zoo finds them itself")
     parser.add_argument("--data", required=True, help="labeled images, for top-1 and agreement")
     parser.add_argument("--more", help="more images, for agreement alone")
 
@@ -32,10 +36,14 @@ class Network:
         self.graph = trace(apply_fn, self.variables, model.input_shape)
         data = load_data(arguments.data)
         self.labels = data.labels
-        images = [data.images] + ([load_data(arguments.more).images] if arguments.more else [])
-        self.images = model.preprocessing(np.concatenate(images))
+        images = np.concatenate([data.images] + ([load_data(arguments.more).images] if arguments.more else []))
+        preprocessing = model.preprocessing
+        if images.shape[1:] == model.input_shape[1:]:  # resized and cropped already
+            preprocessing = dataclasses.replace(preprocessing, resize=None, crop=None)
+        self.images = preprocessing(images)
         # One size of batch for all images: everything compiles once.
-        self.batch = max(d for d in range(1, 513) if len(self.images) % d == 0)
+        largest = max(1, BATCH_PIXELS // math.prod(model.input_shape[1:3]))
+        self.batch = max(d for d in range(1, largest + 1) if len(self.images) % d == 0)
         self.reference = self.predict(jax.jit(apply_fn), self.variables)
         self.float_top1 = self.top1(self.reference)
         self.quantized = jax.jit(functools.partial(apply_quantized, self.graph))
