@@ -423,7 +423,10 @@ REFUSED = {
     "no BatchNorm": (("quantize", "user_nets:no_norm"), "no BatchNorm"),
     "NaN": (("quantize", "user_nets:not_a_number", *SMALL), "NaN"),
     "negative variance": (("quantize", "user_nets:negative_variance", *SMALL), "negative variance"),
-    "unknown recipe": ((*QUANTIZE, "--recipe", "slow"), "one of ['best', 'fast', 'finetune', 'instant', 'noise', 'paper']"),
+    "unknown recipe": (
+        (*QUANTIZE, "--recipe", "slow"),
+        "one of ['best', 'fast', 'finetune', 'instant', 'noise', 'paper']",
+    ),
     "bits": ((*QUANTIZE, "--bits", "4"), "expected a name like 'w4a4'"),
     "too few bits": ((*QUANTIZE, "--bits", "w1a4"), "from 2 to 8, found 1"),
     "edge bits": ((*QUANTIZE, "--edge-bits", "9"), "from 2 to 8, found 9"),
