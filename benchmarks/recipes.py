@@ -19,13 +19,16 @@ from network import Network, add_arguments
 
 from dfq_jax import RECIPES, Convention, quantize
 
+# The first and the last layer: at 8 bits; at the bits of all layers; at those with their inputs at 8 bits.
+EDGES = {"8": {"edge_bits": 8}, "all": {"edge_bits": None}, "weights": {"edge_bits": None, "edge_input_bits": 8}}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--recipes", nargs="+", default=["instant", "fast", "best"], choices=sorted(RECIPES))
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4", "w3a3", "w2a4"])
-    parser.add_argument("--edges", nargs="+", default=["8", "all"], help="edge bits; all: as every layer")
+    parser.add_argument("--edges", nargs="+", default=list(EDGES), choices=EDGES, help="first and last layer")
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER", help="fields of the recipes to change")
     parser.add_argument("--cache", type=Path)
@@ -41,7 +44,7 @@ def main() -> None:
         images = Images(arguments.cache and arguments.cache / f"{arguments.model}_{name}")
         for bits in arguments.bits:
             for edges in arguments.edges:
-                convention = Convention.parse(bits, edge_bits=None if edges == "all" else int(edges))
+                convention = Convention.parse(bits, **EDGES[edges])
                 scores = np.array([_score(network, recipe, convention, key, images) for key in keys])
                 print(f"{convention.describe()}: {_cell(scores)}", flush=True)
 

@@ -31,6 +31,9 @@ class Convention:
       weight_bits: bits of weights, 2 to 8.
       activation_bits: bits of activations, 2 to 8, or None to keep them in float (weight-only).
       edge_bits: bits of weights and input of the first and the last layer; None for the same as everywhere.
+      edge_input_bits: bits of the inputs of these two layers, where they differ: with `edge_bits` None and 8 here, all
+        weights have the same bits while the image keeps the 8 that it is made of. (Publications that count "all
+        layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)
       per_channel: one weight scale per output channel, otherwise one per kernel.
       symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
         would cost integer execution a second product.
@@ -42,13 +45,14 @@ class Convention:
     weight_bits: int = 4
     activation_bits: int | None = 4
     edge_bits: int | None = 8
+    edge_input_bits: int | None = None
     per_channel: bool = True
     symmetric_weights: bool = False
     weight_range: str = "lp"
     shortcuts: str = "float"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "edge_bits"):
+        for name in ("weight_bits", "activation_bits", "edge_bits", "edge_input_bits"):
             bits = getattr(self, name)
             if bits is None and name != "weight_bits":
                 continue
@@ -84,6 +88,8 @@ class Convention:
     def describe(self) -> str:
         """One line with everything a reader of a number must know."""
         edges = "edges as all layers" if self.edge_bits is None else f"first and last layer {self.edge_bits}-bit"
+        if self.edge_input_bits is not None and self.activation_bits is not None:
+            edges += f" with {self.edge_input_bits}-bit inputs"
         weights = "per-channel" if self.per_channel else "per-tensor"
         kind = "symmetric" if self.symmetric_weights else "asymmetric"
         activations = "float activations"
@@ -104,8 +110,9 @@ class Convention:
         if self.activation_bits is None:
             return None
         readers = [graph.layer(name) for name in tensor.layers]
-        if self.edge_bits is not None and any(self.is_edge(graph, layer) for layer in readers):
-            return max(self.edge_bits, self.activation_bits)
+        edge_bits = self.edge_bits if self.edge_input_bits is None else self.edge_input_bits
+        if edge_bits is not None and any(self.is_edge(graph, layer) for layer in readers):
+            return max(edge_bits, self.activation_bits)
         return self.activation_bits
 
     def is_symmetric(self, bits: int) -> bool:

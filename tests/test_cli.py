@@ -335,12 +335,13 @@ def test_models_of_the_users_own(model, data, recipe, tmp_path):
 def test_bundled_model(tmp_path):
     target, facts_file = tmp_path / "net.safetensors", tmp_path / "facts.json"
     result = succeed(
-        "quantize", "fashion_resnet20", "--recipe", "noise", "--bits", "w4a4", "--edge-bits", "none", *SMALL,
+        "quantize", "fashion_resnet20", "--recipe", "noise", "--bits", "w4a4", "--edge-bits", "none",
+        "--edge-input-bits", 8, *SMALL,
         "--evaluate", "bundled", "--limit", 64, "--output", target, "--json", facts_file,
     )  # fmt: skip
     facts = json.loads(facts_file.read_text())
     check_json(facts, n=64, bits=(4, 4))
-    assert facts["convention"]["edge_bits"] is None
+    assert facts["convention"]["edge_bits"] is None and facts["convention"]["edge_input_bits"] == 8
     assert facts["float"]["top1"] > 85
     assert f"{facts['quantized']['top1']:.2f}" in result.out
     again = succeed("evaluate", target, "--data", "bundled", "--limit", 64)
@@ -390,7 +391,9 @@ def test_demo(tmp_path):
 @pytest.mark.parametrize("model", ["fashion_resnet20", "fashion_mobilenet"])
 def test_bundled_models_with_synthesis(model, recipe, tmp_path):
     target, limit = tmp_path / "net.safetensors", ("--limit", 64)
-    flags = ("--recipe", recipe, "--bits", "w8a8", *SMALL, "--evaluate", "bundled", *limit, "--output", target)
+    # Absolute BatchNorm adaptation takes its statistics from the images alone: it needs more than a handful.
+    images = ("--images", "32", "--steps", "20", "--batch-size", "32")
+    flags = ("--recipe", recipe, "--bits", "w8a8", *images, "--evaluate", "bundled", *limit, "--output", target)
     result = succeed("quantize", model, *flags)
     top1 = result.out.splitlines()[-1].split()[1]
     assert float(top1) > 80

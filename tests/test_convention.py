@@ -79,7 +79,7 @@ def test_parse_refuses_bits_out_of_range(name, field):
         Convention.parse(name)
 
 
-@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "edge_bits"])
+@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "edge_bits", "edge_input_bits"])
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, "4", True, 16])
 def test_bits_are_checked(field, bits):
     with pytest.raises(ValueError, match=f"{field}: expected an integer from 2 to 8"):
@@ -132,7 +132,8 @@ def test_describe(convention, expected):
 def test_description_tells_conventions_apart():
     changes = [{}, {"weight_bits": 3}, {"activation_bits": 3}, {"activation_bits": None}, {"edge_bits": None},
                {"edge_bits": 4}, {"per_channel": False}, {"symmetric_weights": True}, {"weight_range": "mse"},
-               {"shortcuts": "quantized"}]  # fmt: skip
+               {"shortcuts": "quantized"}, {"edge_input_bits": 8},
+               {"edge_bits": None, "edge_input_bits": 8}]  # fmt: skip
     assert len({Convention(**change).describe() for change in changes}) == len(changes)
 
 
@@ -153,6 +154,18 @@ def test_bits_of_layers_and_tensors():
     same = Convention.parse("w4a3", edge_bits=None)
     assert {same.layer_bits(graph, x) for x in graph.layers} == {4}
     assert {same.tensor_bits(graph, t) for t in graph.tensors} == {3}
+
+
+def test_inputs_of_edges():
+    """The image may keep its 8 bits where all weights have as many as anywhere."""
+    graph, _ = traced(model_grid.cifar_resnet8)
+    convention = Convention.parse("w4a3", edge_bits=None, edge_input_bits=8)
+    edges = (graph.first_layer.tensor, graph.last_layer.tensor)
+    assert {convention.layer_bits(graph, x) for x in graph.layers} == {4}
+    assert {t.name: convention.tensor_bits(graph, t) for t in graph.tensors} == {
+        t.name: 8 if t.name in edges else 3 for t in graph.tensors
+    }
+    assert "edges as all layers with 8-bit inputs" in convention.describe()
 
 
 def test_narrow_edges():

@@ -25,6 +25,7 @@ from dfq_jax.cli.output import (
     write_json,
 )
 from dfq_jax.cli.progress import Reporter, open_display
+from dfq_jax.convention import Convention
 from dfq_jax.evaluation import accuracy
 from dfq_jax.pipeline import quantize as quantize_network
 from dfq_jax.quantized import Quantized, load
@@ -60,6 +61,7 @@ def quantize(
     recipe: str = "fast",
     bits: str = "w8a8",
     edge_bits: Bits = 8,
+    edge_input_bits: Count = None,
     seed: int = 0,
     images: Count = None,
     steps: Count = None,
@@ -75,9 +77,10 @@ def quantize(
     Args:
         checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict) or
             hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
-        recipe: fast, paper or noise.
+        recipe: instant, fast, best, finetune, paper or noise.
         bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
         edge_bits: Bits of the first and the last layer; none for the same as all others.
+        edge_input_bits: Bits of the inputs of these two layers, where they differ.
         seed: Seed of all that is random.
         images: Number of images to make, in place of the recipe's.
         steps: Optimizer steps for each batch of images, in place of the recipe's.
@@ -92,6 +95,12 @@ def quantize(
     began = time.perf_counter()
     check_targets(output, json, resume)
     chosen = _adjusted(get_recipe(recipe), images, steps, batch_size)
+    convention = Convention.parse(
+        bits,
+        edge_bits=None if edge_bits == "none" else edge_bits,
+        edge_input_bits=edge_input_bits,
+        weight_range=chosen.weight_range,
+    )
     target = resolve(model, checkpoint)
     data = None if evaluate is None else target.load_data(evaluate, limit)
     with open_display() as display:
@@ -102,8 +111,7 @@ def quantize(
                 target.variables,
                 input_shape=target.input_shape,
                 recipe=chosen,
-                bits=bits,
-                edge_bits=None if edge_bits == "none" else edge_bits,
+                convention=convention,
                 key=seed,
                 on_progress=reporter.on_progress,
                 on_stage=reporter.on_stage,
