@@ -9,22 +9,27 @@ would on data. Layers in front of a BatchNorm do not matter then, and the compil
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
-from dfq_jax.execute import BatchNormParameters, along_channels, run
-from dfq_jax.graph import BatchNorm, Graph, GraphError, Tensor
+from dfq_jax.execute import BatchNormParameters, along_channels
+from dfq_jax.graph import BatchNorm, Graph, GraphError
 from dfq_jax.ranges import Summary, summarize
 from dfq_jax.rounding import GPTQConfig, gptq
 
 # Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
 # pooling) would have no spread. Natural images have some; the exact value matters little.
 SPATIAL_CORRELATION = 0.25
+# Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
+# takes the compiler minutes. The number is prime, so that where samples repeat, they do at other channels.
+POOL = 4_194_301
 
 
 def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -> dict[str, Summary]:
@@ -42,8 +47,8 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    images = _input_noise(graph, num_samples)
-    return summarize(graph, variables, images, batch_size=num_samples, record=record_noise)
+    images, rule = _noise(graph, num_samples)
+    return summarize(graph, variables, images, batch_size=num_samples, batch_norm=rule)
 
 
 def analytic_correction(
@@ -77,9 +82,9 @@ def analytic_correction(
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    noise = _input_noise(graph, num_samples)
-    adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=_noise)
-    return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=_noise)
+    noise, rule = _noise(graph, num_samples)
+    adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
+    return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=rule)
 
 
 def gptq_from_noise(
@@ -101,33 +106,32 @@ def gptq_from_noise(
       GraphError: the network has no BatchNorm.
       ValueError: as `gptq`.
     """
-    noise = _input_noise(graph, num_samples)
-    return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=_noise)
+    noise, rule = _noise(graph, num_samples)
+    return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
 
 
-def _input_noise(graph: Graph, num_samples: int) -> jax.Array:
+def _noise(graph: Graph, num_samples: int) -> tuple[jax.Array, Partial]:
+    """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     if not graph.batch_norms:
         raise GraphError("the network has no BatchNorm, so nothing is known of its activations without images.")
-    return jax.random.normal(jax.random.key(0), (num_samples, *graph.input.shape[1:]), jnp.float32)
+    pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
+    return _take(pool, 0, (num_samples, *graph.input.shape[1:])), Partial(_noise_of_moments, pool)
 
 
-def record_noise(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> tuple[Any, dict[str, jax.Array]]:
-    """As `execute.record_tensors`, with BatchNorm outputs replaced by noise of their moments."""
-    recorded: dict[str, jax.Array] = {}
-
-    def keep(tensor: Tensor, value: jax.Array) -> jax.Array:
-        recorded[tensor.name] = value
-        return value
-
-    return run(graph, variables, x, tensor=keep, batch_norm=_noise), recorded
-
-
-def _noise(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
-    # A key from the name: independent between BatchNorms, the same in every run and for every batch.
-    common_key, own_key = jax.random.split(jax.random.key(zlib.crc32(bn.name.encode())))
-    per_image = [d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape)]
-    common = jax.random.normal(common_key, per_image)
-    own = jax.random.normal(own_key, x.shape)
+def _noise_of_moments(
+    pool: Float[Array, " n"], bn: BatchNorm, x: Float[Array, "..."], parameters: BatchNormParameters
+) -> Float[Array, "..."]:
+    # The places follow from the name: independent between BatchNorms, the same in every run and for every batch.
+    place = zlib.crc32(bn.name.encode())
+    per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
+    common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
     noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
     spread = functools.partial(along_channels, bn, x)
     return spread(parameters.bias * jnp.ones(bn.channels)) + spread(parameters.scale * jnp.ones(bn.channels)) * noise
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _take(pool: Float[Array, " n"], place: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Samples from a place on, around and around."""
+    begin, size = place % POOL, math.prod(shape)
+    return jnp.tile(pool, -(-(begin + size) // POOL))[begin : begin + size].reshape(shape)

@@ -26,6 +26,7 @@ from dfq_jax.execute import (
     BatchNormRule,
     LayerCall,
     apply_quantized,
+    as_argument,
     channel_moments,
     normalize,
     run,
@@ -98,17 +99,18 @@ def adapt_batch_norm(
     """
     check_images(graph, images)
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
+    rule = as_argument(batch_norm)
     total: dict[str, jax.Array] = {}
     for batch in batches(images, size):
         share = batch.shape[0] / images.shape[0]
-        for path, value in _adapt(graph, variables, qvariables, batch, config, images.shape[0], batch_norm).items():
+        for path, value in _adapt(graph, variables, qvariables, batch, config, images.shape[0], rule).items():
             total[path] = total.get(path, 0.0) + share * value
     shapes = dict(zip(graph.leaf_paths, graph.leaf_shapes, strict=True))
     updates = {path: value.reshape(shapes[path].shape).astype(shapes[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_images", "batch_norm"))
+@functools.partial(jax.jit, static_argnames=("graph", "config", "num_images"))
 def _adapt(
     graph: Graph,
     variables: Any,
@@ -241,10 +243,10 @@ def correct_bias(
       ValueError: no images, or images with NaN or infinity.
     """
     check_images(graph, images)
-    return _correct_bias(graph, variables, qvariables, images, normalized, batch_norm)
+    return _correct_bias(graph, variables, qvariables, images, normalized, as_argument(batch_norm))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "normalized", "batch_norm"))
+@functools.partial(jax.jit, static_argnames=("graph", "normalized"))
 def _correct_bias(
     graph: Graph,
     variables: Any,

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from dfq_jax.batch_norm import offset_leaves
 from dfq_jax.execute import LayerCall
 from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor
-from dfq_jax.matrix_form import input_channels, kernel_leaf, kernel_matrix
+from dfq_jax.matrix_form import input_channels, kernel_form
 from dfq_jax.tracing.batch_norm_pattern import ChannelAlgebra
 from dfq_jax.tracing.regions import Activations
 
@@ -147,13 +147,15 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
         bn = _batch_norm(graph, first)
         for leaf in _scaled(first, bn):
             if leaf == first.kernel_index:
-                matrix = kernel_matrix(graph, first, new[leaf].astype(jnp.float32))
-                new[leaf] = kernel_leaf(graph, first, matrix / factor.reshape(*matrix.shape[:2], 1, 1))
+                form = kernel_form(graph, first)
+                matrix = form.matrix(new[leaf].astype(jnp.float32))
+                new[leaf] = form.leaf(matrix / factor.reshape(*matrix.shape[:2], 1, 1))
             elif leaf is not None:
                 new[leaf] = new[leaf] / factor.reshape(new[leaf].shape)
         for reader, channels in _readers(graph, pair):
-            matrix = kernel_matrix(graph, reader, new[reader.kernel_index].astype(jnp.float32))
-            new[reader.kernel_index] = kernel_leaf(graph, reader, matrix * factor[channels][:, None, :, None])
+            form = kernel_form(graph, reader)
+            matrix = form.matrix(new[reader.kernel_index].astype(jnp.float32))
+            new[reader.kernel_index] = form.leaf(matrix * factor[channels][:, None, :, None])
     paths = graph.leaf_paths
     return graph.replace(
         variables, {paths[i]: value.astype(leaves[i].dtype) for i, value in new.items() if value is not leaves[i]}
@@ -195,7 +197,7 @@ def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[A
 
 
 def _sizes(graph: Graph, layer: Layer, leaves: list[Any]) -> Float[Array, "g o i"]:
-    matrix = kernel_matrix(graph, layer, leaves[layer.kernel_index].astype(jnp.float32))
+    matrix = kernel_form(graph, layer).matrix(leaves[layer.kernel_index].astype(jnp.float32))
     sizes = jnp.abs(matrix).max(-1)
     bn = _batch_norm(graph, layer)
     if bn is None:
@@ -258,7 +260,7 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
         constant = jnp.maximum(center - sigmas * spread, 0.0)
         updates[path] = updates.get(path, leaves[path]) - constant.reshape(leaves[path].shape)
         for reader, channels in _readers(graph, pair):
-            matrix = kernel_matrix(graph, reader, leaves[reader.kernel].astype(jnp.float32))
+            matrix = kernel_form(graph, reader).matrix(leaves[reader.kernel].astype(jnp.float32))
             shift = jnp.einsum("goik,gi->go", matrix, constant[channels], precision=jax.lax.Precision.HIGHEST)
             target, sign = offsets[reader.name]
             updates[target] = updates.get(target, leaves[target]) - sign * shift.reshape(leaves[target].shape)

@@ -199,6 +199,11 @@ BatchNormRule = Callable[[BatchNorm, jax.Array, BatchNormParameters], jax.Array]
 LayerCorrection = Callable[[LayerCall, jax.Array], jax.Array]
 
 
+def as_argument(rule: Callable[..., Any] | None) -> jax.tree_util.Partial | None:
+    """A rule as an argument of a compiled function: the arrays bound to it are traced, the function is static."""
+    return rule if rule is None or isinstance(rule, jax.tree_util.Partial) else jax.tree_util.Partial(rule)
+
+
 def run(
     graph: Graph,
     variables: Any,
@@ -405,15 +410,17 @@ def channel_moments(bn: BatchNorm, x: Float[Array, "..."]) -> tuple[Float[Array,
 # --- recording ---
 
 
-def record_tensors(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> tuple[Any, dict[str, jax.Array]]:
-    """Outputs, and every tensor that layers read, by name."""
+def record_tensors(
+    graph: Graph, variables: Any, x: Float[Array, "n ..."], *, batch_norm: BatchNormRule | None = None
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Outputs, and every tensor that layers read, by name; `batch_norm` as in `run`."""
     recorded: dict[str, jax.Array] = {}
 
     def keep(tensor: Tensor, value: jax.Array) -> jax.Array:
         recorded[tensor.name] = value
         return value
 
-    return run(graph, variables, x, tensor=keep), recorded
+    return run(graph, variables, x, tensor=keep, batch_norm=batch_norm), recorded
 
 
 # --- quantized execution ---

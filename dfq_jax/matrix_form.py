@@ -8,6 +8,7 @@ has a group for each.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -21,32 +22,54 @@ from jaxtyping import Array, Float, Int
 from dfq_jax.execute import LayerCall
 from dfq_jax.graph import Graph, Layer
 from dfq_jax.qtensor import QTensor, bounds
+from dfq_jax.tracing.program import Op
 
 
-def kernel_matrix(graph: Graph, layer: Layer, leaf: Float[Array, "..."]) -> Float[Array, "g o i k"]:
-    """A kernel leaf as `[groups, outputs, inputs, window]`, outputs and inputs of one group."""
+@dataclasses.dataclass(frozen=True)
+class KernelForm:
+    """How a kernel leaf becomes a matrix; hashable, and the same for layers of the same kind and shape.
+
+    Attributes:
+      shape: of the leaf.
+      chain: operations between leaf and layer, other than casts.
+      order: of the axes, then.
+      sizes: of the matrix, groups, outputs, inputs and window; outputs and inputs of one group.
+    """
+
+    shape: tuple[int, ...]
+    chain: tuple[Op, ...]
+    order: tuple[int, ...]
+    sizes: tuple[int, int, int, int]
+
+    def matrix(self, leaf: Float[Array, "..."]) -> Float[Array, "g o i k"]:
+        """The leaf as a matrix."""
+        for op in self.chain:
+            (leaf,) = op(leaf)
+        return leaf.transpose(self.order).reshape(self.sizes)
+
+    def leaf(self, matrix: Float[Array, "g o i k"]) -> Float[Array, "..."]:
+        """The inverse of `matrix`, float32."""
+        # The way there only rearranges elements, so its transpose is the way back.
+        transpose = jax.linear_transpose(self.matrix, jax.ShapeDtypeStruct(self.shape, jnp.float32))
+        return transpose(matrix.astype(jnp.float32))[0]
+
+
+def kernel_form(graph: Graph, layer: Layer) -> KernelForm:
+    """The form of a layer's kernel."""
     program = graph.program
     op = program.ops[layer.op]
-    value = leaf
-    for index in layer.kernel_chain:
-        if program.ops[index].name != "convert_element_type":
-            (value,) = program.ops[index](value)
+    chain = tuple(program.ops[i] for i in layer.kernel_chain if program.ops[i].name != "convert_element_type")
+    shape = program.avals[op.inputs[layer.kernel_operand]].shape
     if layer.kind == "conv":
-        value = value.transpose(op.params["dimension_numbers"].rhs_spec)
-        outputs, inputs = value.shape[:2]
-        return value.reshape(layer.groups, outputs // layer.groups, inputs, -1)
-    contract, batch = (axes[layer.kernel_operand] for axes in op.params["dimension_numbers"])
-    free = [a for a in range(value.ndim) if a not in (*contract, *batch)]
-    sizes = [math.prod(value.shape[a] for a in axes) for axes in (batch, free, contract)]
-    return value.transpose(*batch, *free, *contract).reshape(*sizes, 1)
-
-
-def kernel_leaf(graph: Graph, layer: Layer, matrix: Float[Array, "g o i k"]) -> Float[Array, "..."]:
-    """The inverse of `kernel_matrix`, float32."""
-    like = jax.ShapeDtypeStruct(layer.kernel_shape, jnp.float32)
-    # The way there only rearranges elements, so its transpose is the way back.
-    transpose = jax.linear_transpose(lambda leaf: kernel_matrix(graph, layer, leaf), like)
-    return transpose(matrix.astype(jnp.float32))[0]
+        order = tuple(op.params["dimension_numbers"].rhs_spec)
+        outputs, inputs, *window = (shape[a] for a in order)
+        sizes = layer.groups, outputs // layer.groups, inputs, math.prod(window)
+    else:
+        contract, batch = (axes[layer.kernel_operand] for axes in op.params["dimension_numbers"])
+        free = [a for a in range(len(shape)) if a not in (*contract, *batch)]
+        order = (*batch, *free, *contract)
+        sizes = *(math.prod(shape[a] for a in axes) for axes in (batch, free, contract)), 1
+    return KernelForm(tuple(layer.kernel_shape), chain, order, sizes)
 
 
 def patches(call: LayerCall) -> Float[Array, "m g d"]:
@@ -116,21 +139,21 @@ class Codes(NamedTuple):
     high: Float[Array, "g o i k"]
 
 
-def kernel_codes(graph: Graph, layer: Layer, kernel: QTensor, leaf: Float[Array, "..."]) -> Codes:
+@functools.partial(jax.jit, static_argnums=0)
+def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[Array, "..."]) -> Codes:
     """The quantized kernel of a layer and the float one as `Codes`."""
     qmin, qmax = bounds(kernel.bits, kernel.signed)
     zero = jnp.zeros_like(kernel.scale) if kernel.zero_point is None else kernel.zero_point
     values = leaf.astype(jnp.float32) / kernel.scale
     limits = (jnp.broadcast_to(q - zero, leaf.shape) for q in (qmin, qmax))
-    return Codes(*(kernel_matrix(graph, layer, a) for a in (values, kernel.centered().astype(jnp.float32), *limits)))
+    return Codes(*(form.matrix(a) for a in (values, kernel.centered().astype(jnp.float32), *limits)))
 
 
-def with_codes(graph: Graph, layer: Layer, kernel: QTensor, codes: Float[Array, "g o i k"]) -> QTensor:
+@functools.partial(jax.jit, static_argnums=0)
+def with_codes(form: KernelForm, kernel: QTensor, codes: Float[Array, "g o i k"]) -> QTensor:
     """The quantized kernel with other centered codes."""
     zero = 0.0 if kernel.zero_point is None else kernel.zero_point
-    return dataclasses.replace(
-        kernel, qvalue=(kernel_leaf(graph, layer, codes) + zero).astype(jnp.asarray(kernel.qvalue).dtype)
-    )
+    return dataclasses.replace(kernel, qvalue=(form.leaf(codes) + zero).astype(jnp.asarray(kernel.qvalue).dtype))
 
 
 def quantized_kernels(

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dfq_jax.convention import Convention
-from dfq_jax.execute import record_tensors
+from dfq_jax.execute import BatchNormRule, as_argument, record_tensors
 from dfq_jax.graph import Graph
 from dfq_jax.qtensor import fake_quant, params_from_range
 
@@ -29,7 +29,6 @@ MAX_SAMPLES = 1 << 19
 Range = tuple[Float[Array, ""], Float[Array, ""]]
 Peaks = tuple[Float[Array, " n"], Float[Array, " n"]]
 Estimator = Callable[..., Range]
-Recorder = Callable[[Graph, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -236,7 +235,7 @@ def summarize(
     images: Float[Array, "n ..."],
     *,
     batch_size: int = 64,
-    record: Recorder = record_tensors,
+    batch_norm: BatchNormRule | None = None,
 ) -> dict[str, Summary]:
     """Peaks and histograms of every tensor, by name, in two passes over the images.
 
@@ -245,18 +244,19 @@ def summarize(
       variables: float variables.
       images: `[N, H, W, C]`.
       batch_size: images in one pass of the network.
-      record: gives the tensors of a batch, `(graph, variables, images) -> (outputs, {name: tensor})`.
+      batch_norm: what each BatchNorm computes in place of itself.
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
     """
     check_images(graph, images)
-    parts = [_peaks(graph, record, variables, batch) for batch in batches(images, batch_size)]
+    rule = as_argument(batch_norm)
+    parts = [_peaks(graph, variables, batch, rule) for batch in batches(images, batch_size)]
     peaks = jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
     limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
     counts = None
     for batch in batches(images, batch_size):
-        new = _histograms(graph, record, variables, batch, limits)
+        new = _histograms(graph, variables, batch, limits, rule)
         counts = new if counts is None else jax.tree.map(jnp.add, counts, new)
     return {
         name: Summary(peak_lo=lo, peak_hi=hi, counts=counts[name], lo=limits[name][0], hi=limits[name][1])
@@ -291,9 +291,9 @@ def batches(images: Any, batch_size: int) -> Iterator[Any]:
         yield images[start : start + size]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "record"))
-def _peaks(graph: Graph, record: Recorder, variables: Any, images: jax.Array) -> dict[str, Peaks]:
-    _, tensors = record(graph, variables, images)
+@functools.partial(jax.jit, static_argnames="graph")
+def _peaks(graph: Graph, variables: Any, images: jax.Array, batch_norm: BatchNormRule | None) -> dict[str, Peaks]:
+    _, tensors = record_tensors(graph, variables, images, batch_norm=batch_norm)
 
     def per_image(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         flat = x.astype(jnp.float32).reshape(x.shape[0], -1)
@@ -302,11 +302,11 @@ def _peaks(graph: Graph, record: Recorder, variables: Any, images: jax.Array) ->
     return {name: per_image(x) for name, x in tensors.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "record"))
+@functools.partial(jax.jit, static_argnames="graph")
 def _histograms(
-    graph: Graph, record: Recorder, variables: Any, images: jax.Array, limits: dict[str, Range]
+    graph: Graph, variables: Any, images: jax.Array, limits: dict[str, Range], batch_norm: BatchNormRule | None
 ) -> dict[str, jax.Array]:
-    _, tensors = record(graph, variables, images)
+    _, tensors = record_tensors(graph, variables, images, batch_norm=batch_norm)
     result = {}
     for name, x in tensors.items():
         stride = _stride(x.shape)

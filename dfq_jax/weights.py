@@ -165,5 +165,14 @@ def quantize_kernel(
     """
     if method not in WEIGHT_RANGES:
         raise ValueError(f"method must be one of {', '.join(WEIGHT_RANGES)}, got {method!r}")
+    w = jnp.asarray(w)
+    _reduced_axes(w, channel_axes)
+    bounds(bits, signed=False)
+    return _quantize_kernel(w, bits=int(bits), symmetric=bool(symmetric), channel_axes=channel_axes, method=method)
+
+
+# One compilation for each shape: its many small operations, one by one, would take longer.
+@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "channel_axes", "method"))
+def _quantize_kernel(w, *, bits, symmetric, channel_axes, method):
     lo, hi = WEIGHT_RANGES[method](w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)
     return quantize_tensor(w, params_from_range(lo, hi, bits=bits, symmetric=symmetric))

@@ -76,7 +76,7 @@ def test_gptq_from_noise_changes_codes_alone(quantized):
     better = gptq_from_noise(graph, variables, qvariables)
     assert jax.tree.structure(better) == jax.tree.structure(qvariables)
     kernel, before = (v["params"]["first"]["kernel"] for v in (better, qvariables))
-    assert kernel.scale is before.scale and kernel.qvalue.dtype == before.qvalue.dtype
+    assert np.array_equal(kernel.scale, before.scale) and kernel.qvalue.dtype == before.qvalue.dtype
     changed = [
         not np.array_equal(better["params"][n]["kernel"].qvalue, qvariables["params"][n]["kernel"].qvalue)
         for n in ("first", "second", "head")

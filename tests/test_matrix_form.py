@@ -9,7 +9,7 @@ import pytest
 
 from dfq_jax.execute import run
 from dfq_jax.graph import trace
-from dfq_jax.matrix_form import input_channels, kernel_leaf, kernel_matrix, patches
+from dfq_jax.matrix_form import input_channels, kernel_form, patches
 
 NAMES = ("dilated_grouped", "transposed_conv", "general_dense", "conv_1d", "conv_3d", "channels_first", "odd_sizes")
 
@@ -23,8 +23,9 @@ def test_patches_times_kernel_is_the_layer(name):
 
     def check(call):
         result = call.default()
-        matrix = kernel_matrix(call.graph, call.layer, call.kernel)
-        np.testing.assert_array_equal(kernel_leaf(call.graph, call.layer, matrix), call.kernel)
+        form = kernel_form(call.graph, call.layer)
+        matrix = form.matrix(call.kernel)
+        np.testing.assert_array_equal(form.leaf(matrix), call.kernel)
         product = jnp.einsum("mgd,god->mgo", patches(call), matrix.reshape(*matrix.shape[:2], -1))
         axes = call.channel_axes
         expected = jnp.moveaxis(result, axes, range(-len(axes), 0)).reshape(product.shape)

@@ -26,13 +26,9 @@ VARIABLES = model_grid.function_case("net", network, {"a": (WIDTH, 8), "b": (8,)
 GRAPH = trace(network, VARIABLES, (1, WIDTH))
 
 
-def images_as_tensor(graph, variables, x):
-    """A recorder that shows the images themselves."""
-    return None, {"x": x}
-
-
 def summary_of(values, **arguments):
-    return summarize(GRAPH, VARIABLES, jnp.asarray(values, jnp.float32), record=images_as_tensor, **arguments)["x"]
+    """Of the tensor that the first layer reads: the images themselves."""
+    return summarize(GRAPH, VARIABLES, jnp.asarray(values, jnp.float32), **arguments)[GRAPH.first_layer.tensor]
 
 
 def samples(name, count=128):
@@ -187,11 +183,7 @@ def test_thinned_histograms_weigh_images_alike(monkeypatch):
     monkeypatch.setattr(ranges, "MAX_SAMPLES", 200)
     x = np.zeros((9, WIDTH))
     x[8] = 1.0  # alone in the last batch, which is thinned less
-
-    def record(graph, variables, x):
-        return None, {"x": x}
-
-    summary = summarize(GRAPH, VARIABLES, jnp.asarray(x, jnp.float32), batch_size=8, record=record)["x"]
+    summary = summary_of(x, batch_size=8)
     np.testing.assert_allclose(summary.counts[-1] / summary.counts.sum(), 1 / 9, rtol=0.05)
 
 

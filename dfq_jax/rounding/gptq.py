@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized
+from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized, as_argument
 from dfq_jax.graph import Graph
-from dfq_jax.matrix_form import Codes, kernel_codes, patches, quantized_kernels, with_codes
+from dfq_jax.matrix_form import Codes, kernel_codes, kernel_form, patches, quantized_kernels, with_codes
 from dfq_jax.ranges import batches, check_images
 
 ORDERS = ("natural", "activation")
@@ -94,13 +94,13 @@ def gptq(
     for _ in range(config.passes):
         total = None
         for batch in batches(images, batch_size):
-            new = _moments(graph, qvariables, batch, config.max_patches, batch_norm)
+            new = _moments(graph, qvariables, batch, config.max_patches, as_argument(batch_norm))
             total = new if total is None else jax.tree.map(jnp.add, total, new)
         updates = {}
         for path, (layers, leaf, kernel) in kernels.items():
-            codes = kernel_codes(graph, layers[0], kernel, leaf)
-            better = round_kernel(codes, total[path], config)
-            updates[path] = with_codes(graph, layers[0], kernel, better)
+            form = kernel_form(graph, layers[0])
+            better = round_kernel(kernel_codes(form, kernel, leaf), total[path], config)
+            updates[path] = with_codes(form, kernel, better)
         qvariables = graph.replace(qvariables, updates)
     return qvariables
 
@@ -124,7 +124,7 @@ class Moments:
     second: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_patches", "batch_norm"))
+@functools.partial(jax.jit, static_argnames=("graph", "max_patches"))
 def _moments(
     graph: Graph, qvariables: Any, images: jax.Array, max_patches: int, batch_norm: BatchNormRule | None
 ) -> dict[str, Moments]:

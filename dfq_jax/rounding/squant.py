@@ -8,6 +8,7 @@ whose errors are largest, makes these sums vanish: no loop, no images.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dfq_jax.graph import Graph
-from dfq_jax.matrix_form import kernel_codes, quantized_kernels, with_codes
+from dfq_jax.matrix_form import KernelForm, kernel_codes, kernel_form, quantized_kernels, with_codes
+from dfq_jax.qtensor import QTensor
 
 
 def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
@@ -37,14 +39,18 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
     """
     updates = {}
     for path, (layers, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
-        found = kernel_codes(graph, layers[0], kernel, leaf)
-        shape = found.values.shape
-        better = squant_codes(*(a.reshape(shape[0] * shape[1], *shape[2:]) for a in found))
-        updates[path] = with_codes(graph, layers[0], kernel, better.reshape(shape))
+        updates[path] = _squant_kernel(kernel_form(graph, layers[0]), kernel, leaf)
     return graph.replace(qvariables, updates)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
+def _squant_kernel(form: KernelForm, kernel: QTensor, leaf: Float[Array, "..."]) -> QTensor:
+    """Compiled once for each form of kernels."""
+    groups, outputs, *rest = form.sizes
+    codes = squant_codes(*(a.reshape(groups * outputs, *rest) for a in kernel_codes(form, kernel, leaf)))
+    return with_codes(form, kernel, codes.reshape(form.sizes))
+
+
 def squant_codes(
     values: Float[Array, "o i k"],
     codes: Float[Array, "o i k"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from dfq_jax.graph import Graph, GraphError
 from dfq_jax.qtensor import QTensor
@@ -38,15 +39,16 @@ def check_variables(graph: Graph, variables: Any) -> None:
     for path, leaf in leaves.items():
         if isinstance(leaf, QTensor):
             raise ValueError(f"variables: {path!r} is quantized already; pass the float variables.")
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(f"variables: {path!r} holds NaN or infinite values; the checkpoint is damaged.")
     for bn in graph.batch_norms:
-        smallest = float(leaves[bn.var].min())
+        var = np.asarray(leaves[bn.var])
+        smallest = float(var.min())
         if smallest < 0:
             raise ValueError(
                 f"variables: {bn.var!r} has a negative variance ({smallest:.3g}); mean and variance may be swapped."
             )
-        if float(leaves[bn.var].max()) == 0:
+        if float(var.max()) == 0:
             raise ValueError(
                 f"variables: {bn.var!r} is zero in every channel; the BatchNorm statistics were never updated. Load "
                 "the trained statistics (the batch_stats collection)."
