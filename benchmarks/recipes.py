@@ -4,23 +4,23 @@
 
 Prints, as they come, the drop of top-1 on `--data`, the agreement with the float network over `--data` and `--more`
 together, and the seconds of `quantize`: mean over keys and in brackets the spread (largest minus smallest). Images
-depend on the key alone: each recipe makes them once for a key and uses them for all rows, and its seconds count them.
-`--cache` keeps them, and the seconds they took, in a folder.
+depend on the key and on how they are made: they are made once and used for all rows, and the seconds of each row count
+them. `--cache` keeps them, and the seconds they took, in a folder. Labels serve the printed drop alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from network import Network, add_arguments
+from network import EDGES, Network, add_arguments
 
 from dfq_jax import RECIPES, Convention, quantize
-
-# The first and the last layer: at 8 bits; at the bits of all layers; at those with their inputs at 8 bits.
-EDGES = {"8": {"edge_bits": 8}, "all": {"edge_bits": None}, "weights": {"edge_bits": None, "edge_input_bits": 8}}
 
 
 def main() -> None:
@@ -30,18 +30,18 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4", "w3a3", "w2a4"])
     parser.add_argument("--edges", nargs="+", default=list(EDGES), choices=EDGES, help="first and last layer")
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER", help="fields of the recipes to change")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the recipes")
     parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
 
     network = Network(arguments)
     print(network)
-    changes = {name: _number(value) for name, value in (change.split("=") for change in arguments.set)}
+    changes = {name: _value(text) for name, text in (change.split("=", 1) for change in arguments.set)}
+    images = Images(arguments.cache and arguments.cache / arguments.model)
     for name in arguments.recipes:
         recipe = RECIPES[name].replace(**changes)
         keys = arguments.keys[:1] if recipe.source == "analytic" else arguments.keys  # the same for all keys
-        print(f"\n{recipe}\nkeys {keys}: drop of top-1 / agreement, seconds")
-        images = Images(arguments.cache and arguments.cache / f"{arguments.model}_{name}")
+        print(f"\n{_describe(recipe)}\nkeys {keys}: drop of top-1 / agreement, seconds")
         for bits in arguments.bits:
             for edges in arguments.edges:
                 convention = Convention.parse(bits, **EDGES[edges])
@@ -50,26 +50,34 @@ def main() -> None:
 
 
 class Images:
-    """The images of each key and the seconds they took to make, in memory and, where there is a path, in files."""
+    """Images and the seconds they took to make, by how they are made and the key.
+
+    In memory and, where there is a path to begin file names with, in files.
+    """
 
     def __init__(self, path: Path | None):
         self.path, self.known = path, {}
 
-    def get(self, key: int) -> tuple[Any, float]:
-        file = self.path and Path(f"{self.path}_{key}.npz")
-        if key not in self.known and file and file.exists():
-            with np.load(file) as saved:
-                self.known[key] = saved["images"], float(saved["seconds"])
-        return self.known.get(key, (None, 0.0))
+    def file(self, recipe: Any, key: int) -> Path:
+        settings = zlib.crc32(f"{recipe.source} {recipe.synthesis}".encode())
+        return Path(f"{self.path or ''}_{settings:08x}_{key}.npz")
 
-    def put(self, key: int, images: Any, seconds: float) -> None:
-        self.known[key] = images, seconds
+    def get(self, recipe: Any, key: int) -> tuple[Any, float]:
+        file = self.file(recipe, key)
+        if file not in self.known and self.path and file.exists():
+            with np.load(file) as saved:
+                self.known[file] = saved["images"], float(saved["seconds"])
+        return self.known.get(file, (None, 0.0))
+
+    def put(self, recipe: Any, key: int, images: Any, seconds: float) -> None:
+        file = self.file(recipe, key)
+        self.known[file] = images, seconds
         if self.path:
-            np.savez(f"{self.path}_{key}.npz", images=np.asarray(images), seconds=seconds)
+            np.savez(file, images=np.asarray(images), seconds=seconds)
 
 
 def _score(network: Network, recipe: Any, convention: Convention, key: int, images: Images) -> tuple[float, ...]:
-    made, seconds = (None, 0.0) if recipe.source == "analytic" else images.get(key)
+    made, seconds = (None, 0.0) if recipe.source == "analytic" else images.get(recipe, key)
     quantized = quantize(
         network.module,
         network.variables,
@@ -80,7 +88,7 @@ def _score(network: Network, recipe: Any, convention: Convention, key: int, imag
         images=made,
     )
     if recipe.source != "analytic" and made is None:
-        images.put(key, quantized.images, quantized.report.seconds["images"])
+        images.put(recipe, key, quantized.images, quantized.report.seconds["images"])
     top1, agreement = network.score(quantized.variables)
     for step in quantized.report.steps:
         print(f"  key {key}: {step}", flush=True)
@@ -92,8 +100,20 @@ def _cell(scores: np.ndarray) -> str:
     return f"{drop:.2f} ({spread[0]:.2f}) / {agreement:.2f} ({spread[1]:.2f}), {seconds:.0f} s"
 
 
-def _number(text: str) -> float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+def _describe(record: Any) -> str:
+    """A record with those fields that are not at their defaults."""
+    if not dataclasses.is_dataclass(record):
+        return repr(record)
+    fields = {f.name: (getattr(record, f.name), f.default) for f in dataclasses.fields(record)}
+    changed = (f"{name}={_describe(value)}" for name, (value, default) in fields.items() if value != default)
+    return f"{type(record).__name__}({', '.join(changed)})"
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Options of the test suite."""
 
+import numpy as np
 import pytest
 
 # Functions of these modules are checked against their jaxtyping signatures by `pytest --typecheck`. It is an option
@@ -31,3 +32,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "untyped" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers(request):
+    """A module's `rng` starts anew for each test: what a test draws does not depend on which ran before it."""
+    if isinstance(getattr(request.module, "rng", None), np.random.Generator):
+        request.module.rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
