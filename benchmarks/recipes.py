@@ -90,9 +90,10 @@ def _score(network: Network, recipe: Any, convention: Convention, key: int, imag
     if recipe.source != "analytic" and made is None:
         images.put(recipe, key, quantized.images, quantized.report.seconds["images"])
     top1, agreement = network.score(quantized.variables)
-    for step in quantized.report.steps:
+    drop, seconds = network.float_top1 - top1, sum(quantized.report.seconds.values()) + seconds
+    for step in (*quantized.report.steps, f"{drop:.2f} / {agreement:.2f}, {seconds:.0f} s"):
         print(f"  key {key}: {step}", flush=True)
-    return network.float_top1 - top1, agreement, sum(quantized.report.seconds.values()) + seconds
+    return drop, agreement, seconds
 
 
 def _cell(scores: np.ndarray) -> str:
