@@ -45,8 +45,8 @@ def main() -> None:
         for bits in arguments.bits:
             for edges in arguments.edges:
                 convention = Convention.parse(bits, **EDGES[edges])
-                scores = np.array([_score(network, recipe, convention, key, images) for key in keys])
-                print(f"{convention.describe()}: {_cell(scores)}", flush=True)
+                scores = np.array([score(network, recipe, convention, key, images) for key in keys])
+                print(f"{convention.describe()}: {cell(scores)}", flush=True)
 
 
 class Images:
@@ -76,7 +76,7 @@ class Images:
             np.savez(file, images=np.asarray(images), seconds=seconds)
 
 
-def _score(network: Network, recipe: Any, convention: Convention, key: int, images: Images) -> tuple[float, ...]:
+def score(network: Network, recipe: Any, convention: Convention, key: int, images: Images) -> tuple[float, ...]:
     made, seconds = (None, 0.0) if recipe.source == "analytic" else images.get(recipe, key)
     quantized = quantize(
         network.module,
@@ -96,7 +96,7 @@ def _score(network: Network, recipe: Any, convention: Convention, key: int, imag
     return drop, agreement, seconds
 
 
-def _cell(scores: np.ndarray) -> str:
+def cell(scores: np.ndarray) -> str:
     (drop, agreement, seconds), spread = scores.mean(0), np.ptp(scores, axis=0)
     return f"{drop:.2f} ({spread[0]:.2f}) / {agreement:.2f} ({spread[1]:.2f}), {seconds:.0f} s"
 
