@@ -1,6 +1,6 @@
 """The parts of recipe `best` on a CIFAR-10 ResNet, each left out in turn, and what might join them.
 
-    python benchmarks/reconstruction.py --checkpoint resnet20-12fca82f.th --data npz:test.npz --more npz:train_sample.npz
+    python benchmarks/reconstruction.py --checkpoint resnet20-12fca82f.th --data npz:test.npz --more npz:more.npz
 
 Prints the same figures as `recipes.py`; first and last layer 8-bit. `--steps` is the number of steps for each block.
 """
