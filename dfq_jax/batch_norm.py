@@ -100,24 +100,27 @@ def adapt_batch_norm(
     check_images(graph, images)
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
     rule = as_argument(batch_norm)
+    # An argument, so that other shares of the same adaptation need no other compilation.
+    trust = jnp.float32(images.shape[0] / (images.shape[0] + config.prior_images))
+    settings = dataclasses.replace(config, prior_images=0.0)
     total: dict[str, jax.Array] = {}
     for batch in batches(images, size):
         share = batch.shape[0] / images.shape[0]
-        for path, value in _adapt(graph, variables, qvariables, batch, config, images.shape[0], rule).items():
+        for path, value in _adapt(graph, variables, qvariables, batch, settings, trust, rule).items():
             total[path] = total.get(path, 0.0) + share * value
     shapes = dict(zip(graph.leaf_paths, graph.leaf_shapes, strict=True))
     updates = {path: value.reshape(shapes[path].shape).astype(shapes[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "num_images"))
+@functools.partial(jax.jit, static_argnames=("graph", "config"))
 def _adapt(
     graph: Graph,
     variables: Any,
     qvariables: Any,
     images: jax.Array,
     config: BatchNormConfig,
-    num_images: int,
+    trust: jax.Array,
     batch_norm: BatchNormRule,
 ) -> dict[str, jax.Array]:
     """New mean and variance leaves, `[channels]` by path, from one pass of each network."""
@@ -134,7 +137,7 @@ def _adapt(
 
     def adapt(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
         measured = channel_moments(bn, x)
-        mean, var = _adapted(bn, stored[bn.name], reference.get(bn.name, measured), measured, config, num_images)
+        mean, var = _adapted(bn, stored[bn.name], reference.get(bn.name, measured), measured, config, trust)
         updates[bn.mean].append(mean)
         updates[bn.var].append(var)
         return batch_norm(bn, x, parameters._replace(mean=mean, var=var))
@@ -150,11 +153,10 @@ def _adapted(
     reference: tuple[jax.Array, jax.Array],
     measured: tuple[jax.Array, jax.Array],
     config: BatchNormConfig,
-    num_images: int,
+    trust: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """New mean and variance of one BatchNorm."""
     mean, var = stored
-    trust = num_images / (num_images + config.prior_images)
     if config.method == "absolute":
         return mean + trust * (measured[0] - mean), var + trust * (measured[1] - var)
     # The epsilon keeps the ratio of two vanishing variances (dead channels) at 1.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from dfq_jax.adapters import as_function, on_device
 from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
-from dfq_jax.batch_norm import adapt_batch_norm, correct_bias
+from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.comparison import Comparison, compare
 from dfq_jax.convention import Convention, Ranges, quantize_params
 from dfq_jax.finetuning import finetune
@@ -33,6 +33,7 @@ from dfq_jax.synthesis.checks import check_variables
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8
+ROUNDING_NAMES = {"squant": "SQuant", "gptq": "GPTQ"}
 
 
 def quantize(
@@ -94,18 +95,20 @@ def quantize(
     with clock("ranges"):
         ranges = job.ranges()
     with clock("weights"):
-        qvariables = quantize_params(graph, variables, ranges, convention)
+        candidates = [_Candidate(quantize_params(graph, variables, ranges, convention))]
     if recipe.rounding != "nearest":
         with clock("rounding"):
-            qvariables = job.round(qvariables)
+            candidates = job.round(*candidates)
     if recipe.reconstruction is not None:
         with clock("reconstruction"):
-            qvariables = job.reconstruct(qvariables, on_progress)
+            candidates = [job.reconstruct(job.settle(candidates), on_progress)]
     with clock("adapt"):
-        qvariables = job.adapt(qvariables)
+        # What rounding is worth shows behind the adaptation, which makes up for part of its errors.
+        result = job.settle([job.adapt(candidate) for candidate in candidates])
     if recipe.finetune is not None:
         with clock("fine-tuning"):
-            qvariables = job.finetune(qvariables, on_progress)
+            result = job.finetune(result, on_progress)
+    qvariables = result.variables
     with clock("compare"):
         compared = compare(graph, variables, qvariables, images, batch_size=recipe.batch_size)
     report = Report(
@@ -119,7 +122,7 @@ def quantize(
         sqnr=compared.sqnr,
         layers=layer_reports(graph, variables, qvariables),
         skipped=tuple((s.name, s.reason) for s in graph.skipped),
-        steps=tuple(job.steps),
+        steps=result.steps,
         size=packed_size(graph.leaves(qvariables)),
     )
     return Quantized(
@@ -127,9 +130,20 @@ def quantize(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """Quantized variables, and what was decided on the way to them."""
+
+    variables: Any
+    steps: tuple[str, ...] = ()
+
+    def noting(self, step: str) -> _Candidate:
+        return dataclasses.replace(self, steps=(*self.steps, step))
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Job:
-    """What the stages of one call share, and the list of what they decided."""
+    """What the stages of one call share."""
 
     graph: Graph
     variables: Any
@@ -137,7 +151,6 @@ class _Job:
     convention: Convention
     images: Any
     key: jax.Array
-    steps: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         held_out = round(self.recipe.held_out * len(self.images))
@@ -164,20 +177,25 @@ class _Job:
             graph, variables, self.images, convention, estimator=recipe.estimator, batch_size=recipe.batch_size
         )
 
-    def round(self, qvariables: Any) -> Any:
-        """Rounding that knows more than the nearest code."""
+    def round(self, nearest: _Candidate) -> list[_Candidate]:
+        """Rounding that knows more than the nearest code, beside the nearest where there is something to judge by."""
         graph, variables, config = self.graph, self.variables, self.recipe.gptq
         if self.recipe.rounding == "squant":
-            return self.consider("SQuant", qvariables, lambda q: squant(graph, variables, q))
-        if self.analytic:
-            return self.consider("GPTQ", qvariables, lambda q: gptq_from_noise(graph, variables, q, config))
-        return self.consider(
-            "GPTQ",
-            qvariables,
-            lambda q: gptq(graph, variables, q, self.fitted, config, batch_size=self.recipe.batch_size),
-        )
+            rounded = squant(graph, variables, nearest.variables)
+        elif self.analytic:
+            rounded = gptq_from_noise(graph, variables, nearest.variables, config)
+        else:
+            size = self.recipe.batch_size
+            rounded = gptq(graph, variables, nearest.variables, self.fitted, config, batch_size=size)
+        if len(self.held_out):
+            return [nearest, _Candidate(rounded)]
+        return [_Candidate(rounded, (ROUNDING_NAMES[self.recipe.rounding],))]
 
-    def reconstruct(self, qvariables: Any, on_progress: Callable[[Progress], None] | None) -> Any:
+    def settle(self, candidates: list[_Candidate]) -> _Candidate:
+        """The better of nearest and other rounding."""
+        return self.choose(ROUNDING_NAMES[self.recipe.rounding], *candidates) if len(candidates) > 1 else candidates[0]
+
+    def reconstruct(self, candidate: _Candidate, on_progress: Callable[[Progress], None] | None) -> _Candidate:
         """Learned rounding; it judges each block by itself, on images held out of those it is given."""
 
         def report(progress: BlockProgress) -> None:
@@ -196,7 +214,7 @@ class _Job:
         qvariables, info = reconstruct(
             self.graph,
             self.variables,
-            qvariables,
+            candidate.variables,
             self.fitted,
             jax.random.fold_in(self.key, 1),
             self.recipe.reconstruction,
@@ -205,37 +223,47 @@ class _Job:
         if not info.completed:
             raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
         dropped = [block.name for block in info.blocks if not block.kept]
-        self.steps.append(
+        return dataclasses.replace(candidate, variables=qvariables).noting(
             f"reconstruction: {len(info.blocks) - len(dropped)} of {len(info.blocks)} blocks kept"
             + (f", dropped {', '.join(dropped)}" if dropped else "")
         )
-        return qvariables
 
-    def adapt(self, qvariables: Any) -> Any:
+    def adapt(self, candidate: _Candidate) -> _Candidate:
         """Adaptation of BatchNorm statistics and biases."""
         graph, variables, config = self.graph, self.variables, self.recipe.batch_norm
         if self.analytic and config is not None:
             return self.consider(
                 "analytic correction of BatchNorms and biases",
-                qvariables,
+                candidate,
                 lambda q: analytic_correction(graph, variables, q, config),
             )
         if config is not None and graph.batch_norms:
-            qvariables = self.consider(
-                f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}",
-                qvariables,
-                lambda q: adapt_batch_norm(graph, variables, q, self.fitted, config, batch_size=self.recipe.batch_size),
-            )
+            candidate = self.adapt_statistics(candidate, config)
         if self.recipe.bias_correction:
             # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
-            qvariables = self.consider(
+            candidate = self.consider(
                 "bias correction",
-                qvariables,
+                candidate,
                 lambda q: correct_bias(graph, variables, q, self.fitted, normalized=config is None),
             )
-        return qvariables
+        return candidate
 
-    def finetune(self, qvariables: Any, on_progress: Callable[[Progress], None] | None) -> Any:
+    def adapt_statistics(self, start: _Candidate, config: BatchNormConfig) -> _Candidate:
+        """BatchNorm statistics adapted to the images, in full, or by half where that is better."""
+
+        def adapted(config: BatchNormConfig) -> Any:
+            return adapt_batch_norm(
+                self.graph, self.variables, start.variables, self.fitted, config, batch_size=self.recipe.batch_size
+            )
+
+        name = f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}"
+        result = self.consider(name, start, lambda _: adapted(config))
+        if not len(self.held_out):
+            return result
+        half = dataclasses.replace(config, prior_images=config.prior_images + len(self.fitted))
+        return self.choose("half of it", result, dataclasses.replace(result, variables=adapted(half)))
+
+    def finetune(self, candidate: _Candidate, on_progress: Callable[[Progress], None] | None) -> _Candidate:
         """Distillation; it chooses among its own steps on images held out of those it is given."""
 
         def step(qvariables: Any) -> Any:
@@ -252,18 +280,18 @@ class _Job:
                 raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")
             return tuned
 
-        return self.consider("fine-tuning", qvariables, step)
+        return self.consider("fine-tuning", candidate, step)
 
-    def consider(self, name: str, current: Any, step: Callable[[Any], Any]) -> Any:
-        """`step(current)`, or `current` where the step raises the error on the held-out images."""
-        candidate = step(current)
-        if not len(self.held_out):
-            self.steps.append(name)
-            return candidate
-        before, after = (self.judge(v).divergence for v in (current, candidate))
-        kept = after <= before
-        self.steps.append(f"{name}: {'kept' if kept else 'dropped'}, held-out divergence {before:.4g} -> {after:.4g}")
-        return candidate if kept else current
+    def consider(self, name: str, current: _Candidate, step: Callable[[Any], Any]) -> _Candidate:
+        """`step` taken, unless it raises the error on the held-out images."""
+        other = dataclasses.replace(current, variables=step(current.variables))
+        return self.choose(name, current, other) if len(self.held_out) else other.noting(name)
+
+    def choose(self, name: str, current: _Candidate, other: _Candidate) -> _Candidate:
+        """The one of less error on the held-out images."""
+        before, after = (self.judge(c.variables).divergence for c in (current, other))
+        taken, verdict = (other, "kept") if after <= before else (current, "dropped")
+        return taken.noting(f"{name}: {verdict}, held-out divergence {before:.4g} -> {after:.4g}")
 
     def judge(self, qvariables: Any) -> Comparison:
         return compare(self.graph, self.variables, qvariables, self.held_out, batch_size=self.recipe.batch_size)

@@ -17,6 +17,7 @@ from flax import nnx
 from dfq_jax import artifact
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig
+from dfq_jax.comparison import compare
 from dfq_jax.convention import Convention
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS
@@ -531,10 +532,10 @@ def test_step_that_helps_is_kept():
     result = quantize(
         case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w3a3", images=images
     )
-    (step,) = result.report.steps
-    assert "kept, held-out divergence" in step
-    before, after = map(float, step.split("divergence ")[1].split(" -> "))
-    assert after < before
+    whole, half = result.report.steps
+    assert "kept, held-out divergence" in whole and half.startswith("half of it: ")
+    (before, after), (full, halved) = (map(float, s.split("divergence ")[1].split(" -> ")) for s in (whole, half))
+    assert after < before and full == after and ("kept" in half) == (halved <= full)
 
 
 def test_step_that_harms_is_dropped():
@@ -552,9 +553,31 @@ def test_step_that_harms_is_dropped():
     result = quantize(
         case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w4a4", images=images
     )
-    assert "dropped" in result.report.steps[0]
+    assert all("dropped" in step for step in result.report.steps)
     for ours, theirs in zip(jax.tree.leaves(result.variables), jax.tree.leaves(without.variables), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rounding_is_judged_behind_adaptation():
+    case, recipe, images = judged()
+    results = [
+        quantize(
+            case.model,
+            case.variables,
+            input_shape=case.input_shape,
+            recipe=recipe.replace(rounding=rounding),
+            bits="w3a3",
+            images=images,
+        )
+        for rounding in ("nearest", "squant")
+    ]
+    step = results[1].report.steps[-1]
+    assert step.startswith("SQuant: ")
+    before, after = map(float, step.split("divergence ")[1].split(" -> "))
+    held_out = images[16:]  # half of them
+    found = [compare(r.graph, case.variables, r.variables, held_out).divergence for r in results]
+    np.testing.assert_allclose(found, [before, min(before, after)], rtol=1e-3)
+    assert ("kept" in step) == (after <= before)
 
 
 def test_too_few_images_decide_nothing():
