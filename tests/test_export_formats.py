@@ -212,6 +212,8 @@ def test_tflite_refusals(tmp_path):
         TFLiteExporter(timeout=0)
     with pytest.raises(ValueError, match="max_images: expected an integer"):
         TFLiteExporter(max_images=0)
+    with pytest.raises(ValueError, match="headroom: expected a finite number"):
+        TFLiteExporter(headroom=0.5)
     (tmp_path / "text").write_text("nothing of the kind")
     with pytest.raises(ValueError, match="not a LiteRT file"):
         TFLiteExporter().open(tmp_path / "text")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -58,11 +59,14 @@ class TFLiteExporter:
     Attributes:
       timeout: seconds that the converter may take.
       max_images: of the network's own images, how many set the ranges of what is not a layer's input.
+      headroom: factor on these ranges. Synthetic images excite class scores and residual sums less than real ones may,
+        and LiteRT clips what is outside; a factor of two costs one bit of their eight.
       python: interpreter to run the converter with; None for that of DFQ_JAX_TFLITE_PYTHON, or this one.
     """
 
     timeout: float = 900.0
     max_images: int = 64
+    headroom: float = 2.0
     python: str | None = None
 
     name = "tflite"
@@ -73,6 +77,8 @@ class TFLiteExporter:
             raise ValueError(f"timeout: expected a positive number of seconds, found {self.timeout!r}.")
         if type(self.max_images) is not int or self.max_images < 1:
             raise ValueError(f"max_images: expected an integer of at least 1, found {self.max_images!r}.")
+        if not 1 <= self.headroom < math.inf:
+            raise ValueError(f"headroom: expected a finite number of at least 1, found {self.headroom!r}.")
 
     def check_installed(self) -> None:
         """Refuse work that LiteRT could not finish.
@@ -105,7 +111,8 @@ class TFLiteExporter:
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
             Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
             ranges = {name: (float(params.lo), float(params.hi)) for name, params in quantizers.items()}
-            Path(folder, "job.json").write_text(json.dumps({"weights_only": weights_only, "ranges": ranges}))
+            job = {"weights_only": weights_only, "ranges": ranges, "headroom": self.headroom}
+            Path(folder, "job.json").write_text(json.dumps(job))
             if not weights_only:
                 images = np.asarray(quantized.images[: self.max_images], np.float32)
                 tensors = recorded(graph, variables, images[:1])

@@ -41,7 +41,7 @@ def convert(folder):
         model = quantized(model, "weight_only_wi8_afp32", None)
     else:
         inputs = np.load(os.path.join(folder, "inputs.npz"))
-        model, result["unmatched"] = to_int8(model, inputs, job["ranges"])
+        model, result["unmatched"] = to_int8(model, inputs, job["ranges"], job["headroom"])
     with open(os.path.join(folder, "model.tflite"), "wb") as file:
         file.write(model)
     return result
@@ -78,12 +78,15 @@ def quantized(model, recipe_name, ranges):
     return bytes(job.quantize(ranges, enable_progress_report=False).quantized_model)
 
 
-def to_int8(model, inputs, ranges):
-    """Full integer arithmetic: our ranges where a tensor is one of ours, those of the images for all others."""
+def to_int8(model, inputs, ranges, headroom):
+    """Full integer arithmetic: our ranges for tensors of ours, and for others those of the images times `headroom`."""
     from ai_edge_quantizer import quantizer, recipe
 
     job = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
-    calibrated = extremes(job, inputs["images"])
+    calibrated = {
+        name: {end: np.float32(headroom) * value for end, value in own.items()} if own else own
+        for name, own in extremes(job, inputs["images"]).items()
+    }
     names = tensor_names(model, inputs)
     for tensor, (low, high) in ranges.items():
         for name in names[tensor]:
