@@ -71,8 +71,11 @@ class Setting:
 
 
 SETTINGS = {
-    "cifar_resnet20": Setting("cifar_resnet20", resnet20, batch=64, size=32, chunk=25),
-    "efficientnet_lite0": Setting("efficientnet_lite0", efficientnet_lite0, batch=16, size=224, chunk=1),
+    setting.model: setting
+    for setting in (
+        Setting("cifar_resnet20", resnet20, batch=64, size=32, chunk=25),
+        Setting("efficientnet_lite0", efficientnet_lite0, batch=16, size=224, chunk=1),
+    )
 }
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 from dfq_jax.adapters import as_function, on_device
 from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
-from dfq_jax.comparison import Comparison, compare
+from dfq_jax.comparison import compare
 from dfq_jax.convention import Convention, Ranges, quantize_params
 from dfq_jax.finetuning import finetune
 from dfq_jax.graph import Graph, trace
@@ -132,10 +132,15 @@ def quantize(
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """Quantized variables, and what was decided on the way to them."""
+    """Quantized variables, what was decided on the way to them, and their divergence once it is known."""
 
     variables: Any
     steps: tuple[str, ...] = ()
+    divergence: float | None = None
+
+    def moved(self, variables: Any) -> _Candidate:
+        """With other variables, not judged yet."""
+        return _Candidate(variables, self.steps)
 
     def noting(self, step: str) -> _Candidate:
         return dataclasses.replace(self, steps=(*self.steps, step))
@@ -223,7 +228,7 @@ class _Job:
         if not info.completed:
             raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
         dropped = [block.name for block in info.blocks if not block.kept]
-        return dataclasses.replace(candidate, variables=qvariables).noting(
+        return candidate.moved(qvariables).noting(
             f"reconstruction: {len(info.blocks) - len(dropped)} of {len(info.blocks)} blocks kept"
             + (f", dropped {', '.join(dropped)}" if dropped else "")
         )
@@ -260,8 +265,8 @@ class _Job:
         result = self.consider(name, start, lambda _: adapted(config))
         if not len(self.held_out):
             return result
-        half = dataclasses.replace(config, prior_images=config.prior_images + len(self.fitted))
-        return self.choose("half of it", result, dataclasses.replace(result, variables=adapted(half)))
+        half = dataclasses.replace(config, prior_images=2 * config.prior_images + len(self.fitted))
+        return self.choose("half of it", result, result.moved(adapted(half)))
 
     def finetune(self, candidate: _Candidate, on_progress: Callable[[Progress], None] | None) -> _Candidate:
         """Distillation; it chooses among its own steps on images held out of those it is given."""
@@ -284,17 +289,24 @@ class _Job:
 
     def consider(self, name: str, current: _Candidate, step: Callable[[Any], Any]) -> _Candidate:
         """`step` taken, unless it raises the error on the held-out images."""
-        other = dataclasses.replace(current, variables=step(current.variables))
+        other = current.moved(step(current.variables))
         return self.choose(name, current, other) if len(self.held_out) else other.noting(name)
 
     def choose(self, name: str, current: _Candidate, other: _Candidate) -> _Candidate:
         """The one of less error on the held-out images."""
-        before, after = (self.judge(c.variables).divergence for c in (current, other))
-        taken, verdict = (other, "kept") if after <= before else (current, "dropped")
-        return taken.noting(f"{name}: {verdict}, held-out divergence {before:.4g} -> {after:.4g}")
+        current, other = self.judge(current), self.judge(other)
+        taken, verdict = (other, "kept") if other.divergence <= current.divergence else (current, "dropped")
+        change = f"{current.divergence:.4g} -> {other.divergence:.4g}"
+        return taken.noting(f"{name}: {verdict}, held-out divergence {change}")
 
-    def judge(self, qvariables: Any) -> Comparison:
-        return compare(self.graph, self.variables, qvariables, self.held_out, batch_size=self.recipe.batch_size)
+    def judge(self, candidate: _Candidate) -> _Candidate:
+        """With its divergence on the held-out images, found once."""
+        if candidate.divergence is not None:
+            return candidate
+        found = compare(
+            self.graph, self.variables, candidate.variables, self.held_out, batch_size=self.recipe.batch_size
+        )
+        return dataclasses.replace(candidate, divergence=found.divergence)
 
 
 # --- arguments ---

@@ -527,11 +527,13 @@ def judged(batch_norm_method="differential"):
     return case, recipe, images
 
 
+def quantized_on(case, images, recipe, bits):
+    return quantize(case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits=bits, images=images)
+
+
 def test_step_that_helps_is_kept():
     case, recipe, images = judged()
-    result = quantize(
-        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w3a3", images=images
-    )
+    result = quantized_on(case, images, recipe, "w3a3")
     whole, half = result.report.steps
     assert "kept, held-out divergence" in whole and half.startswith("half of it: ")
     (before, after), (full, halved) = (map(float, s.split("divergence ")[1].split(" -> ")) for s in (whole, half))
@@ -542,17 +544,8 @@ def test_step_that_harms_is_dropped():
     # Noise is far from what the network was trained on: its statistics in place of the stored ones ruin it.
     case, recipe, images = judged("absolute")
     images = 5 + 3 * images
-    without = quantize(
-        case.model,
-        case.variables,
-        input_shape=case.input_shape,
-        recipe=recipe.replace(batch_norm=None),
-        bits="w4a4",
-        images=images,
-    )
-    result = quantize(
-        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w4a4", images=images
-    )
+    without = quantized_on(case, images, recipe.replace(batch_norm=None), "w4a4")
+    result = quantized_on(case, images, recipe, "w4a4")
     assert all("dropped" in step for step in result.report.steps)
     for ours, theirs in zip(jax.tree.leaves(result.variables), jax.tree.leaves(without.variables), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -561,15 +554,7 @@ def test_step_that_harms_is_dropped():
 def test_rounding_is_judged_behind_adaptation():
     case, recipe, images = judged()
     results = [
-        quantize(
-            case.model,
-            case.variables,
-            input_shape=case.input_shape,
-            recipe=recipe.replace(rounding=rounding),
-            bits="w3a3",
-            images=images,
-        )
-        for rounding in ("nearest", "squant")
+        quantized_on(case, images, recipe.replace(rounding=rounding), "w3a3") for rounding in ("nearest", "squant")
     ]
     step = results[1].report.steps[-1]
     assert step.startswith("SQuant: ")
@@ -582,9 +567,7 @@ def test_rounding_is_judged_behind_adaptation():
 
 def test_too_few_images_decide_nothing():
     case, recipe, images = judged()
-    result = quantize(
-        case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits="w4a4", images=images[:8]
-    )
+    result = quantized_on(case, images[:8], recipe, "w4a4")
     assert result.report.steps == ("differential BatchNorm adaptation, layer by layer",)
 
 

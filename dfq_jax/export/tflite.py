@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from jaxtyping import Float
 
 from dfq_jax.execute import activation_quantizers, record_tensors
 from dfq_jax.export import Runner
+from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.files import write_atomically
 from dfq_jax.folding import fold_batch_norm
 from dfq_jax.graph import Graph, dequantized
@@ -77,8 +77,7 @@ class TFLiteExporter:
             raise ValueError(f"timeout: expected a positive number of seconds, found {self.timeout!r}.")
         if type(self.max_images) is not int or self.max_images < 1:
             raise ValueError(f"max_images: expected an integer of at least 1, found {self.max_images!r}.")
-        if not 1 <= self.headroom < math.inf:
-            raise ValueError(f"headroom: expected a finite number of at least 1, found {self.headroom!r}.")
+        check_field("headroom", self.headroom, "a finite number of at least 1", lambda v: is_non_negative(v) and v >= 1)
 
     def check_installed(self) -> None:
         """Refuse work that LiteRT could not finish.
