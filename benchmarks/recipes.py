@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from network import EDGES, Network, add_arguments
 
-from dfq_jax import RECIPES, Convention, quantize
+from dfq_jax import RECIPES, Convention, Quantized, quantize
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         for bits in arguments.bits:
             for edges in arguments.edges:
                 convention = Convention.parse(bits, **EDGES[edges])
-                scores = np.array([score(network, recipe, convention, key, images) for key in keys])
+                scores = np.array([run(network, recipe, convention, key, images)[1] for key in keys])
                 print(f"{convention.describe()}: {cell(scores)}", flush=True)
 
 
@@ -76,7 +76,10 @@ class Images:
             np.savez(file, images=np.asarray(images), seconds=seconds)
 
 
-def score(network: Network, recipe: Any, convention: Convention, key: int, images: Images) -> tuple[float, ...]:
+def run(
+    network: Network, recipe: Any, convention: Convention, key: int, images: Images
+) -> tuple[Quantized, np.ndarray]:
+    """The quantized network; its drop of top-1, its agreement, and the seconds it took with those of its images."""
     made, seconds = (None, 0.0) if recipe.source == "analytic" else images.get(recipe, key)
     quantized = quantize(
         network.module,
@@ -93,7 +96,7 @@ def score(network: Network, recipe: Any, convention: Convention, key: int, image
     drop, seconds = network.float_top1 - top1, sum(quantized.report.seconds.values()) + seconds
     for step in (*quantized.report.steps, f"{drop:.2f} / {agreement:.2f}, {seconds:.0f} s"):
         print(f"  key {key}: {step}", flush=True)
-    return drop, agreement, seconds
+    return quantized, np.array([drop, agreement, seconds])
 
 
 def cell(scores: np.ndarray) -> str:

@@ -2,21 +2,27 @@
 
     python benchmarks/reconstruction.py --checkpoint resnet20-12fca82f.th --data npz:test.npz --more npz:more.npz
 
-Prints the same figures as `recipes.py`; first and last layer 8-bit. `--steps` is the number of steps for each block.
+Prints the figures of `recipes.py`, first and last layer 8-bit, and before them what to choose by: the divergence from
+the float network on the images of the other keys, which nothing was fitted to. `--steps` is the number of steps for
+each block, `--parts` picks rows by their first letters.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from network import EDGES, Network, add_arguments
-from recipes import Images, cell, score
+from recipes import Images, cell, run
 
-from dfq_jax import RECIPES, Convention
+from dfq_jax import RECIPES, Convention, synthesize
+from dfq_jax.comparison import compare
 
+UNSEEN_KEYS = (0, 1, 2)
 PARTS: dict[str, dict[str, Any]] = {
     "best": {},
     "activations always quantized (no QDrop)": {"reconstruction_drop": 0.0},
@@ -27,6 +33,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "half the images": {"synthesis_num_images": 128},
     "with the prediction difference (PD-Quant)": {"reconstruction_prediction_weight": 1.0},
     "blocks of at least 4 layers": {"reconstruction_min_layers": 4},
+    "twice the images in a step": {"reconstruction_batch_size": 16},
 }
 
 
@@ -35,6 +42,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--bits", nargs="+", default=["w3a3", "w2a4"])
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", default=[""], help="first letters of rows; all if left out")
     parser.add_argument("--steps", type=int, default=RECIPES["best"].reconstruction.steps)
     parser.add_argument("--cache", type=Path, help="folder to keep images in")
     arguments = parser.parse_args()
@@ -42,13 +50,36 @@ def main() -> None:
     network = Network(arguments)
     print(f"{network}; {arguments.steps} steps a block, keys {arguments.keys}")
     images = Images(arguments.cache and arguments.cache / arguments.model)
+    unseen = {key: [made(network, other, images) for other in UNSEEN_KEYS if other != key] for key in arguments.keys}
     for bits in arguments.bits:
         convention = Convention.parse(bits, **EDGES["8"])
-        print(f"\n{convention.describe()}\ndrop of top-1 / agreement, seconds", flush=True)
+        print(f"\n{convention.describe()}\ndivergence on images of other keys, drop of top-1 / agreement, seconds")
         for part, changes in PARTS.items():
+            if not part.startswith(tuple(arguments.parts)):
+                continue
             recipe = RECIPES["best"].replace(reconstruction_steps=arguments.steps).replace(**changes)
-            scores = [score(network, recipe, convention, key, images) for key in arguments.keys]
-            print(f"{part}: {cell(np.array(scores))}", flush=True)
+            scores, divergences = [], []
+            for key in arguments.keys:
+                quantized, found = run(network, recipe, convention, key, images)
+                scores.append(found)
+                divergences.append(divergence(network, quantized.variables, np.concatenate(unseen[key])))
+            divergences = np.array(divergences)
+            print(f"{part}: {divergences.mean():.4f} ({np.ptp(divergences):.4f}), {cell(np.array(scores))}", flush=True)
+
+
+def made(network: Network, key: int, images: Images) -> np.ndarray:
+    """The images of recipe `best` for a key."""
+    recipe = RECIPES["best"]
+    found, _ = images.get(recipe, key)
+    if found is None:
+        started = time.perf_counter()
+        found = synthesize(network.graph, network.variables, jax.random.key(key), recipe.synthesis).images
+        images.put(recipe, key, found, time.perf_counter() - started)
+    return np.asarray(found)
+
+
+def divergence(network: Network, qvariables: Any, images: np.ndarray) -> float:
+    return compare(network.graph, network.variables, qvariables, images).divergence
 
 
 if __name__ == "__main__":

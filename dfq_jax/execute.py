@@ -44,9 +44,13 @@ class LayerCall:
     kernel: Any  # the leaf: an array or a QTensor
 
     def default(self) -> jax.Array:
-        """The layer as the program has it."""
+        """What the layer computes in the program."""
         kernel = self.kernel.dequantize() if isinstance(self.kernel, QTensor) else self.kernel
         return self.product(self.operand, self.kernel_operand(kernel, cast=True))
+
+    def verbatim(self) -> jax.Array:
+        """The same by the program's own primitive, for who traces the layer and is to find it."""
+        return self.op(*self._ordered(self.operand, self.kernel_operand(self.kernel, cast=True)))[0]
 
     def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
         """The operand made from another value of the tensor, casts left out; padding takes `pad_value`."""

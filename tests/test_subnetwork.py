@@ -46,6 +46,15 @@ def test_blocks_one_after_the_other_are_the_network(build):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("build", GRID)
+def test_blocks_traced_by_themselves_have_their_layers(build):
+    case = build()
+    graph = trace(*case.function(), case.input_shape)
+    for block in graph.blocks:
+        own = subnetwork(graph, block, 2).graph.layers
+        assert [layer.kind for layer in own] == [graph.layer(name).kind for name in block.layers]
+
+
 def test_equal_blocks_are_equal_graphs():
     case = resnet50()
     graph = trace(*case.function(), case.input_shape)
