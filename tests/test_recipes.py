@@ -608,8 +608,11 @@ def test_instant_without_batch_norm_uses_noise():
     assert "noise" in result.report.images and not result.report.images.startswith("none")
 
 
-def test_best_learns_rounding(tmp_path):
-    case = model_grid.cifar_resnet8()
+@pytest.mark.parametrize(
+    "build", [model_grid.cifar_resnet8, pytest.param(model_grid.mobilenet_v2, marks=pytest.mark.slow)]
+)
+def test_best_learns_rounding(build, tmp_path):
+    case = build()
     recipe = RECIPES["best"].replace(
         synthesis_num_images=32, synthesis_batch_size=32, synthesis_steps=2, reconstruction_steps=2, held_out=0.25
     )
