@@ -16,9 +16,15 @@ from dfq_jax.data import load_data
 from dfq_jax.zoo import load_model
 
 BATCH_PIXELS = 512 * 32 * 32
-# Fields of conventions for the first and the last layer: at 8 bits; at the bits of all layers; at those but for their
-# inputs, the image among them, at 8 bits (what publications with all layers at low bits do, or leave them in float).
-EDGES = {"8": {"edge_bits": 8}, "all": {"edge_bits": None}, "weights": {"edge_bits": None, "edge_input_bits": 8}}
+# Fields of conventions for the first and the last layer: at 8 bits; that, and the second layer's input too (as BRECQ,
+# QDrop and GENIE have it); at the bits of all layers; at those but for their inputs, the image among them, at 8 bits
+# (what publications with all layers at low bits do, or leave them in float).
+EDGES = {
+    "8": {"edge_bits": 8},
+    "brecq": {"edge_bits": 8, "second_input_bits": 8},
+    "all": {"edge_bits": None},
+    "weights": {"edge_bits": None, "edge_input_bits": 8},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

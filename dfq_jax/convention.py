@@ -34,6 +34,8 @@ class Convention:
       edge_input_bits: bits of the inputs of these two layers, where they differ: with `edge_bits` None and 8 here, all
         weights have the same bits while the image keeps the 8 that it is made of. (Publications that count "all
         layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)
+      second_input_bits: bits of the second layer's input, where they differ from all others: 8 in BRECQ (arXiv
+        2102.05426) and what follows it (QDrop, GENIE), which quantize the first layer's output like its weights.
       per_channel: one weight scale per output channel, otherwise one per kernel.
       symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
         would cost integer execution a second product.
@@ -46,13 +48,14 @@ class Convention:
     activation_bits: int | None = 4
     edge_bits: int | None = 8
     edge_input_bits: int | None = None
+    second_input_bits: int | None = None
     per_channel: bool = True
     symmetric_weights: bool = False
     weight_range: str = "lp"
     shortcuts: str = "float"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "edge_bits", "edge_input_bits"):
+        for name in ("weight_bits", "activation_bits", "edge_bits", "edge_input_bits", "second_input_bits"):
             bits = getattr(self, name)
             if bits is None and name != "weight_bits":
                 continue
@@ -90,6 +93,8 @@ class Convention:
         edges = "edges as all layers" if self.edge_bits is None else f"first and last layer {self.edge_bits}-bit"
         if self.edge_input_bits is not None and self.activation_bits is not None:
             edges += f" with {self.edge_input_bits}-bit inputs"
+        if self.second_input_bits is not None and self.activation_bits is not None:
+            edges += f", second layer's input {self.second_input_bits}-bit"
         weights = "per-channel" if self.per_channel else "per-tensor"
         kind = "symmetric" if self.symmetric_weights else "asymmetric"
         activations = "float activations"
@@ -109,11 +114,12 @@ class Convention:
         """Bits of a tensor: the most that one of its readers asks for; None for float."""
         if self.activation_bits is None:
             return None
-        readers = [graph.layer(name) for name in tensor.layers]
-        edge_bits = self.edge_bits if self.edge_input_bits is None else self.edge_input_bits
-        if edge_bits is not None and any(self.is_edge(graph, layer) for layer in readers):
-            return max(edge_bits, self.activation_bits)
-        return self.activation_bits
+        asked = [self.activation_bits]
+        if any(self.is_edge(graph, graph.layer(name)) for name in tensor.layers):
+            asked.append(self.edge_bits if self.edge_input_bits is None else self.edge_input_bits)
+        if any(layer.name in tensor.layers for layer in graph.layers[1:2]):
+            asked.append(self.second_input_bits)
+        return max(bits for bits in asked if bits is not None)
 
     def is_symmetric(self, bits: int) -> bool:
         """Whether weights of so many bits go without a zero point."""

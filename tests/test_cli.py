@@ -336,12 +336,13 @@ def test_bundled_model(tmp_path):
     target, facts_file = tmp_path / "net.safetensors", tmp_path / "facts.json"
     result = succeed(
         "quantize", "fashion_resnet20", "--recipe", "noise", "--bits", "w4a4", "--edge-bits", "none",
-        "--edge-input-bits", 8, *SMALL,
+        "--edge-input-bits", 8, "--second-input-bits", 6, *SMALL,
         "--evaluate", "bundled", "--limit", 64, "--output", target, "--json", facts_file,
     )  # fmt: skip
     facts = json.loads(facts_file.read_text())
     check_json(facts, n=64, bits=(4, 4))
     assert facts["convention"]["edge_bits"] is None and facts["convention"]["edge_input_bits"] == 8
+    assert facts["convention"]["second_input_bits"] == 6
     assert facts["float"]["top1"] > 85
     assert f"{facts['quantized']['top1']:.2f}" in result.out
     again = succeed("evaluate", target, "--data", "bundled", "--limit", 64)

@@ -79,7 +79,9 @@ def test_parse_refuses_bits_out_of_range(name, field):
         Convention.parse(name)
 
 
-@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "edge_bits", "edge_input_bits"])
+@pytest.mark.parametrize(
+    "field", ["weight_bits", "activation_bits", "edge_bits", "edge_input_bits", "second_input_bits"]
+)
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, "4", True, 16])
 def test_bits_are_checked(field, bits):
     with pytest.raises(ValueError, match=f"{field}: expected an integer from 2 to 8"):
@@ -133,7 +135,7 @@ def test_description_tells_conventions_apart():
     changes = [{}, {"weight_bits": 3}, {"activation_bits": 3}, {"activation_bits": None}, {"edge_bits": None},
                {"edge_bits": 4}, {"per_channel": False}, {"symmetric_weights": True}, {"weight_range": "mse"},
                {"shortcuts": "quantized"}, {"edge_input_bits": 8},
-               {"edge_bits": None, "edge_input_bits": 8}]  # fmt: skip
+               {"edge_bits": None, "edge_input_bits": 8}, {"second_input_bits": 8}]  # fmt: skip
     assert len({Convention(**change).describe() for change in changes}) == len(changes)
 
 
@@ -166,6 +168,16 @@ def test_inputs_of_edges():
         t.name: 8 if t.name in edges else 3 for t in graph.tensors
     }
     assert "edges as all layers with 8-bit inputs" in convention.describe()
+
+
+@pytest.mark.parametrize("build", [model_grid.cifar_resnet8, model_grid.mobilenet_v2, model_grid.vgg])
+def test_input_of_the_second_layer(build):
+    graph, _ = traced(build)
+    plain, convention = Convention.parse("w4a3"), Convention.parse("w4a3", second_input_bits=8)
+    changed = [t for t in graph.tensors if convention.tensor_bits(graph, t) != plain.tensor_bits(graph, t)]
+    assert [t.name for t in changed] == [graph.layers[1].tensor] and convention.tensor_bits(graph, changed[0]) == 8
+    assert all(convention.layer_bits(graph, x) == plain.layer_bits(graph, x) for x in graph.layers)
+    assert "second layer's input 8-bit" in convention.describe()
 
 
 def test_narrow_edges():

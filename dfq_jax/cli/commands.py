@@ -62,6 +62,7 @@ def quantize(
     bits: str = "w8a8",
     edge_bits: Bits = 8,
     edge_input_bits: Count = None,
+    second_input_bits: Count = None,
     seed: int = 0,
     images: Count = None,
     steps: Count = None,
@@ -81,6 +82,7 @@ def quantize(
         bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
         edge_bits: Bits of the first and the last layer; none for the same as all others.
         edge_input_bits: Bits of the inputs of these two layers, where they differ.
+        second_input_bits: Bits of the second layer's input, where they differ.
         seed: Seed of all that is random.
         images: Number of images to make, in place of the recipe's.
         steps: Optimizer steps for each batch of images, in place of the recipe's.
@@ -99,6 +101,7 @@ def quantize(
         bits,
         edge_bits=None if edge_bits == "none" else edge_bits,
         edge_input_bits=edge_input_bits,
+        second_input_bits=second_input_bits,
         weight_range=chosen.weight_range,
     )
     target = resolve(model, checkpoint)
