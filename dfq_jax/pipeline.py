@@ -20,6 +20,7 @@ from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.comparison import compare
 from dfq_jax.convention import Convention, Ranges, quantize_params
+from dfq_jax.equalization import equalize, find_pairs
 from dfq_jax.finetuning import finetune
 from dfq_jax.graph import Graph, trace
 from dfq_jax.quantized import Quantized
@@ -92,10 +93,13 @@ def quantize(
     with clock("images"):
         images, origin = _images(graph, variables, recipe, convention, key, images, on_progress, checkpoint)
     job = _Job(graph=graph, variables=variables, recipe=recipe, convention=convention, images=images, key=key)
+    if recipe.equalize:
+        with clock("equalization"):
+            job.equalize()
     with clock("ranges"):
         ranges = job.ranges()
     with clock("weights"):
-        candidates = [_Candidate(quantize_params(graph, variables, ranges, convention))]
+        candidates = [job.nearest(ranges)]
     if recipe.rounding != "nearest":
         with clock("rounding"):
             candidates = job.round(*candidates)
@@ -120,7 +124,7 @@ def quantize(
         seconds=clock.seconds,
         agreement=compared.agreement,
         sqnr=compared.sqnr,
-        layers=layer_reports(graph, variables, qvariables),
+        layers=layer_reports(graph, job.variables, qvariables),
         skipped=tuple((s.name, s.reason) for s in graph.skipped),
         steps=result.steps,
         size=packed_size(graph.leaves(qvariables)),
@@ -156,6 +160,7 @@ class _Job:
     convention: Convention
     images: Any
     key: jax.Array
+    steps: tuple[str, ...] = ()  # decided before there is a candidate
 
     def __post_init__(self) -> None:
         held_out = round(self.recipe.held_out * len(self.images))
@@ -169,6 +174,23 @@ class _Job:
     def analytic(self) -> bool:
         """Whether BatchNorm parameters take the place of images."""
         return self.recipe.source == "analytic" and bool(self.graph.batch_norms)
+
+    def equalize(self) -> None:
+        """Go on with equalized weight ranges, unless nearest rounding loses by them on the held-out images."""
+        if not find_pairs(self.graph)[0]:
+            return
+        equalized = dataclasses.replace(self, variables=equalize(self.graph, self.variables))
+        if len(self.held_out):
+            plain, other = (job.nearest(job.ranges()) for job in (self, equalized))
+            chosen = self.choose("equalization", plain, other)
+        else:
+            chosen = other = _Candidate(None, ("equalization",))
+        self.steps = chosen.steps
+        if chosen.variables is other.variables:
+            self.variables = equalized.variables
+
+    def nearest(self, ranges: Ranges) -> _Candidate:
+        return _Candidate(quantize_params(self.graph, self.variables, ranges, self.convention), self.steps)
 
     def ranges(self) -> Ranges:
         graph, variables, recipe, convention = self.graph, self.variables, self.recipe, self.convention
@@ -193,8 +215,8 @@ class _Job:
             size = self.recipe.batch_size
             rounded = gptq(graph, variables, nearest.variables, self.fitted, config, batch_size=size)
         if len(self.held_out):
-            return [nearest, _Candidate(rounded)]
-        return [_Candidate(rounded, (ROUNDING_NAMES[self.recipe.rounding],))]
+            return [nearest, nearest.moved(rounded)]
+        return [nearest.moved(rounded).noting(ROUNDING_NAMES[self.recipe.rounding])]
 
     def settle(self, candidates: list[_Candidate]) -> _Candidate:
         """The better of nearest and other rounding."""

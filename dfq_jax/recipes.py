@@ -34,6 +34,7 @@ class Recipe:
       source: where images come from: "synthesis", "noise" (standard Gaussian, as many as `synthesis.num_images`), or
         "analytic": none at all, ranges and corrections come from BatchNorm parameters.
       synthesis: how images are made.
+      equalize: equalize weight ranges across layers first (DFQ): another tree of the same float function.
       estimator: of activation ranges, a name in `ranges.ESTIMATORS`.
       weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`.
       rounding: of weights: "nearest", "squant" or "gptq".
@@ -50,6 +51,7 @@ class Recipe:
     name: str
     source: str = "synthesis"
     synthesis: SynthesisConfig = SynthesisConfig()
+    equalize: bool = False
     estimator: str = "lp"
     weight_range: str = "lp"
     rounding: str = "nearest"
@@ -70,6 +72,8 @@ class Recipe:
             raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding: expected one of {ROUNDINGS}, found {self.rounding!r}.")
+        if not isinstance(self.equalize, bool):
+            raise ValueError(f"equalize: expected True or False, found {self.equalize!r}.")
         for name in ("reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
@@ -111,7 +115,12 @@ RECIPES: dict[str, Recipe] = {
         ),
         # No images: what BatchNorm parameters tell is enough for many networks, and takes seconds.
         Recipe(
-            name="instant", source="analytic", rounding="squant", batch_norm=BatchNormConfig(), bias_correction=True
+            name="instant",
+            source="analytic",
+            equalize=True,
+            rounding="squant",
+            batch_norm=BatchNormConfig(),
+            bias_correction=True,
         ),
         # The winners of the ablation tables; each step stays only where it helps on images held out.
         Recipe(

@@ -19,6 +19,7 @@ from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig
 from dfq_jax.comparison import compare
 from dfq_jax.convention import Convention
+from dfq_jax.equalization import equalize, find_pairs
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS
 from dfq_jax.graph import QUANTIZATION, GraphError, trace
@@ -587,7 +588,7 @@ def test_instant_takes_no_images():
         for key in (0, 1)
     )
     assert first.report.images.startswith("none")
-    assert first.report.steps == ("SQuant", "analytic correction of BatchNorms and biases")
+    assert first.report.steps == ("equalization", "SQuant", "analytic correction of BatchNorms and biases")
     for ours, theirs in zip(jax.tree.leaves(first.variables), jax.tree.leaves(second.variables), strict=True):
         np.testing.assert_array_equal(ours, theirs)  # nothing is drawn from the key
     plain = quantize(
@@ -600,6 +601,52 @@ def test_instant_takes_no_images():
     x = case.images()
     wanted = first.graph.apply_fn(case.variables, x)
     assert sqnr(wanted, first(x)) > sqnr(wanted, plain(x))
+
+
+def unbalanced():
+    """A network, and variables of the same function with every other channel between layers a hundred times larger."""
+    case = model_grid.cifar_resnet8()
+    graph = trace(*case.function(), case.input_shape)
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(case.variables), strict=True))
+    for pair in find_pairs(graph)[0]:
+        bn = graph.batch_norm(graph.layer(pair.first).batch_norm)
+        factor = jnp.where(jnp.arange(leaves[bn.scale].size) % 2, 100.0, 1.0)
+        leaves[bn.scale], leaves[bn.bias] = leaves[bn.scale] * factor, leaves[bn.bias] * factor
+        for reader in map(graph.layer, pair.readers):
+            leaves[reader.kernel] = leaves[reader.kernel] / factor[:, None]
+    return case, graph, graph.replace(case.variables, leaves)
+
+
+def test_instant_equalizes():
+    case, graph, variables = unbalanced()
+    x = case.images()
+    wanted = graph.apply_fn(case.variables, x)
+    np.testing.assert_allclose(graph.apply_fn(variables, x), wanted, rtol=0, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+    def decibels(variables, **fields):
+        recipe = RECIPES["instant"].replace(**fields)
+        return sqnr(
+            wanted, quantize(case.model, variables, input_shape=case.input_shape, recipe=recipe, bits="w4a4")(x)
+        )
+
+    assert decibels(variables, equalize=False) < decibels(variables) - 6
+    assert abs(decibels(variables) - decibels(case.variables)) < 1
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_equalization_is_judged_where_there_are_images(held_out):
+    case, graph, variables = unbalanced()
+    recipe = FAST.replace(equalize=True, rounding="nearest", batch_norm=None, bias_correction=False, held_out=held_out)
+    arguments = dict(
+        input_shape=case.input_shape, recipe=recipe, bits="w4a4", images=np.tile(case.images(), (16, 1, 1, 1))
+    )
+    helped = quantize(case.model, variables, **arguments)
+    (step,) = helped.report.steps
+    assert step.startswith("equalization: kept, held-out divergence" if held_out else "equalization")
+    again = quantize(case.model, equalize(graph, variables), **arguments | {"recipe": recipe.replace(equalize=False)})
+    for ours, theirs in zip(jax.tree.leaves(helped.variables), jax.tree.leaves(again.variables), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert helped.report.layers == again.report.layers
 
 
 def test_instant_without_batch_norm_uses_noise():
@@ -639,6 +686,7 @@ def test_best_learns_rounding(build, tmp_path):
         ({"rounding": "up"}, "rounding"),
         ({"source": "analytic", "reconstruction": ReconstructionConfig()}, "reconstruction"),
         ({"reconstruction_steps": 3}, "reconstruction_steps"),
+        ({"equalize": "weights"}, "equalize: expected True or False"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -32,6 +32,7 @@ class ReconstructionConfig:
       temperature: of those probabilities.
       trust: where rounding starts: 0 from the float weight between its two codes, 1 from the code that it has.
       min_layers: neighboring blocks are joined until each has so many layers.
+      flip: learn from the images' mirror images, too: twice the memory of a block's inputs and outputs, no more time.
       held_out: share of the images kept for deciding whether what was learned is better.
       chunk: steps in one compiled call; 0 for the measured default of the backend.
     """
@@ -50,6 +51,7 @@ class ReconstructionConfig:
     temperature: float = 4.0
     trust: float = 0.0
     min_layers: int = 1
+    flip: bool = True
     held_out: float = 0.125
     chunk: int = 0
 
@@ -61,6 +63,7 @@ class ReconstructionConfig:
         check_field("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
         for name in ("rounding_rate", "scale_rate", "step_rate", "bias_rate", "regularizer", "prediction_weight"):
             check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
+        check_field("flip", self.flip, "True or False", lambda v: isinstance(v, bool))
         check_field("temperature", self.temperature, "a positive number", lambda v: is_non_negative(v) and v > 0)
         for name in ("drop", "warm_up", "trust"):
             check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
