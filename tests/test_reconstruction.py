@@ -54,7 +54,7 @@ def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
     convention = Convention.parse("w3a4", shortcuts=shortcuts)
     ranges = estimate_ranges(graph, variables, images, convention)
     qvariables = quantize_params(graph, variables, ranges, convention)
-    config = ReconstructionConfig(steps=30, batch_size=8, rounding_rate=0.1, regularizer=0.01)
+    config = ReconstructionConfig(steps=60, batch_size=8, rounding_rate=0.1, regularizer=0.01)
     reports = []
     learned, info = reconstruct(
         graph, variables, qvariables, images, jax.random.key(0), config, on_progress=reports.append
@@ -66,6 +66,31 @@ def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
     assert len(kernels) == len(graph.layers)
     simulated, integer = (apply_quantized(graph, learned, images[:2], integer=i) for i in (False, True))
     np.testing.assert_allclose(simulated, integer, rtol=0, atol=1e-5 * float(jnp.abs(simulated).max()))
+
+
+def test_mirror_images_are_learned_from():
+    """`flip` is the same as mirror images among those to learn from; those held out stay as they are."""
+    case = cifar_resnet8()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    images = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
+    doubled = np.concatenate([images[:6], images[:6, :, ::-1], images[6:]])
+    ranges = estimate_ranges(graph, variables, images, Convention())
+    qvariables = quantize_params(graph, variables, ranges, Convention())
+    (ours, info), (expected, other) = (
+        reconstruct(
+            graph,
+            variables,
+            qvariables,
+            x,
+            jax.random.key(0),
+            ReconstructionConfig(steps=3, batch_size=4, flip=flip, held_out=2 / len(x)),
+        )
+        for x, flip in ((images, True), (doubled, False))
+    )
+    assert [b.after for b in info.blocks] == [b.after for b in other.blocks]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input_is_refused():
