@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from network import EDGES, Network, add_arguments
 
-from dfq_jax import RECIPES, Convention, Quantized, quantize
+from dfq_jax import RECIPES, Convention, Quantized, Recipe, quantize, synthesize
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     network = Network(arguments)
     print(network)
     changes = {name: _value(text) for name, text in (change.split("=", 1) for change in arguments.set)}
-    images = Images(arguments.cache and arguments.cache / arguments.model)
+    images = Images(network, arguments.cache and arguments.cache / arguments.model)
     for name in arguments.recipes:
         recipe = RECIPES[name].replace(**changes)
         keys = arguments.keys[:1] if recipe.source == "analytic" else arguments.keys  # the same for all keys
@@ -55,32 +57,33 @@ class Images:
     In memory and, where there is a path to begin file names with, in files.
     """
 
-    def __init__(self, path: Path | None):
-        self.path, self.known = path, {}
+    def __init__(self, network: Network, path: Path | None):
+        self.network, self.path, self.known = network, path, {}
 
-    def file(self, recipe: Any, key: int) -> Path:
+    def get(self, recipe: Recipe, key: int) -> tuple[np.ndarray, float]:
+        """Those that the recipe makes from the key; made now if they were not before."""
         settings = zlib.crc32(f"{recipe.source} {recipe.synthesis}".encode())
-        return Path(f"{self.path or ''}_{settings:08x}_{key}.npz")
-
-    def get(self, recipe: Any, key: int) -> tuple[Any, float]:
-        file = self.file(recipe, key)
-        if file not in self.known and self.path and file.exists():
+        file = Path(f"{self.path or ''}_{settings:08x}_{key}.npz")
+        if file in self.known:
+            return self.known[file]
+        if self.path and file.exists():
             with np.load(file) as saved:
                 self.known[file] = saved["images"], float(saved["seconds"])
-        return self.known.get(file, (None, 0.0))
-
-    def put(self, recipe: Any, key: int, images: Any, seconds: float) -> None:
-        file = self.file(recipe, key)
-        self.known[file] = images, seconds
+            return self.known[file]
+        started = time.perf_counter()
+        graph, variables = self.network.graph, self.network.variables
+        made = np.asarray(synthesize(graph, variables, jax.random.key(key), recipe.synthesis).images)
+        self.known[file] = made, time.perf_counter() - started
         if self.path:
-            np.savez(file, images=np.asarray(images), seconds=seconds)
+            np.savez(file, images=made, seconds=self.known[file][1])
+        return self.known[file]
 
 
 def run(
-    network: Network, recipe: Any, convention: Convention, key: int, images: Images
+    network: Network, recipe: Recipe, convention: Convention, key: int, images: Images
 ) -> tuple[Quantized, np.ndarray]:
     """The quantized network; its drop of top-1, its agreement, and the seconds it took with those of its images."""
-    made, seconds = (None, 0.0) if recipe.source == "analytic" else images.get(recipe, key)
+    made, seconds = images.get(recipe, key) if recipe.source == "synthesis" else (None, 0.0)
     quantized = quantize(
         network.module,
         network.variables,
@@ -90,8 +93,6 @@ def run(
         key=key,
         images=made,
     )
-    if recipe.source != "analytic" and made is None:
-        images.put(recipe, key, quantized.images, quantized.report.seconds["images"])
     top1, agreement = network.score(quantized.variables)
     drop, seconds = network.float_top1 - top1, sum(quantized.report.seconds.values()) + seconds
     for step in (*quantized.report.steps, f"{drop:.2f} / {agreement:.2f}, {seconds:.0f} s"):

@@ -10,16 +10,14 @@ each block, `--parts` picks rows by their first letters.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from network import EDGES, Network, add_arguments
 from recipes import Images, cell, run
 
-from dfq_jax import RECIPES, Convention, synthesize
+from dfq_jax import RECIPES, Convention
 from dfq_jax.comparison import compare
 
 UNSEEN_KEYS = (0, 1, 2)
@@ -32,6 +30,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "from nearest codes, not SQuant's": {"rounding": "nearest"},
     "half the images": {"synthesis_num_images": 128},
     "with the prediction difference (PD-Quant)": {"reconstruction_prediction_weight": 1.0},
+    "without mirror images": {"reconstruction_flip": False},
     "blocks of at least 4 layers": {"reconstruction_min_layers": 4},
     "twice the images in a step": {"reconstruction_batch_size": 16},
 }
@@ -49,8 +48,10 @@ def main() -> None:
 
     network = Network(arguments)
     print(f"{network}; {arguments.steps} steps a block, keys {arguments.keys}")
-    images = Images(arguments.cache and arguments.cache / arguments.model)
-    unseen = {key: [made(network, other, images) for other in UNSEEN_KEYS if other != key] for key in arguments.keys}
+    images = Images(network, arguments.cache and arguments.cache / arguments.model)
+    unseen = {
+        key: [images.get(RECIPES["best"], other)[0] for other in UNSEEN_KEYS if other != key] for key in arguments.keys
+    }
     for bits in arguments.bits:
         convention = Convention.parse(bits, **EDGES["8"])
         print(f"\n{convention.describe()}\ndivergence on images of other keys, drop of top-1 / agreement, seconds")
@@ -65,17 +66,6 @@ def main() -> None:
                 divergences.append(divergence(network, quantized.variables, np.concatenate(unseen[key])))
             divergences = np.array(divergences)
             print(f"{part}: {divergences.mean():.4f} ({np.ptp(divergences):.4f}), {cell(np.array(scores))}", flush=True)
-
-
-def made(network: Network, key: int, images: Images) -> np.ndarray:
-    """The images of recipe `best` for a key."""
-    recipe = RECIPES["best"]
-    found, _ = images.get(recipe, key)
-    if found is None:
-        started = time.perf_counter()
-        found = synthesize(network.graph, network.variables, jax.random.key(key), recipe.synthesis).images
-        images.put(recipe, key, found, time.perf_counter() - started)
-    return np.asarray(found)
 
 
 def divergence(network: Network, qvariables: Any, images: np.ndarray) -> float:
