@@ -2,9 +2,9 @@
 
     python benchmarks/reconstruction.py --checkpoint resnet20-12fca82f.th --data npz:test.npz --more npz:more.npz
 
-Prints the figures of `recipes.py`, first and last layer 8-bit, and before them what to choose by: the divergence from
-the float network on the images of the other keys, which nothing was fitted to. `--steps` is the number of steps for
-each block, `--parts` picks rows by their first letters.
+Prints the figures of `recipes.py`, first and last layer 8-bit, and before them what to choose by: the SQNR of outputs
+in dB on images that nothing was fitted to, those of another key and such as are made in other ways (`UNSEEN`).
+`--steps` is the number of steps for each block, `--parts` picks rows by their first letters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from recipes import Images, cell, run
 from dfq_jax import RECIPES, Convention
 from dfq_jax.comparison import compare
 
-UNSEEN_KEYS = (0, 1, 2)
+# Images to judge by: like those that are learned from, by GENIE's generator, and smooth ones as Sony's DGH makes.
+UNSEEN: dict[str, dict[str, Any]] = {
+    "like these": {},
+    "by a generator": {"num_images": 128, "source": "generator", "swing": True, "steps": 250, "learning_rate": 0.1},
+    "smooth": {"num_images": 64, "steps": 200, "extra_pixels": 8, "smoothing": 1.25, "flip": True, "class_weight": 1.0,
+               "total_variation_weight": 0.01},
+}  # fmt: skip
 PARTS: dict[str, dict[str, Any]] = {
     "best": {},
     "activations always quantized (no QDrop)": {"reconstruction_drop": 0.0},
@@ -49,27 +55,30 @@ def main() -> None:
     network = Network(arguments)
     print(f"{network}; {arguments.steps} steps a block, keys {arguments.keys}")
     images = Images(network, arguments.cache and arguments.cache / arguments.model)
-    unseen = {
-        key: [images.get(RECIPES["best"], other)[0] for other in UNSEEN_KEYS if other != key] for key in arguments.keys
-    }
     for bits in arguments.bits:
         convention = Convention.parse(bits, **EDGES["8"])
-        print(f"\n{convention.describe()}\ndivergence on images of other keys, drop of top-1 / agreement, seconds")
+        print(f"\n{convention.describe()}\nSQNR on images {', '.join(UNSEEN)}; drop of top-1 / agreement, seconds")
         for part, changes in PARTS.items():
             if not part.startswith(tuple(arguments.parts)):
                 continue
             recipe = RECIPES["best"].replace(reconstruction_steps=arguments.steps).replace(**changes)
-            scores, divergences = [], []
+            scores, levels = [], []
             for key in arguments.keys:
                 quantized, found = run(network, recipe, convention, key, images)
                 scores.append(found)
-                divergences.append(divergence(network, quantized.variables, np.concatenate(unseen[key])))
-            divergences = np.array(divergences)
-            print(f"{part}: {divergences.mean():.4f} ({np.ptp(divergences):.4f}), {cell(np.array(scores))}", flush=True)
+                levels.append([sqnr(network, quantized.variables, x) for x in unseen(images, key)])
+            levels = " ".join(f"{level:.2f}" for level in np.mean(levels, 0))
+            print(f"{part}: {levels} dB; {cell(np.array(scores))}", flush=True)
 
 
-def divergence(network: Network, qvariables: Any, images: np.ndarray) -> float:
-    return compare(network.graph, network.variables, qvariables, images).divergence
+def unseen(images: Images, key: int) -> list[np.ndarray]:
+    """The images of `UNSEEN`, of another key than that of the images to learn from."""
+    recipes = [RECIPES["best"].replace(**{f"synthesis_{k}": v for k, v in made.items()}) for made in UNSEEN.values()]
+    return [images.get(recipe, (key + 1) % 3)[0] for recipe in recipes]
+
+
+def sqnr(network: Network, qvariables: Any, images: np.ndarray) -> float:
+    return compare(network.graph, network.variables, qvariables, images).sqnr
 
 
 if __name__ == "__main__":
