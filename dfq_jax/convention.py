@@ -34,7 +34,7 @@ class Convention:
       edge_input_bits: bits of the inputs of these two layers, where they differ: with `edge_bits` None and 8 here, all
         weights have the same bits while the image keeps the 8 that it is made of. (Publications that count "all
         layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)
-      second_input_bits: bits of the second layer's input, where they differ from all others: 8 in BRECQ (arXiv
+      second_input_bits: bits of the second layer's input, where they are more than all others': 8 in BRECQ (arXiv
         2102.05426) and what follows it (QDrop, GENIE), which quantize the first layer's output like its weights.
       per_channel: one weight scale per output channel, otherwise one per kernel.
       symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import operator
 import time
@@ -95,9 +96,9 @@ def quantize(
     job = _Job(graph=graph, variables=variables, recipe=recipe, convention=convention, images=images, key=key)
     if recipe.equalize:
         with clock("equalization"):
-            job.equalize()
+            job = job.equalized()
     with clock("ranges"):
-        ranges = job.ranges()
+        ranges = job.ranges
     with clock("weights"):
         candidates = [job.nearest(ranges)]
     if recipe.rounding != "nearest":
@@ -175,23 +176,23 @@ class _Job:
         """Whether BatchNorm parameters take the place of images."""
         return self.recipe.source == "analytic" and bool(self.graph.batch_norms)
 
-    def equalize(self) -> None:
-        """Go on with equalized weight ranges, unless nearest rounding loses by them on the held-out images."""
+    def equalized(self) -> _Job:
+        """The job with equalized weight ranges, unless nearest rounding loses by them on the held-out images."""
         if not find_pairs(self.graph)[0]:
-            return
-        equalized = dataclasses.replace(self, variables=equalize(self.graph, self.variables))
-        if len(self.held_out):
-            plain, other = (job.nearest(job.ranges()) for job in (self, equalized))
-            chosen = self.choose("equalization", plain, other)
-        else:
-            chosen = other = _Candidate(None, ("equalization",))
-        self.steps = chosen.steps
-        if chosen.variables is other.variables:
-            self.variables = equalized.variables
+            return self
+        other = dataclasses.replace(self, variables=equalize(self.graph, self.variables))
+        if not len(self.held_out):
+            return dataclasses.replace(other, steps=("equalization",))
+        candidates = [job.nearest(job.ranges) for job in (self, other)]
+        chosen = self.choose("equalization", *candidates)
+        taken = other if chosen.variables is candidates[1].variables else self
+        taken.steps = chosen.steps
+        return taken
 
     def nearest(self, ranges: Ranges) -> _Candidate:
         return _Candidate(quantize_params(self.graph, self.variables, ranges, self.convention), self.steps)
 
+    @functools.cached_property
     def ranges(self) -> Ranges:
         graph, variables, recipe, convention = self.graph, self.variables, self.recipe, self.convention
         if convention.activation_bits is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfq_jax.batch_norm import BatchNormConfig
+from dfq_jax.fields import check_field
 from dfq_jax.finetuning import FinetuneConfig
 from dfq_jax.ranges import ESTIMATORS
 from dfq_jax.rounding import GPTQConfig, ReconstructionConfig
@@ -34,7 +35,8 @@ class Recipe:
       source: where images come from: "synthesis", "noise" (standard Gaussian, as many as `synthesis.num_images`), or
         "analytic": none at all, ranges and corrections come from BatchNorm parameters.
       synthesis: how images are made.
-      equalize: equalize weight ranges across layers first (DFQ): another tree of the same float function.
+      equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
+        function, judged as the other steps are.
       estimator: of activation ranges, a name in `ranges.ESTIMATORS`.
       weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`.
       rounding: of weights: "nearest", "squant" or "gptq".
@@ -72,15 +74,17 @@ class Recipe:
             raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding: expected one of {ROUNDINGS}, found {self.rounding!r}.")
-        if not isinstance(self.equalize, bool):
-            raise ValueError(f"equalize: expected True or False, found {self.equalize!r}.")
+        check_field("equalize", self.equalize, "True or False", lambda v: isinstance(v, bool))
         for name in ("reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
-        if not isinstance(self.held_out, (int, float)) or not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out: expected a share of at least 0 and below 1, found {self.held_out!r}.")
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise ValueError(f"batch_size: expected an integer of at least 1, found {self.batch_size!r}.")
+        check_field(
+            "held_out",
+            self.held_out,
+            "a share of at least 0 and below 1",
+            lambda v: isinstance(v, (int, float)) and 0 <= v < 1,
+        )
+        check_field("batch_size", self.batch_size, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
 
     def replace(self, **fields: Any) -> Recipe:
         """A copy with other fields; those of records in it by a prefix: `synthesis_steps=500`."""

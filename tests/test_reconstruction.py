@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from model_grid import cifar_resnet8, transposed_conv
+from model_grid import cifar_resnet8, mlp, transposed_conv
 
 from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params, trace
 from dfq_jax.comparison import compare
@@ -93,6 +93,22 @@ def test_mirror_images_are_learned_from():
         np.testing.assert_array_equal(a, b)
 
 
+def test_vectors_have_no_mirror_images():
+    case = mlp()
+    apply_fn, variables = case.function()
+    graph = trace(apply_fn, variables, case.input_shape)
+    images = np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])).astype(np.float32)
+    qvariables = quantize_params(
+        graph, variables, estimate_ranges(graph, variables, images, Convention()), Convention()
+    )
+    ours, expected = (
+        reconstruct(graph, variables, qvariables, images, jax.random.key(0), ReconstructionConfig(steps=3, flip=flip))
+        for flip in (True, False)
+    )
+    for a, b in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_bad_input_is_refused():
     case = cifar_resnet8()
     apply_fn, variables = case.function()
@@ -101,6 +117,8 @@ def test_bad_input_is_refused():
         reconstruct(graph, variables, variables, case.images(), jax.random.key(0))
     with pytest.raises(ValueError, match="steps: expected an integer"):
         ReconstructionConfig(steps=0)
+    with pytest.raises(ValueError, match="flip: expected True or False, found 1"):
+        ReconstructionConfig(flip=1)
 
 
 class EqualBlocks(nn.Module):

@@ -142,10 +142,11 @@ class _Run:
     ):
         self.started = time.perf_counter()
         held_out = min(max(round(config.held_out * len(images)), 1), len(images) - 1)
-        learned, held_out = images[:-held_out], images[-held_out:]
+        self.train = len(images) - held_out
         if config.flip and images.ndim > 2:  # vectors have no sides
-            learned = jnp.concatenate([learned, jnp.flip(learned, axis=-2)])
-        self.train, images = len(learned), jnp.concatenate([learned, held_out])
+            learned = images[: self.train]
+            images = jnp.concatenate([learned, jnp.flip(learned, axis=-2), images[self.train :]])
+            self.train *= 2
         # Nothing is gained by minibatches larger than the set; the first images are learned from.
         self.batch_size = min(config.batch_size, self.train)
         self.config = dataclasses.replace(config, batch_size=self.batch_size)
