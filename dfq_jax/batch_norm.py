@@ -32,6 +32,7 @@ from dfq_jax.execute import (
     run,
 )
 from dfq_jax.graph import BatchNorm, Graph
+from dfq_jax.precision import full_precision
 from dfq_jax.ranges import batches, check_images
 
 METHODS = ("absolute", "differential")
@@ -67,6 +68,7 @@ class BatchNormConfig:
                 raise ValueError(f"{name}: expected a finite number of at least {least}, found {value!r}.")
 
 
+@full_precision
 def adapt_batch_norm(
     graph: Graph,
     variables: Any,
@@ -177,6 +179,7 @@ def _stored(graph: Graph, variables: Any) -> Moments:
     }
 
 
+@full_precision
 def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> Moments:
     """Mean and variance of every BatchNorm's input over all images, by name, in inference mode.
 
@@ -214,6 +217,7 @@ def _moments(graph: Graph, variables: Any, images: jax.Array) -> Moments:
 # --- biases ---
 
 
+@full_precision
 def correct_bias(
     graph: Graph,
     variables: Any,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import apply_quantized, run
 from dfq_jax.graph import Graph
+from dfq_jax.precision import full_precision
 from dfq_jax.ranges import batches, check_images
 from dfq_jax.synthesis.checks import num_classes
 
@@ -33,6 +34,7 @@ class Comparison:
     divergence: float
 
 
+@full_precision
 def compare(
     graph: Graph, variables: Any, qvariables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64
 ) -> Comparison:

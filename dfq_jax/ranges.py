@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from dfq_jax.convention import Convention
 from dfq_jax.execute import BatchNormRule, as_argument, record_tensors
 from dfq_jax.graph import Graph
+from dfq_jax.precision import full_precision
 from dfq_jax.qtensor import fake_quant, params_from_range
 
 BINS = 4096
@@ -229,6 +230,7 @@ def apply_estimator(
 # --- summaries ---
 
 
+@full_precision
 def summarize(
     graph: Graph,
     variables: Any,

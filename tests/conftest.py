@@ -1,5 +1,8 @@
 """Options of the test suite."""
 
+import sys
+
+import jax
 import numpy as np
 import pytest
 
@@ -39,3 +42,18 @@ def same_random_numbers(request):
     """A module's `rng` starts anew for each test: what a test draws does not depend on which ran before it."""
     if isinstance(getattr(request.module, "rng", None), np.random.Generator):
         request.module.rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
+def rounds_products():
+    """Whether float32 products of default precision are rounded: on accelerators, and under `tests.tf32`."""
+    return jax.default_backend() != "cpu" or "tests.tf32" in sys.modules
+
+
+@pytest.fixture(autouse=True)
+def full_precision(request):
+    """Full precision where the backend's default is less, so that what fails is no tolerance made for float32."""
+    if not rounds_products() or "default_precision" in request.keywords:
+        yield
+        return
+    with jax.default_matmul_precision("highest"):
+        yield

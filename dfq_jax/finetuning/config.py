@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dfq_jax.fields import check_field, is_non_negative
+from dfq_jax.precision import check_precision
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -37,6 +38,8 @@ class FinetuneConfig:
       held_out: share of the images kept for choosing the best of what was seen.
       evaluations: how often along the way the network is tried on them.
       chunk: steps in one compiled call, shortened to a divisor of `steps`; 0 for the measured default of the backend.
+      precision: of float32 products while the network learns: "default" (fast on GPU and TPU), "high" or "highest"; None
+        for JAX's own setting.
     """
 
     steps: int = 500
@@ -59,8 +62,10 @@ class FinetuneConfig:
     held_out: float = 0.125
     evaluations: int = 10
     chunk: int = 0
+    precision: str | None = None
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         for name in ("steps", "batch_size", "evaluations"):
             check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         for name in ("crop", "chunk"):

@@ -24,6 +24,7 @@ from dfq_jax.finetuning.step import advance, init_state
 from dfq_jax.finetuning.student import hard_variables, init_parameters
 from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.interrupt import catch_interrupt
+from dfq_jax.precision import products
 from dfq_jax.ranges import check_images
 from dfq_jax.rounding.learned import changed_codes
 from dfq_jax.synthesis.checks import num_classes
@@ -153,17 +154,18 @@ class _Run:
         """Whether all steps were done."""
         config, steps, losses = self.config, self.config.steps, None
         while self.done < steps and not interrupted():
-            self.state, losses = advance(
-                self.graph,
-                config,
-                self.chunk,
-                self.variables,
-                self.start,
-                self.images,
-                self.labels,
-                self.state,
-                self.key,
-            )
+            with products(config.precision):
+                self.state, losses = advance(
+                    self.graph,
+                    config,
+                    self.chunk,
+                    self.variables,
+                    self.start,
+                    self.images,
+                    self.labels,
+                    self.state,
+                    self.key,
+                )
             before, self.done = self.done, self.done + self.chunk
             if self._crossed(before, steps, max(steps // REPORT_EVERY_STEPS, 1)) and self.on_progress is not None:
                 self.report(float(losses.total))

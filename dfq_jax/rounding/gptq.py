@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized, as_argument
 from dfq_jax.graph import Graph
 from dfq_jax.matrix_form import Codes, kernel_codes, kernel_form, patches, quantized_kernels, with_codes
+from dfq_jax.precision import full_precision
 from dfq_jax.ranges import batches, check_images
 
 ORDERS = ("natural", "activation")
@@ -60,6 +61,7 @@ class GPTQConfig:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {getattr(self, name)!r}.")
 
 
+@full_precision
 def gptq(
     graph: Graph,
     variables: Any,

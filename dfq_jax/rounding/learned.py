@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Key
 from dfq_jax.execute import apply_quantized
 from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.interrupt import catch_interrupt
+from dfq_jax.precision import full_precision, products
 from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import check_images
 from dfq_jax.rounding.block import (
@@ -203,7 +204,8 @@ class _Run:
         done = 0
         while done < config.steps:
             steps = min(self.chunk, config.steps - done)
-            state, losses = advance(sub.graph, config, steps, rest_graph, rest_own, own, bases, cache, state, key)
+            with products(config.precision):
+                state, losses = advance(sub.graph, config, steps, rest_graph, rest_own, own, bases, cache, state, key)
             done += steps
             self.steps_done += steps
             if interrupted():
@@ -234,6 +236,7 @@ class _Run:
         outputs = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
         return sub.graph.logits(outputs).astype(jnp.float32)
 
+    @full_precision
     def outputs(self, sub: Subnetwork, own: Variables, inputs: jax.Array) -> Any:
         """The block's outputs on all images, in batches of one size."""
         size, count = self.batch_size, len(inputs)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from dfq_jax.fields import check_field, is_non_negative
+from dfq_jax.precision import check_precision
 
 SOURCES = ("pixels", "generator")
 STATISTICS = ("batch", "image", "set")
@@ -63,6 +64,8 @@ class SynthesisConfig:
       patience: stop a batch when its loss has not improved by `min_improvement` (relative) in so many steps; 0 never.
       min_improvement: see `patience`.
       chunk: optimizer steps in one compiled call; 0 for the measured default of the backend.
+      precision: of float32 products while images are made: "default" (fast on GPU and TPU), "high" or "highest"; None
+        for JAX's own setting.
     """
 
     num_images: int = 128
@@ -97,8 +100,10 @@ class SynthesisConfig:
     patience: int = 0
     min_improvement: float = 1e-3
     chunk: int = 0
+    precision: str | None = None
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         for name in ("num_images", "batch_size", "steps"):
             check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         for name in ("extra_pixels", "jitter", "crop", "patience", "chunk"):

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.graph import Graph
 from dfq_jax.interrupt import catch_interrupt
+from dfq_jax.precision import products
 from dfq_jax.synthesis.checkpoint import Checkpoint
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -115,7 +116,7 @@ def synthesize(
     saved = None if checkpoint is None else Checkpoint(checkpoint, run.identity())
     if saved is not None:
         run.restore(saved)
-    with catch_interrupt() as interrupted:
+    with products(config.precision), catch_interrupt() as interrupted:
         last_save = time.perf_counter()
         for progress in run.visits():
             if progress is not None and on_progress is not None:

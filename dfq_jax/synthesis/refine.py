@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Key
 from dfq_jax.execute import apply_quantized
 from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.graph import Graph, is_quantized
+from dfq_jax.precision import full_precision
 from dfq_jax.ranges import check_images
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -83,6 +84,7 @@ class Sharpness(NamedTuple):
     overlap: Float[Array, ""]  # largest similarity to another image, averaged
 
 
+@full_precision  # what is optimized is a small difference of two networks
 def refine(
     graph: Graph,
     variables: Any,

@@ -18,11 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend import core as jex
 
 # Loops and branches: their bodies run a data-dependent or repeated number of times and cannot be inlined.
 CONTROL_FLOW = frozenset({"scan", "while", "cond"})
-LAYER_PRIMITIVES = frozenset({"conv_general_dilated", "dot_general"})
+PRODUCTS = {"conv_general_dilated": lax.conv_general_dilated, "dot_general": lax.dot_general}
+LAYER_PRIMITIVES = frozenset(PRODUCTS)
 # Arrays that the traced function closes over stay in the program up to this size; weights belong in `variables`.
 MAX_CONSTANT_BYTES = 1 << 20
 
@@ -65,7 +67,12 @@ class Op:
         return tuple(i for i in self.inputs if isinstance(i, int))
 
     def __call__(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        """Apply the primitive to `args`, one for each operand."""
+        """Apply the primitive to `args`, one for each operand.
+
+        A product that the traced function left at JAX's default precision takes the setting in force here.
+        """
+        if self.name in PRODUCTS and self.params["precision"] is None:
+            return (PRODUCTS[self.name](*args, **self.params),)
         bound = self.primitive.get_bind_params(dict(self.params))
         # Before JAX 0.10 the functions of a custom derivative came apart from its parameters.
         functions, params = bound if isinstance(bound, tuple) else ((), bound)
@@ -240,7 +247,9 @@ def flatten(
     Raises:
       ClosureError: the function closes over large arrays instead of taking them in `variables`.
     """
-    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), x)
+    # Without a setting, so that what the function leaves open shows: `Op` closes it when the program runs.
+    with jax.default_matmul_precision(None):
+        closed, out_shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), x)
     builder = _Builder(len(leaves), [*leaves, x])
     outputs = builder.inline(closed.jaxpr, closed.consts, list(range(len(leaves) + 1)), "")
     ops = _live_ops(builder.ops, outputs)
