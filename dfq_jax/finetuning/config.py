@@ -38,7 +38,7 @@ class FinetuneConfig:
       held_out: share of the images kept for choosing the best of what was seen.
       evaluations: how often along the way the network is tried on them.
       chunk: steps in one compiled call, shortened to a divisor of `steps`; 0 for the measured default of the backend.
-      precision: of float32 products while the network learns: "default" (fast on GPU and TPU), "high" or "highest"; None
+      precision: of float32 products while the network learns: "default" (fast on GPU and TPU), "high", "highest"; None
         for JAX's own setting.
     """
 
