@@ -106,9 +106,11 @@ class Convention:
         return layer.name in (graph.first_layer.name, graph.last_layer.name)
 
     def layer_bits(self, graph: Graph, layer: Layer) -> int:
-        """Bits of a layer's kernel."""
-        edge = self.edge_bits is not None and self.is_edge(graph, layer)
-        return self.edge_bits if edge else self.weight_bits
+        """Bits of a layer's kernel: the most that one of the layers asks for whose kernels are stored as one."""
+        if self.edge_bits is None:
+            return self.weight_bits
+        edges = {self.is_edge(graph, other) for other in _stored_with(graph, layer)}
+        return max(self.edge_bits if edge else self.weight_bits for edge in edges)
 
     def tensor_bits(self, graph: Graph, tensor: Tensor) -> int | None:
         """Bits of a tensor: the most that one of its readers asks for; None for float."""
@@ -124,6 +126,12 @@ class Convention:
     def is_symmetric(self, bits: int) -> bool:
         """Whether weights of so many bits go without a zero point."""
         return self.symmetric_weights or bits == MAX_BITS
+
+
+def _stored_with(graph: Graph, layer: Layer) -> list[Layer]:
+    """The layers whose kernels are one leaf of the variables: those that share a kernel, and those in one scan."""
+    paths = graph.together(layer.kernel)
+    return [other for other in graph.layers if other.kernel in paths]
 
 
 def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
@@ -143,18 +151,21 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
     Raises:
       ValueError: a tensor has no range.
     """
-    kernels = {}
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    kernels: dict[str, Any] = {}
     for layer in graph.layers:
         if layer.kernel in kernels:
-            continue  # a kernel that several layers share
+            continue  # a kernel that several layers share, or that is stored with another's
         bits = convention.layer_bits(graph, layer)
-        kernels[layer.kernel] = quantize_kernel(
-            graph.leaf(variables, layer.kernel),
-            bits=bits,
-            symmetric=convention.is_symmetric(bits),
-            channel_axes=layer.channel_axes if convention.per_channel else (),
-            method=convention.weight_range,
-        )
+        axes = [set(other.channel_axes) for other in _stored_with(graph, layer)]
+        for path in graph.together(layer.kernel):
+            kernels[path] = quantize_kernel(
+                leaves[path],
+                bits=bits,
+                symmetric=convention.is_symmetric(bits),
+                channel_axes=tuple(sorted(set.intersection(*axes))) if convention.per_channel else (),
+                method=convention.weight_range,
+            )
     return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))
 
 

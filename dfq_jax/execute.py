@@ -279,7 +279,7 @@ def run_block(
     Args:
       graph: from `trace`.
       block: one of `graph.blocks`, or neighbors joined by `merge_blocks`.
-      variables: as in `run`; leaves that the block does not read may be `jax.ShapeDtypeStruct`.
+      variables: as in `run`.
       x: value of the block's input, any batch size. The rule for tensors applies to it, and not to the block's result,
         which is the next block's input.
       layer, tensor, batch_norm: as in `run`.
@@ -290,6 +290,21 @@ def run_block(
     Raises:
       GraphError: the block is not of this graph, or `variables` or `x` do not fit.
     """
+    leaves = graph.leaves(variables)
+    return run_block_leaves(graph, block, leaves, x, layer=layer, tensor=tensor, batch_norm=batch_norm)
+
+
+def run_block_leaves(
+    graph: Graph,
+    block: Block,
+    leaves: list[Any],
+    x: Float[Array, "n ..."],
+    *,
+    layer: LayerRule | None = None,
+    tensor: TensorRule | None = None,
+    batch_norm: BatchNormRule | None = None,
+) -> Any:
+    """`run_block` on a list of leaves; those that the block does not read may be `jax.ShapeDtypeStruct`."""
     block = place_block(graph, block)
     if x.shape != graph.program.avals[block.input].shape:
         graph = graph.at((*x.shape[:1], *graph.input.shape[1:]), graph.input.dtype)
@@ -298,7 +313,7 @@ def run_block(
         if x.shape != expected:
             raise GraphError(f"x: block {block.name!r} takes a value of shape {expected}, found {x.shape}.")
     ops = graph.program.between(block.input, block_outputs(graph, block))
-    env = _interpret(graph, graph.leaves(variables), ops, block.input, x, layer, tensor, batch_norm, end=block.output)
+    env = _interpret(graph, leaves, ops, block.input, x, layer, tensor, batch_norm, end=block.output)
     return _outputs(graph, env) if block.output < 0 else env[block.output]
 
 

@@ -21,9 +21,11 @@ from dfq_jax.adapters import is_module
 from dfq_jax.qtensor import QTensor
 from dfq_jax.tracing.activations import ACTIVATIONS
 from dfq_jax.tracing.analysis import Structure, analyze
-from dfq_jax.tracing.naming import path_string
-from dfq_jax.tracing.program import ClosureError, Constant, Program, flatten
+from dfq_jax.tracing.flattening import flatten
+from dfq_jax.tracing.naming import path_string, slice_paths
+from dfq_jax.tracing.program import ClosureError, Constant, Program
 from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
+from dfq_jax.tracing.views import count, put_together, take_apart
 
 __all__ = [
     "ACTIVATIONS",
@@ -57,8 +59,11 @@ class Graph:
       tensors: what layers read.
       blocks: consecutive pieces that together are the network.
       skipped: what stays in float, and why.
-      leaf_paths: of the variables' leaves.
+      leaf_paths: of the leaves that the network reads: the variables' leaves, and in place of one that layers in a
+        scan read slice by slice, its slices, as "params/blocks/Conv_0/kernel[2]".
       leaf_shapes: their shapes and types.
+      variable_paths: of the leaves of the variables as they are.
+      variable_shapes: their shapes and types.
       input: shape and type of x.
       program: the operations.
       treedef: structure of the variables.
@@ -75,6 +80,8 @@ class Graph:
     skipped: tuple[Skipped, ...]
     leaf_paths: tuple[str, ...]
     leaf_shapes: tuple[jax.ShapeDtypeStruct, ...]
+    variable_paths: tuple[str, ...]
+    variable_shapes: tuple[jax.ShapeDtypeStruct, ...]
     input: jax.ShapeDtypeStruct
     program: Program
     treedef: Any
@@ -99,7 +106,7 @@ class Graph:
             self.digest,
             self.program.fingerprint,
             self.input,
-            self.leaf_shapes,
+            self.variable_shapes,
             self.treedef,
             self.output_treedef,
         )
@@ -138,20 +145,25 @@ class Graph:
     # --- variables ---
 
     def leaves(self, variables: Any) -> list[Any]:
-        """The leaves of `variables` in the graph's order, `QTensor` nodes kept whole.
+        """The leaves that the network reads, in the graph's order, `QTensor` nodes kept whole.
 
         Raises:
           GraphError: the tree is not the one that was traced; the message names the first differing paths.
         """
+        leaves = self._variable_leaves(variables)
+        pairs = zip(leaves, self.program.splits, strict=True)
+        return [item for leaf, split in pairs for item in take_apart(leaf, split)]
+
+    def _variable_leaves(self, variables: Any) -> list[Any]:
         paths, leaves = flatten_with_paths(without_quantization(variables))
-        if tuple(paths) != self.leaf_paths:
-            missing = [p for p in self.leaf_paths if p not in set(paths)]
-            extra = [p for p in paths if p not in set(self.leaf_paths)]
+        if tuple(paths) != self.variable_paths:
+            missing = [p for p in self.variable_paths if p not in set(paths)]
+            extra = [p for p in paths if p not in set(self.variable_paths)]
             raise GraphError(
                 f"variables do not match the traced network: missing {missing[:5]}, unexpected {extra[:5]}. "
                 "Pass the tree given to trace(), or a quantized copy of it."
             )
-        for path, leaf, expected in zip(paths, leaves, self.leaf_shapes, strict=True):
+        for path, leaf, expected in zip(paths, leaves, self.variable_shapes, strict=True):
             shape = getattr(leaf, "shape", None)
             if shape is not None and tuple(shape) != expected.shape:
                 raise GraphError(
@@ -160,17 +172,53 @@ class Graph:
         return leaves
 
     def replace(self, variables: Any, new: Mapping[str, Any]) -> Any:
-        """`variables` with the leaves at the given paths replaced; the tree structure is kept."""
+        """`variables` with the leaves at the given paths replaced; the tree structure is kept.
+
+        Raises:
+          GraphError: there is no such leaf, or slices of one leaf of the variables are not quantized alike.
+        """
         unknown = set(new) - set(self.leaf_paths)
         if unknown:
             raise GraphError(f"no leaf at {sorted(unknown)[:5]}; see Graph.leaf_paths.")
-        leaves = [new.get(p, leaf) for p, leaf in zip(self.leaf_paths, self.leaves(variables), strict=True)]
+        leaves = []
+        for leaf, split, paths in zip(self._variable_leaves(variables), self.program.splits, self._slices, strict=True):
+            own = {path: new[path] for path in paths if path in new}
+            if own:
+                parts = dict(zip(paths, take_apart(leaf, split), strict=True))
+                if not any(map(_is_qtensor, own.values())):  # a slice that nothing reads follows the others
+                    parts = {path: dequantized(part) if len(parts) > 1 else part for path, part in parts.items()}
+                try:
+                    leaf = put_together(iter({**parts, **own}.values()), split)
+                except ValueError as error:
+                    raise GraphError(f"{paths[0]} to {paths[-1]}: {error}") from None
+            leaves.append(leaf)
         tree = jax.tree.unflatten(self.treedef, leaves)
         return with_quantization(tree, variables[QUANTIZATION]) if is_quantized(variables) else tree
 
     def leaf(self, variables: Any, path: str | None) -> Any:
         """One leaf by its path; None for None."""
-        return None if path is None else self.leaves(variables)[self.leaf_paths.index(path)]
+        if path is None:
+            return None
+        leaves = self._variable_leaves(variables)
+        number = next(i for i, paths in enumerate(self._slices) if path in paths)
+        return take_apart(leaves[number], self.program.splits[number])[self._slices[number].index(path)]
+
+    def together(self, path: str) -> tuple[str, ...]:
+        """The paths of all slices of the variables' leaf that the leaf at `path` is a slice of; `path` alone if whole.
+
+        They are stored as one, so they are quantized to the same bits, with a zero point or all without.
+        """
+        return self._together[path]
+
+    @functools.cached_property
+    def _slices(self) -> tuple[tuple[str, ...], ...]:
+        """For each leaf of the variables, the paths of its slices."""
+        rest = iter(self.leaf_paths)
+        return tuple(tuple(next(rest) for _ in range(count(split))) for split in self.program.splits)
+
+    @functools.cached_property
+    def _together(self) -> dict[str, tuple[str, ...]]:
+        return {path: paths for paths in self._slices for path in paths}
 
     def logits(self, outputs: Any) -> jax.Array:
         """The class scores `[N, classes]` among the outputs (a network may return a dict or a tuple)."""
@@ -194,7 +242,7 @@ class Graph:
                     f"x: expected an array like [N, {', '.join(map(str, self.input.shape[1:]))}], found shape "
                     f"{spec.shape}."
                 )
-            graph = _trace(self.apply_fn, self.treedef, self.leaf_paths, self.leaf_shapes, spec, self._cache)
+            graph = _trace(self.apply_fn, self.treedef, self.variable_paths, self.variable_shapes, spec, self._cache)
             if graph.digest != self.digest:
                 raise GraphError(f"x: at shape {spec.shape} the network has other layers than at {self.input.shape}.")
             self._cache[key] = graph
@@ -304,8 +352,8 @@ def trace(
       The graph. Tracing runs no arithmetic on the weights.
 
     Raises:
-      GraphError: BatchNorm in training mode, layers inside a loop, weights closed over, a network without layers,
-        or an input shape the network does not take; the message says what to do.
+      GraphError: BatchNorm in training mode, layers inside a loop that cannot be unrolled, weights closed over, a
+        network without layers, or an input shape the network does not take; the message says what to do.
       TypeError: `apply_fn` is no function, `variables` holds something that is not an array, or `spec` is no shape.
     """
     if isinstance(apply_fn, type) or is_module(apply_fn) or not callable(apply_fn):
@@ -350,17 +398,21 @@ def _trace(
         program, output_treedef = flatten(function, shapes, spec)
     except Exception as error:
         raise GraphError(_explain_trace_failure(error, spec)) from error
-    structure = analyze(program, paths)
+    leaf_paths = slice_paths(paths, program.splits, [len(shape.shape) for shape in shapes])
+    leaf_shapes = tuple(program.avals[leaf] for leaf in range(program.num_leaves))
+    structure = analyze(program, leaf_paths)
     return Graph(
         **structure._asdict(),
-        leaf_paths=paths,
-        leaf_shapes=shapes,
+        leaf_paths=leaf_paths,
+        leaf_shapes=leaf_shapes,
+        variable_paths=paths,
+        variable_shapes=shapes,
         input=spec,
         program=program,
         treedef=treedef,
         output_treedef=output_treedef,
         logits_index=_logits_index(program, output_treedef),
-        digest=_digest(paths, shapes, structure),
+        digest=_digest(leaf_paths, leaf_shapes, structure),
         apply_fn=apply_fn,
         _cache=cache,
     )

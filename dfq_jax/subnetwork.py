@@ -10,10 +10,9 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, block_outputs, place_block, run_block
+from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, block_outputs, place_block, run_block_leaves
 from dfq_jax.graph import QUANTIZATION, Block, Graph, GraphError, is_quantized, trace, with_quantization
 
 
@@ -91,7 +90,7 @@ def subnetwork(graph: Graph, block: Block, batch_size: int) -> Subnetwork:
         leaves = list(graph.leaf_shapes)
         for name, leaf in names.items():
             leaves[leaf] = own[name]
-        return run_block(graph, block, jax.tree.unflatten(graph.treedef, leaves), value, layer=LayerCall.verbatim)
+        return run_block_leaves(graph, block, leaves, value, layer=LayerCall.verbatim)
 
     own = trace(apply_fn, {name: graph.leaf_shapes[leaf] for name, leaf in names.items()}, x)
     kernels = [graph.leaf_paths[names[layer.kernel]] for layer in own.layers]

@@ -729,11 +729,67 @@ def convnext():
     return linen_case("convnext", ConvNeXt(), (2, 16, 16, 3))
 
 
+# --- layers in a scan: one leaf holds the kernels of all of them ---
+
+
+class ScannedNetwork(nn.Module):
+    """A stem, equal blocks and a head; the blocks in a scan, or written out under the names block0, block1, ..."""
+
+    block: type[nn.Module]
+    stem: nn.Module
+    depth: int = 3
+    scan: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.stem(x)
+        if self.scan:
+            axes = {"params": 0, "batch_stats": 0}
+            blocks = nn.scan(self.block, variable_axes=axes, split_rngs={"params": True}, length=self.depth)
+            x, _ = blocks(name="block")(x, None)
+        else:
+            for i in range(self.depth):
+                x, _ = self.block(name=f"block{i}")(x, None)
+        return nn.Dense(5, name="head")(x.mean(axis=tuple(range(1, x.ndim - 1))))
+
+
+class ConvBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(bn(False, name="bn")(nn.Conv(8, (3, 3), use_bias=False, name="conv")(x))), None
+
+
+class TransformerBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm(name="ln1")(x)
+        x = x + nn.MultiHeadDotProductAttention(2, deterministic=True, name="attention")(y)
+        y = nn.Dense(12, name="fc1")(nn.LayerNorm(name="ln2")(x))
+        return x + nn.Dense(8, name="fc2")(nn.gelu(y)), None
+
+
+class PatchEmbedding(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (4, 4), (4, 4), name="patches")(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return x + self.param("positions", nn.initializers.normal(0.1), (1, *x.shape[1:]))
+
+
+def scanned_resnet():
+    model = ScannedNetwork(ConvBlock, nn.Conv(8, (3, 3), name="stem"))
+    return linen_case("scanned_resnet", model, (2, 8, 8, 3))
+
+
+def scanned_vit():
+    return linen_case("scanned_vit", ScannedNetwork(TransformerBlock, PatchEmbedding(name="stem")), (2, 8, 8, 3))
+
+
 BUILDERS = (
     resnet18, resnet50, nnx_resnet, cifar_resnet8, mobilenet_v2, mobilenet_v3, efficientnet,
     pre_activation_resnet, densenet, vgg, inception, conv_bias_bn, no_batch_norm, transposed_conv,
     dilated_grouped, conv_1d, conv_3d, mlp, general_dense, shared_kernel, dict_outputs, tuple_outputs,
     private_batch_norm, remat, custom_vjp, bfloat16, odd_sizes, frozen_dict, plain_function, channels_first,
-    weight_standardized, transformer, convnext,
+    weight_standardized, transformer, convnext, scanned_resnet, scanned_vit,
 )  # fmt: skip
 GRID = [pytest.param(functools.cache(build), id=build.__name__) for build in BUILDERS]

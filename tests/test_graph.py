@@ -778,37 +778,17 @@ def _layer_norm_first_axis(x):
     return (x - x.mean(0)) * jax.lax.rsqrt(x.var(0) + 1e-5)
 
 
-class Scanned(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        body = nn.scan(
-            lambda module, x, _: (nn.relu(nn.Dense(4, name="dense")(x)), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-        )
-        return body(self, x, None)[0]
-
-
-def test_scan_over_layers():
-    case = model_grid.linen_case("scanned", Scanned(), (2, 4))
-    with pytest.raises(GraphError, match=r"layers inside a `scan`.*Python loop"):
-        trace(*case.function(), case.input_shape)
-
-
 def test_layers_in_loops_and_branches():
+    """Those that run as x decides; others are unrolled (see test_scan)."""
     variables = {"w": jnp.ones((3, 4, 4))}
 
-    def scan(v, x):
-        return jax.lax.scan(lambda x, w: (x @ w, None), x, v["w"])[0]
-
     def while_loop(v, x):
-        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] @ v["w"][0]), (0, x))[1]
+        return jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x @ v["w"][0], x)
 
     def cond(v, x):
         return jax.lax.cond(x.sum() > 0, lambda x: x @ v["w"][0], lambda x: x, x)
 
-    for function, name in ((scan, "scan"), (while_loop, "while"), (cond, "cond")):
+    for function, name in ((while_loop, "while"), (cond, "cond")):
         with pytest.raises(GraphError, match=f"layers inside a `{name}`"):
             trace(function, variables, (2, 4))
 

@@ -10,9 +10,10 @@ import pytest
 from dfq_jax.graph import trace
 from dfq_jax.tracing.activations import ACTIVATIONS, GRID, classify
 from dfq_jax.tracing.elementwise import NotElementwise, evaluate
+from dfq_jax.tracing.flattening import flatten
 from dfq_jax.tracing.layout import move_labels
 from dfq_jax.tracing.naming import inner_paths, unique_names
-from dfq_jax.tracing.program import Op, flatten
+from dfq_jax.tracing.program import Op
 
 NORM = {k: jnp.ones(4) for k in ("mean", "var", "scale", "bias")}
 

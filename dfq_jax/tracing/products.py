@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dfq_jax.tracing.layout import LAYOUT, Labels, move_labels
 from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Program
 from dfq_jax.tracing.structure import Skipped
+from dfq_jax.tracing.views import count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +67,25 @@ def find_products(program: Program, paths: Sequence[str]) -> tuple[list[Product]
             skipped.append(Skipped(op.scope or f"{op.name} {op.index}", found))
         else:
             products.append(found)
+    return _quantized_together(products, skipped, program, paths)
+
+
+def _quantized_together(
+    products: Sequence[Product], skipped: Sequence[Skipped], program: Program, paths: Sequence[str]
+) -> tuple[list[Product], list[Skipped]]:
+    """Slices of one leaf of the variables are stored as one: they become codes all or none."""
+    products, skipped = list(products), list(skipped)
+    first = 0
+    for split in program.splits:
+        slices = range(first, first + count(split))
+        first = slices.stop
+        own = [product for product in products if product.kernel in slices]
+        others = set(slices) - {product.kernel for product in own}
+        read = next((leaf for leaf in sorted(others) if program.readers(leaf)), None)
+        if own and read is not None:
+            products = [product for product in products if product not in own]
+            reason = f"its kernel is stored in one leaf with {paths[read]}, which is no kernel and stays in float"
+            skipped += [Skipped(paths[product.kernel], reason) for product in own]
     return products, skipped
 
 

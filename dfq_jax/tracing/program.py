@@ -1,9 +1,7 @@
 """A traced function as a flat list of operations.
 
 `jax.make_jaxpr` nests: a ReLU hides in a `custom_jvp_call` that holds a `jit`, a block in a `remat`. Everything
-that follows (finding layers, replacing their arithmetic) wants one flat list, so equations that merely call their
-body are inlined here, whatever their primitive is called. Only custom derivatives of parameter-free functions (ReLU
-and its relatives) stay whole, so that their gradients stay what their authors wrote.
+that follows (finding layers, replacing their arithmetic) wants one flat list; `flattening` makes it.
 """
 
 from __future__ import annotations
@@ -11,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +18,12 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-# Loops and branches: their bodies run a data-dependent or repeated number of times and cannot be inlined.
+from dfq_jax.tracing.views import Split
+
+# Loops and branches: their bodies run a data-dependent or repeated number of times and are not merely called.
 CONTROL_FLOW = frozenset({"scan", "while", "cond"})
 PRODUCTS = {"conv_general_dilated": lax.conv_general_dilated, "dot_general": lax.dot_general}
 LAYER_PRIMITIVES = frozenset(PRODUCTS)
-# Arrays that the traced function closes over stay in the program up to this size; weights belong in `variables`.
-MAX_CONSTANT_BYTES = 1 << 20
 
 
 class ClosureError(ValueError):
@@ -82,12 +79,17 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """The flat program: values `0..num_leaves-1` are the variables' leaves, value `num_leaves` is the input x."""
+    """The flat program: values `0..num_leaves-1` are the variables' leaves, value `num_leaves` is the input x.
+
+    A leaf of the variables that is read slice by slice (layers stacked for a scan) counts once for each slice: `splits`
+    says for each leaf of the variables, in order, how it is taken apart, None for one that is read whole.
+    """
 
     num_leaves: int
     ops: tuple[Op, ...]
     outputs: tuple[Operand, ...]
     avals: Mapping[int, jax.ShapeDtypeStruct]
+    splits: tuple[Split | None, ...]
 
     @property
     def input(self) -> int:
@@ -207,130 +209,3 @@ def holds_layers(jaxpr: Any) -> bool:
         eqn.primitive.name in LAYER_PRIMITIVES or any(holds_layers(j) for j, _ in sub_jaxprs(eqn.params))
         for eqn in jaxpr.eqns
     )
-
-
-def _call_body(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The body of an equation that merely calls it (jit, remat, custom derivatives), by shape and not by name."""
-    bodies = list(sub_jaxprs(eqn.params))
-    if eqn.primitive.name in CONTROL_FLOW or len(bodies) != 1:
-        return None
-    jaxpr, consts = bodies[0]
-    if len(jaxpr.constvars) != len(consts):
-        return None
-
-    def signature(variables: Sequence[Any]) -> list[tuple[tuple[int, ...], Any]]:
-        return [(v.aval.shape, v.aval.dtype) for v in variables]
-
-    try:
-        same_inputs = signature(jaxpr.invars) == signature(eqn.invars)
-        same_outputs = signature(jaxpr.outvars) == signature(eqn.outvars)
-    except AttributeError:  # tokens and references have no shape
-        return None
-    return (jaxpr, consts) if same_inputs and same_outputs else None
-
-
-def flatten(
-    function: Callable[[Sequence[Any], Any], Any],
-    leaves: Sequence[jax.ShapeDtypeStruct],
-    x: jax.ShapeDtypeStruct,
-) -> tuple[Program, Any]:
-    """Trace `function(leaves, x)` and flatten it; dead operations are dropped.
-
-    Args:
-      function: takes the list of leaves and the input.
-      leaves: shape and dtype of every leaf.
-      x: shape and dtype of the input.
-
-    Returns:
-      The program, and the tree structure of the function's result.
-
-    Raises:
-      ClosureError: the function closes over large arrays instead of taking them in `variables`.
-    """
-    # Without a setting, so that what the function leaves open shows: `Op` closes it when the program runs.
-    with jax.default_matmul_precision(None):
-        closed, out_shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), x)
-    builder = _Builder(len(leaves), [*leaves, x])
-    outputs = builder.inline(closed.jaxpr, closed.consts, list(range(len(leaves) + 1)), "")
-    ops = _live_ops(builder.ops, outputs)
-    program = Program(
-        num_leaves=len(leaves),
-        ops=tuple(dataclasses.replace(op, index=i) for i, op in enumerate(ops)),
-        outputs=tuple(outputs),
-        avals=builder.avals,
-    )
-    return program, jax.tree.structure(out_shape)
-
-
-def _live_ops(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
-    needed = {o for o in outputs if isinstance(o, int)}
-    live = []
-    for op in reversed(ops):
-        if needed.intersection(op.outputs):
-            live.append(op)
-            needed.update(op.value_inputs)
-    return live[::-1]
-
-
-class _Builder:
-    """Walks jaxprs and numbers values in the order they are computed."""
-
-    def __init__(self, num_leaves: int, arguments: Sequence[jax.ShapeDtypeStruct]):
-        self.ops: list[Op] = []
-        self.avals = dict(enumerate(arguments))
-        self.num_leaves = num_leaves
-        self.parameter_only = set(range(num_leaves))
-
-    def inline(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Operand], scope: str) -> list[Operand]:
-        env: dict[Any, Operand] = dict(zip(jaxpr.invars, arguments, strict=True))
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = Constant(_small_array(const))
-
-        def read(atom: Any) -> Operand:
-            return Constant(_small_array(atom.val)) if isinstance(atom, jex.Literal) else env[atom]
-
-        for eqn in jaxpr.eqns:
-            inputs = [read(atom) for atom in eqn.invars]
-            stack = str(eqn.source_info.name_stack) if hasattr(eqn, "source_info") else ""
-            inner = "/".join(part for part in (scope, stack) if part)
-            body = _call_body(eqn)
-            if _casts_a_number(eqn, inputs):  # the padding value of jnp.pad: a constant again
-                outputs = [Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))]
-            elif body is not None and not self._keep_whole(eqn, inputs):
-                outputs = self.inline(*body, inputs, inner)
-            else:
-                outputs = self._append(eqn, inputs, inner)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _keep_whole(self, eqn: Any, inputs: Sequence[Operand]) -> bool:
-        custom = eqn.primitive.name.startswith("custom_")
-        has_parameters = any(isinstance(i, int) and i in self.parameter_only for i in inputs)
-        return custom and not has_parameters and not any(holds_layers(j) for j, _ in sub_jaxprs(eqn.params))
-
-    def _append(self, eqn: Any, inputs: Sequence[Operand], scope: str) -> list[int]:
-        start = len(self.avals)
-        outputs = list(range(start, start + len(eqn.outvars)))
-        for number, var in zip(outputs, eqn.outvars, strict=True):
-            self.avals[number] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-        if all(not isinstance(i, int) or i in self.parameter_only for i in inputs):
-            self.parameter_only.update(outputs)
-        self.ops.append(Op(len(self.ops), eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), scope))
-        return outputs
-
-
-def _casts_a_number(eqn: Any, inputs: Sequence[Operand]) -> bool:
-    """Whether an equation gives a constant number another type."""
-    if eqn.primitive.name != "convert_element_type" or not isinstance(inputs[0], Constant):
-        return False
-    return inputs[0].shape == () and jax.dtypes.issubdtype(eqn.params["new_dtype"], np.number)
-
-
-def _small_array(const: Any) -> Any:
-    size = math.prod(np.shape(const)) * getattr(getattr(const, "dtype", None), "itemsize", 1)
-    if size > MAX_CONSTANT_BYTES:
-        raise ClosureError(
-            f"apply_fn closes over an array of {size / 2**20:.1f} MiB (shape {np.shape(const)}). Pass weights in "
-            "`variables` instead: captured arrays cannot be quantized and slow compilation down."
-        )
-    return const

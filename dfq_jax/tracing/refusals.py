@@ -1,12 +1,18 @@
-"""Networks that must not be quantized as traced: training mode, and layers inside loops."""
+"""Networks that must not be quantized as traced: training mode, and layers inside loops that are not unrolled."""
 
 from __future__ import annotations
 
+from dfq_jax.tracing.flattening import MAX_STEPS
 from dfq_jax.tracing.layout import LAYOUT, move_labels, one_label
-from dfq_jax.tracing.program import CONTROL_FLOW, Op, Program, holds_layers, sub_jaxprs
+from dfq_jax.tracing.program import Op, Program, holds_layers, sub_jaxprs
 from dfq_jax.tracing.structure import GraphError
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"})
+_UNKNOWN = {
+    "while": "how often it runs is known at run time only, or more than can be unrolled. Where the number of steps is "
+    "fixed, write lax.scan, a lax.fori_loop with Python integers as bounds, or a Python loop.",
+    "cond": "which of them run is known at run time only. Choose by a Python value while tracing.",
+}
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 
 
@@ -20,11 +26,13 @@ def refuse_nested_layers(program: Program) -> None:
         if not any(holds_layers(jaxpr) for jaxpr, _ in sub_jaxprs(op.params)):
             continue
         where = op.scope or "the network"
-        if op.name in CONTROL_FLOW:
+        if op.name in _UNKNOWN:
+            raise GraphError(f"layers inside a `{op.name}` at {where}: {_UNKNOWN[op.name]}")
+        if op.name == "scan":
             raise GraphError(
-                f"layers inside a `{op.name}` at {where}: their kernels are stacked or chosen at run time and "
-                "cannot be quantized one by one. Write the layers out (a Python loop instead of nn.scan or "
-                "lax.scan, with unstacked variables)."
+                f"layers inside a `scan` of {op.params['length']} steps at {where}: loops are unrolled up to "
+                f"{MAX_STEPS} steps (nested ones together), since every step has operations and quantizers of its "
+                "own. Trace the network on a shorter input, or quantize the part outside the loop."
             )
         raise GraphError(
             f"layers inside `{op.name}` at {where}, which cannot be opened. Remove that transformation for inference."
