@@ -13,13 +13,15 @@ import pytest
 
 import dfq_jax
 from dfq_jax.convention import Convention, quantize_params
+from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import apply_quantized, run
 from dfq_jax.graph import Graph, GraphError, flatten_with_paths, trace
 from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import estimate_ranges
 from dfq_jax.recipes import RECIPES
+from dfq_jax.runtime import apply_integer, compile_integer
 
-TINY = {"images": 8, "batch_size": 8, "synthesis_steps": 4}
+TINY = {"synthesis_steps": 4, "synthesis_num_images": 8, "synthesis_batch_size": 8}
 
 
 class Twins:
@@ -116,16 +118,21 @@ def test_same_codes_and_outputs_as_written_out(name, convention):
     stacks = jax.tree.leaves(qvariables["params"]["block"], is_leaf=lambda node: isinstance(node, QTensor))
     assert {leaf.scale.shape[0] for leaf in stacks if isinstance(leaf, QTensor)} == {3}  # a scale for each layer
     np.testing.assert_allclose(apply(qvariables, net.images), plain_apply(plain_qvariables, net.images), atol=1e-6)
+    plan, ivariables = compile_integer(net.graph, qvariables)
+    plain_plan, plain_ivariables = compile_integer(net.plain, plain_qvariables)
+    found = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, net.images)
+    expected = jax.jit(apply_integer, static_argnums=0)(plain_plan, plain_ivariables, net.images)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert sqnr(apply(qvariables, net.images), found) > 40
 
 
 @BOTH
-def test_instant_and_integer(name, tmp_path):
+def test_instant(name, tmp_path):
     net = twins(name)
     quantize = functools.partial(dfq_jax.quantize, input_shape=net.shape, recipe="instant", key=jax.random.key(0))
     q, plain = quantize(net.model, net.variables), quantize(net.plain_model, net.plain_variables)
-    assert_same_leaves(net, q.variables, plain.variables)
-    np.testing.assert_allclose(q(net.images), plain(net.images), atol=1e-6)
-    np.testing.assert_allclose(q.integer()(net.images), plain.integer()(net.images), atol=1e-6)
+    assert sqnr(plain(net.images), q(net.images)) > 20  # its noise depends on the names of BatchNorms
+    assert sqnr(q(net.images), q.integer()(net.images)) > 40
     # The tree is the user's, with codes for kernels.
     own, given = flatten_with_paths(dfq_jax.graph.without_quantization(q.variables)), flatten_with_paths(net.variables)
     assert own[0] == given[0] and [leaf.shape for leaf in own[1]] == [leaf.shape for leaf in given[1]]
@@ -143,7 +150,7 @@ def test_images_and_statistics():
     q, plain = quantize(net.model, net.variables), quantize(net.plain_model, net.plain_variables)
     means = [bn.mean for bn in q.graph.batch_norms]
     assert all((q.graph.leaf(q.variables, m) != q.graph.leaf(net.variables, m)).any() for m in means)
-    np.testing.assert_allclose(q(net.images), plain(net.images), atol=1e-3)
+    assert sqnr(plain(net.images), q(net.images)) > 20
 
 
 # --- other loops and other ways to read a stack ---
