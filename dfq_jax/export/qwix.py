@@ -103,6 +103,8 @@ def activation_scales(graph: Graph, flat: Mapping[tuple[str, ...], Any]) -> list
     for layer in graph.layers:
         by_kernel.setdefault(_path(layer), []).append(layer)
     for path, layers in by_kernel.items():
+        if len(graph.together(layers[0].kernel)) > 1:
+            raise ValueError(f"layer {layers[0].name!r}: Qwix cannot take kernels stacked for a scan.")
         scales = [p for p in flat if p[:-1] == path[:-1] and p[-1].endswith("_lhs_scale")]
         if len(scales) != len(layers):
             raise ValueError(f"layer {layers[0].name!r}: Qwix quantizes {len(scales)} of its {len(layers)} products.")

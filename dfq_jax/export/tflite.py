@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.execute import activation_quantizers, record_tensors
+from dfq_jax.execute import LayerCall, activation_quantizers, record_tensors, run
 from dfq_jax.export import Runner
 from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.files import write_atomically
@@ -230,8 +230,8 @@ def float_variables(graph: Graph, qvariables: Any) -> Any:
 
 
 def stablehlo_text(graph: Graph, variables: Any) -> str:
-    """The network on one image as StableHLO text, its weights inside."""
-    function = jax.jit(lambda x: graph.logits(graph.apply_fn(variables, x)))
+    """The network on one image as StableHLO text, its weights inside and its loops unrolled."""
+    function = jax.jit(lambda x: graph.logits(run(graph, variables, x, layer=LayerCall.verbatim)))
     return jax.export.export(function, platforms=("cpu",))(graph.input).mlir_module()
 
 
