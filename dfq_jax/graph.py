@@ -150,8 +150,7 @@ class Graph:
         Raises:
           GraphError: the tree is not the one that was traced; the message names the first differing paths.
         """
-        leaves = self._variable_leaves(variables)
-        pairs = zip(leaves, self.program.splits, strict=True)
+        pairs = zip(self._variable_leaves(variables), self.program.splits, strict=True)
         return [item for leaf, split in pairs for item in take_apart(leaf, split)]
 
     def _variable_leaves(self, variables: Any) -> list[Any]:
@@ -183,14 +182,19 @@ class Graph:
         leaves = []
         for leaf, split, paths in zip(self._variable_leaves(variables), self.program.splits, self._slices, strict=True):
             own = {path: new[path] for path in paths if path in new}
-            if own:
-                parts = dict(zip(paths, take_apart(leaf, split), strict=True))
-                if not any(map(_is_qtensor, own.values())):  # a slice that nothing reads follows the others
-                    parts = {path: dequantized(part) if len(parts) > 1 else part for path, part in parts.items()}
-                try:
-                    leaf = put_together(iter({**parts, **own}.values()), split)
-                except ValueError as error:
-                    raise GraphError(f"{paths[0]} to {paths[-1]}: {error}") from None
+            if own and split is None:
+                (leaf,) = own.values()
+            elif own:
+                parts = take_apart(leaf, split)
+                if not any(map(_is_qtensor, own.values())):
+                    parts = map(dequantized, parts)  # a slice that nothing reads follows the others
+                parts = [own.get(path, part) for path, part in zip(paths, parts, strict=True)]
+                if len(kinds := sorted(set(map(_kind, parts)))) > 1:
+                    raise GraphError(
+                        f"{paths[0]!r} to {paths[-1]!r} are slices of one leaf, so they are quantized alike or not at "
+                        f"all; found {', '.join(kinds)}."
+                    )
+                leaf = put_together(parts, split)
             leaves.append(leaf)
         tree = jax.tree.unflatten(self.treedef, leaves)
         return with_quantization(tree, variables[QUANTIZATION]) if is_quantized(variables) else tree
@@ -290,6 +294,14 @@ class Graph:
 
 def _is_qtensor(node: Any) -> bool:
     return isinstance(node, QTensor)
+
+
+def _kind(leaf: Any) -> str:
+    """What slices of one leaf have in common, in words."""
+    if not isinstance(leaf, QTensor):
+        return "float"
+    zero = "with" if leaf.zero_point is not None else "without"
+    return f"{leaf.bits}-bit {'signed' if leaf.signed else 'unsigned'} {zero} zero point"
 
 
 def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any]]:

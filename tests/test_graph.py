@@ -76,6 +76,8 @@ COUNTS = {
     "weight_standardized": Counts(2, 0, 2, 1),
     "transformer": Counts(8, 0, 4, 3),
     "convnext": Counts(8, 0, 4, 3),
+    "scanned_resnet": Counts(5, 3, 5),
+    "scanned_vit": Counts(20, 0, 8, 7),
 }
 EPSILONS = {
     "efficientnet": {1e-3},
@@ -162,16 +164,21 @@ def test_records_are_consistent(build):
 def test_batch_norm_roles_and_epsilon(build):
     case, graph = build(), traced(build)
     for bn in graph.batch_norms:
-        words = {role: (getattr(bn, role) or "").split("/")[-1] for role in ("mean", "var", "scale", "bias")}
+        words = {role: last_word(getattr(bn, role) or "") for role in ("mean", "var", "scale", "bias")}
         assert words["mean"] in ("mean", "running_mean")
         assert words["var"] in ("var", "running_var")
         assert words["scale"] in ("scale", "gamma", "")
         assert words["bias"] in ("bias", "beta", "")
         modules = {module_of(path) for path in (bn.mean, bn.var, bn.scale, bn.bias) if path}
-        assert modules == {bn.name.split("#")[0]}
+        assert modules == {bn.name.split("#")[0].split("[")[0]}
     assert {bn.epsilon for bn in graph.batch_norms} <= EPSILONS.get(case.name, {1e-5})
-    statistics = [p for p in graph.leaf_paths if p.split("/")[-1] in ("mean", "running_mean")]
+    statistics = [p for p in graph.leaf_paths if last_word(p) in ("mean", "running_mean")]
     assert sorted(statistics) == sorted(bn.mean for bn in graph.batch_norms)
+
+
+def last_word(path):
+    """Without the index of a slice."""
+    return path.split("/")[-1].split("[")[0]
 
 
 def module_of(path):

@@ -183,7 +183,7 @@ class _Builder:
         self.steps *= length
         for i in reversed(range(length)) if params["reverse"] else range(length):
             xs = [self._row(x, i) for x in inputs[constants + carried :]]
-            results = self.inline(body, consts, [*fixed, *carry, *xs], scope)
+            results = self.inline(body, consts, [*fixed, *carry, *xs], f"{scope}[{i}]")
             carry, rows[i] = results[:carried], results[carried:]
         self.steps //= length
         dtypes = [var.aval.dtype for var in eqn.outvars[carried:]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -48,22 +48,17 @@ def indices(split: Split | None, rank: int) -> list[str]:
 
 
 def take_apart(leaf: Any, split: Split | None) -> list[Any]:
-    """The slices of a leaf: an array, a `QTensor` (whose scales are those of the slices), or a shape."""
+    """The slices of a leaf: of an array, a `QTensor` (whose scales are those of the slices), or a shape."""
     if split is None:
         return [leaf]
     slices = _slices(leaf, split.axis)
     return [item for part, own in zip(slices, split.parts, strict=True) for item in take_apart(part, own)]
 
 
-def put_together(slices: Iterator[Any], split: Split | None) -> Any:
-    """The leaf of slices.
-
-    Raises:
-      ValueError: some slices are quantized and others are not, or otherwise.
-    """
-    if split is None:
-        return next(slices)
-    return _stack([put_together(slices, part) for part in split.parts], split.axis)
+def put_together(slices: Iterable[Any], split: Split | None) -> Any:
+    """The leaf, from its slices, which are quantized alike or not at all."""
+    slices = iter(slices)
+    return next(slices) if split is None else _stack([put_together(slices, p) for p in split.parts], split.axis)
 
 
 def _slices(leaf: Any, axis: int) -> list[Any]:
@@ -79,15 +74,17 @@ def _slices(leaf: Any, axis: int) -> list[Any]:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
         return [jax.ShapeDtypeStruct(shape, leaf.dtype)] * leaf.shape[axis]
-    if isinstance(leaf, np.ndarray):
-        return list(np.moveaxis(leaf, axis, 0))
-    return list(_unstacked(leaf, axis))
+    if isinstance(leaf, jax.core.Tracer):
+        return [lax.index_in_dim(leaf, i, axis, keepdims=False) for i in range(leaf.shape[axis])]
+    if isinstance(leaf, jax.Array):
+        return [_slice(leaf, jax.device_put(np.int32(i)), axis) for i in range(leaf.shape[axis])]
+    return list(np.moveaxis(leaf, axis, 0))
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def _unstacked(array: jax.Array, axis: int) -> tuple[jax.Array, ...]:
-    """All slices in one compiled call: one by one each index would be compiled by itself."""
-    return tuple(lax.index_in_dim(array, i, axis, keepdims=False) for i in range(array.shape[axis]))
+def _slice(array: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """The index is an argument: for all slices of a leaf this compiles once."""
+    return lax.dynamic_index_in_dim(array, index, axis, keepdims=False)
 
 
 def _stack(slices: list[Any], axis: int) -> Any:
@@ -103,15 +100,7 @@ def _stack(slices: list[Any], axis: int) -> Any:
 
 
 def _stack_quantized(slices: list[Any], axis: int) -> QTensor:
-    kinds = {
-        (item.bits, item.signed, item.dtype, item.zero_point is None) if isinstance(item, QTensor) else None
-        for item in slices
-    }
-    if len(kinds) > 1:
-        raise ValueError(
-            "slices of one leaf must be quantized alike (bits, signedness, zero point or none), found "
-            f"{', '.join(sorted(map(repr, slices)))[:400]}."
-        )
+    """Of the same bits, signedness and type, with zero points or all without."""
 
     def field(arrays: list[Any], shape: tuple[int, ...]) -> Any:
         if arrays[0] is None:
