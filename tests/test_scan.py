@@ -153,6 +153,46 @@ def test_images_and_statistics():
     assert sqnr(plain(net.images), q(net.images)) > 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["best", "finetune"])
+def test_learned_recipes(recipe):
+    """Reconstruction block by block, and distillation, write slices back into the user's leaves."""
+    net = twins("scanned_resnet")
+    steps = {"finetune_steps": 4} if recipe == "finetune" else {"reconstruction_steps": 4}
+    small = RECIPES[recipe].replace(**TINY, **steps)
+    quantize = functools.partial(dfq_jax.quantize, input_shape=net.shape, recipe=small, key=jax.random.key(0))
+    q, plain = quantize(net.model, net.variables), quantize(net.plain_model, net.plain_variables)
+    assert jax.tree.structure(dfq_jax.graph.dequantized(q.variables)) == jax.tree.structure(net.variables)
+    assert sqnr(plain(net.images), q(net.images)) > 10
+
+
+@BOTH
+def test_onnx(name, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    from dfq_jax.export.onnx import export_onnx
+
+    net = twins(name)
+    convention = Convention.parse("w4a4", edge_bits=4)
+    ranges = estimate_ranges(net.graph, net.variables, net.images, convention)
+    qvariables = quantize_params(net.graph, net.variables, ranges, convention)
+    export_onnx((net.graph, qvariables), tmp_path / "net.onnx")
+    session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: np.asarray(net.images)})
+    assert sqnr(apply_quantized(net.graph, qvariables, net.images), found) > 40
+
+
+def test_orbax(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    net = twins("scanned_resnet")
+    qvariables = quantize_params(net.graph, net.variables, {}, Convention.parse("w4a16"))
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", qvariables)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "checkpoint", qvariables)
+    jax.tree.map(np.testing.assert_array_equal, restored, qvariables)
+
+
 # --- other loops and other ways to read a stack ---
 
 
