@@ -30,7 +30,8 @@ class Convention:
     Attributes:
       weight_bits: bits of weights, 2 to 8.
       activation_bits: bits of activations, 2 to 8, or None to keep them in float (weight-only).
-      edge_bits: bits of weights and input of the first and the last layer; None for the same as everywhere.
+      edge_bits: bits of weights and input of the first and the last layer; None for the same as everywhere. Kernels
+        that are one leaf of the variables (layers in a scan) have the bits of the one among them that has the most.
       edge_input_bits: bits of the inputs of these two layers, where they differ: with `edge_bits` None and 8 here, all
         weights have the same bits while the image keeps the 8 that it is made of. (Publications that count "all
         layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
+from flax import nnx
 
 import dfq_jax
 from dfq_jax.convention import Convention, quantize_params
@@ -19,6 +21,7 @@ from dfq_jax.graph import Graph, GraphError, flatten_with_paths, trace
 from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import estimate_ranges
 from dfq_jax.recipes import RECIPES
+from dfq_jax.report import layer_reports
 from dfq_jax.runtime import apply_integer, compile_integer
 
 TINY = {"synthesis_steps": 4, "synthesis_num_images": 8, "synthesis_batch_size": 8}
@@ -193,6 +196,54 @@ def test_orbax(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, qvariables)
 
 
+# --- scans of other libraries ---
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.bn = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.bn(self.conv(x)))
+
+
+class NNXScanned(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(NNXBlock, in_axes=0, out_axes=0))(rngs)
+        self.head = nnx.Linear(4, 5, rngs=rngs)
+
+    def __call__(self, x):
+        scan = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.head(scan(self.stem(x), self.blocks).mean((1, 2)))
+
+
+def test_nnx_scan():
+    model = NNXScanned(nnx.Rngs(0))
+    function, variables = dfq_jax.as_function(model)
+    variables = model_grid.randomize(variables)
+    graph = trace(function, variables, (2, 8, 8, 3))
+    assert [layer.name for layer in graph.layers] == ["stem", *(f"blocks/conv[{i}]" for i in range(3)), "head"]
+    assert [layer.batch_norm for layer in graph.layers] == [None, *(f"blocks/bn[{i}]" for i in range(3)), None]
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    np.testing.assert_allclose(run(graph, variables, x), function(variables, x), rtol=1e-4, atol=1e-5)
+
+
+class RematScan(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat_scan(nn.Dense, lengths=(2, 2))(4, name="stack")(x)
+
+
+def test_remat_scan():
+    case = model_grid.linen_case("remat_scan", RematScan(), (2, 4))
+    graph = trace(*case.function(), case.input_shape)
+    assert [layer.name for layer in graph.layers] == [f"stack[{i},{j}]" for i in (0, 1) for j in (0, 1)]
+    expected = case.model.apply(case.variables, case.images())
+    np.testing.assert_allclose(run(graph, case.variables, case.images()), expected, rtol=1e-5, atol=1e-5)
+
+
 # --- other loops and other ways to read a stack ---
 
 
@@ -331,7 +382,9 @@ def test_an_edge_layer_gives_its_bits_to_the_stack():
     _, variables, graph, _ = traced("scan")
     convention = Convention.parse("w4a16")
     assert {convention.layer_bits(graph, layer) for layer in graph.layers} == {8}
-    assert quantize_params(graph, variables, {}, convention)["w"].bits == 8
+    qvariables = quantize_params(graph, variables, {}, convention)
+    assert qvariables["w"].bits == 8
+    assert [layer.weight_bits for layer in layer_reports(graph, variables, qvariables)] == [8, 8, 8]
 
 
 def test_layers_that_read_a_stack_along_different_axes_have_one_scale_each():
