@@ -29,6 +29,7 @@ from dfq_jax.tracing.program import (
     Operand,
     Program,
     holds_layers,
+    live_ops,
     sub_jaxprs,
 )
 from dfq_jax.tracing.views import Split
@@ -83,16 +84,6 @@ def _sliced_kernels(program: Program) -> int:
 
     products = [op for op in program.ops if op.name in LAYER_PRIMITIVES and program.data_inputs(op)]
     return sum(v in program.parameter_only and is_slice(v) for op in products for v in op.value_inputs)
-
-
-def _live_ops(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
-    needed = {o for o in outputs if isinstance(o, int)}
-    live = []
-    for op in reversed(ops):
-        if needed.intersection(op.outputs):
-            live.append(op)
-            needed.update(op.value_inputs)
-    return live[::-1]
 
 
 class _Builder:
@@ -367,7 +358,7 @@ class _Builder:
 
         outputs = [resolve(o) for o in outputs]
         body = [dataclasses.replace(op, inputs=tuple(map(resolve, op.inputs))) for op in body]
-        ops = _live_ops([*prefix, *body], outputs)
+        ops = live_ops([*prefix, *body], outputs)
 
         def slices(leaf: int) -> Iterator[int]:
             if leaf not in split:

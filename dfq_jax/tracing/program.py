@@ -209,3 +209,14 @@ def holds_layers(jaxpr: Any) -> bool:
         eqn.primitive.name in LAYER_PRIMITIVES or any(holds_layers(j) for j, _ in sub_jaxprs(eqn.params))
         for eqn in jaxpr.eqns
     )
+
+
+def live_ops(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
+    """The operations that the outputs are computed by."""
+    needed = {o for o in outputs if isinstance(o, int)}
+    live = []
+    for op in reversed(ops):
+        if needed.intersection(op.outputs):
+            live.append(op)
+            needed.update(op.value_inputs)
+    return live[::-1]
