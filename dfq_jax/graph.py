@@ -21,6 +21,7 @@ from dfq_jax.adapters import is_module
 from dfq_jax.qtensor import QTensor
 from dfq_jax.tracing.activations import ACTIVATIONS
 from dfq_jax.tracing.analysis import Structure, analyze
+from dfq_jax.tracing.canonical import canonical
 from dfq_jax.tracing.naming import path_string
 from dfq_jax.tracing.program import ClosureError, Constant, Program, flatten
 from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
@@ -350,6 +351,7 @@ def _trace(
         program, output_treedef = flatten(function, shapes, spec)
     except Exception as error:
         raise GraphError(_explain_trace_failure(error, spec)) from error
+    program = canonical(program)
     structure = analyze(program, paths)
     return Graph(
         **structure._asdict(),

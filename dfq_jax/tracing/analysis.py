@@ -73,6 +73,7 @@ class _Analysis:
         self.algebra = ChannelAlgebra(program)
         self.activations = Activations(program, self.algebra)
         self.origins = origins(program, with_parameters=True)
+        self.result_axes = {p.op.outputs[0]: p.result_axes for p in products}
         self.biases, self.norms = self._find_biases_and_norms()
         self.inner = inner_paths(paths)
         self.names = unique_names([self.inner[p.kernel] for p in products])
@@ -115,6 +116,7 @@ class _Analysis:
             bias = self._bias_leaf(op, form, by_output.get(form.base))
             if bias is not None:
                 biases[form.base] = _Bias(bias, out)  # the sum is what a BatchNorm normalizes: a new base
+                self.result_axes[out] = self.result_axes[form.base]
                 continue
             if extended is None:
                 continue
@@ -137,22 +139,28 @@ class _Analysis:
         if any(self.program.ops[i].name not in CASTS for i in form.chain):
             return None
         static = [v for v in op.value_inputs if v in self.program.parameter_only]
-        found = rearranged_leaf(static[0], self.program) if static else None
+        found = rearranged_leaf(static[0], self.program, repeated=True) if static else None
         shape = self.program.avals[op.outputs[0]].shape
         if found is None or len(found.labels) != len(shape) or not found.in_order(range(len(shape))):
             return None
+        sizes = self.program.avals[found.leaf].shape
         added = self.program.avals[static[0]].shape
-        own = tuple(size if label else 1 for size, label in zip(added, found.labels, strict=True))
+        # Along axes that have nothing of the leaf it is only repeated.
+        varies = (any(sizes[label] > 1 for label in labels) for labels in found.labels)
+        own = tuple(size if v else 1 for size, v in zip(added, varies, strict=True))
         expected = tuple(size if axis in product.result_axes else 1 for axis, size in enumerate(shape))
-        return found.leaf if own == expected else None
+        return found.leaf if own == expected and math.prod(own) == math.prod(sizes) else None
 
     def _channel_axis(self, form: Affine, roles: Roles) -> int | None:
         shape = self.program.avals[form.base].shape
         channels = math.prod(self.program.avals[roles.mean].shape)
+        if form.axis is not None:
+            return form.axis if shape[form.axis] == channels else None
         if channels > 1:
-            return form.axis if form.axis is not None and shape[form.axis] == channels else None
-        # Reshapes lose track of an axis of one channel.
-        return next((axis for axis in range(len(shape) - 1, 0, -1) if shape[axis] == 1), None)
+            return None
+        # Reshapes lose track of an axis of one channel: it is that of the layer, or any that is no batch of one.
+        axes = self.result_axes.get(form.base, range(len(shape) - 1, 0, -1))
+        return next((axis for axis in axes if shape[axis] == 1), None)
 
     def _batch_norms(self) -> tuple[BatchNorm, ...]:
         layer_of = {self._result(p): name for p, name in zip(self.products, self.names, strict=True)}

@@ -252,7 +252,7 @@ def flatten(
         closed, out_shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), x)
     builder = _Builder(len(leaves), [*leaves, x])
     outputs = builder.inline(closed.jaxpr, closed.consts, list(range(len(leaves) + 1)), "")
-    ops = _live_ops(builder.ops, outputs)
+    ops = live_ops(builder.ops, outputs)
     program = Program(
         num_leaves=len(leaves),
         ops=tuple(dataclasses.replace(op, index=i) for i, op in enumerate(ops)),
@@ -262,7 +262,8 @@ def flatten(
     return program, jax.tree.structure(out_shape)
 
 
-def _live_ops(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
+def live_ops(ops: Sequence[Op], outputs: Sequence[Operand]) -> list[Op]:
+    """The operations that the outputs are computed by."""
     needed = {o for o in outputs if isinstance(o, int)}
     live = []
     for op in reversed(ops):
