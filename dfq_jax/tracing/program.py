@@ -229,6 +229,15 @@ def _call_body(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     return (jaxpr, consts) if same_inputs and same_outputs else None
 
 
+def _default_branch(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """Of a choice by platform that holds layers, what is computed where no platform has its own way."""
+    platforms = eqn.params.get("branches_platforms")
+    if not platforms or platforms[-1] is not None or not any(holds_layers(j) for j, _ in sub_jaxprs(eqn.params)):
+        return None
+    branch = eqn.params["branches"][-1]
+    return branch.jaxpr, branch.consts
+
+
 def flatten(
     function: Callable[[Sequence[Any], Any], Any],
     leaves: Sequence[jax.ShapeDtypeStruct],
@@ -294,11 +303,13 @@ class _Builder:
             inputs = [read(atom) for atom in eqn.invars]
             stack = str(eqn.source_info.name_stack) if hasattr(eqn, "source_info") else ""
             inner = "/".join(part for part in (scope, stack) if part)
-            body = _call_body(eqn)
+            body, arguments = _call_body(eqn), inputs
+            if body is None and (body := _default_branch(eqn)) is not None:
+                arguments = inputs[1:]  # without the number of the branch
             if _casts_a_number(eqn, inputs):  # the padding value of jnp.pad: a constant again
                 outputs = [Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))]
             elif body is not None and not self._keep_whole(eqn, inputs):
-                outputs = self.inline(*body, inputs, inner)
+                outputs = self.inline(*body, arguments, inner)
             else:
                 outputs = self._append(eqn, inputs, inner)
             env.update(zip(eqn.outvars, outputs, strict=True))
