@@ -129,6 +129,27 @@ class Graph:
         return {bn.name: bn for bn in self.batch_norms}
 
     @property
+    def unrecognized_batch_norms(self) -> tuple[Skipped, ...]:
+        """What is in `skipped` and may be a BatchNorm: each channel is scaled by the root of a parameter."""
+        return tuple(item for item in self.skipped if item.batch_norm)
+
+    def require_batch_norms(self, otherwise: str) -> None:
+        """Refuse a network without BatchNorms, and say whether it has none or none was recognized.
+
+        Args:
+          otherwise: what that means and what to do, the rest of the sentence.
+
+        Raises:
+          GraphError: no BatchNorm was found.
+        """
+        if self.batch_norms:
+            return
+        if not self.unrecognized_batch_norms:
+            raise GraphError(f"the network has no BatchNorm, {otherwise}")
+        lost = "; ".join(f"{item.name}: {item.reason}" for item in self.unrecognized_batch_norms[:3])
+        raise GraphError(f"no BatchNorm was recognized in the network ({lost}), {otherwise}")
+
+    @property
     def first_layer(self) -> Layer:
         return self.layers[0]
 

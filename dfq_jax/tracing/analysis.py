@@ -312,7 +312,10 @@ class _Analysis:
                 for value in roots.intersection(op.value_inputs):
                     leaves = ", ".join(sorted(self.paths[v] for v in program.leaves_behind[value]))
                     reason = "scales by the root of a parameter but computes no BatchNorm; it stays as it is"
-                    skipped.setdefault(leaves, Skipped(leaves, reason))
+                    # The root of a norm or of a single number is no standard deviation of channels.
+                    channels = self.algebra.value(value)
+                    per_channel = channels is not None and math.prod(program.shape(value)) > 1
+                    skipped.setdefault(leaves, Skipped(leaves, reason, batch_norm=per_channel))
         return list(skipped.values())
 
     def _other_parameters(self) -> list[Skipped]:
