@@ -157,7 +157,8 @@ class _Canonical:
 
     def _emit(self, function: Callable[..., jax.Array], inputs: Sequence[Operand], result: int, scope: str = "") -> Op:
         """Append the one operation that a function makes of its operands."""
-        (eqn,) = jax.make_jaxpr(function)(*(self.avals[value] for value in inputs)).jaxpr.eqns
+        with jax.default_matmul_precision(None):  # left open where the program leaves it open
+            (eqn,) = jax.make_jaxpr(function)(*(self.avals[value] for value in inputs)).jaxpr.eqns
         self.ops.append(Op(len(self.ops), eqn.primitive, eqn.params, tuple(inputs), (result,), scope))
         return self.ops[-1]
 
