@@ -417,3 +417,13 @@ def test_layers_in_a_choice_by_platform():
         ("head", False, "none"),
     ]
     np.testing.assert_allclose(run(graph, variables, x), apply_fn(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_the_interpreter_ran_is_found_again():
+    """All layers, the depthwise ones that it computes otherwise on CPU included."""
+    case = model_grid.mobilenet_v2()
+    function, variables = case.function()
+    graph = trace(function, variables, case.input_shape)
+    again = trace(lambda v, x: run(graph, v, x), variables, case.input_shape)
+    assert again.layers == graph.layers
+    assert (again.digest, again.skipped) == (graph.digest, ())

@@ -229,15 +229,6 @@ def _call_body(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     return (jaxpr, consts) if same_inputs and same_outputs else None
 
 
-def _default_branch(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """Of a choice by platform that holds layers, what is computed where no platform has its own way."""
-    platforms = eqn.params.get("branches_platforms")
-    if not platforms or platforms[-1] is not None or not any(holds_layers(j) for j, _ in sub_jaxprs(eqn.params)):
-        return None
-    branch = eqn.params["branches"][-1]
-    return branch.jaxpr, branch.consts
-
-
 def flatten(
     function: Callable[[Sequence[Any], Any], Any],
     leaves: Sequence[jax.ShapeDtypeStruct],
@@ -290,6 +281,7 @@ class _Builder:
         self.avals = dict(enumerate(arguments))
         self.num_leaves = num_leaves
         self.parameter_only = set(range(num_leaves))
+        self.platform_indices: set[Operand] = set()
 
     def inline(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Operand], scope: str) -> list[Operand]:
         env: dict[Any, Operand] = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -303,17 +295,24 @@ class _Builder:
             inputs = [read(atom) for atom in eqn.invars]
             stack = str(eqn.source_info.name_stack) if hasattr(eqn, "source_info") else ""
             inner = "/".join(part for part in (scope, stack) if part)
-            body, arguments = _call_body(eqn), inputs
-            if body is None and (body := _default_branch(eqn)) is not None:
-                arguments = inputs[1:]  # without the number of the branch
+            body = self._portable_branch(eqn, inputs) or _call_body(eqn)
             if _casts_a_number(eqn, inputs):  # the padding value of jnp.pad: a constant again
                 outputs = [Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))]
             elif body is not None and not self._keep_whole(eqn, inputs):
-                outputs = self.inline(*body, arguments, inner)
+                outputs = self.inline(*body, inputs[-len(body[0].invars) :], inner)
             else:
                 outputs = self._append(eqn, inputs, inner)
+                if eqn.primitive.name == "platform_index" or not self.platform_indices.isdisjoint(inputs):
+                    self.platform_indices.update(outputs)  # before JAX 0.8 it is clamped first
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _portable_branch(self, eqn: Any, inputs: Sequence[Operand]) -> tuple[Any, Sequence[Any]] | None:
+        """What `lax.platform_dependent` computes on platforms that it does not name: the last branch of its `cond`."""
+        if eqn.primitive.name != "cond" or inputs[0] not in self.platform_indices:
+            return None
+        branch = eqn.params["branches"][-1]
+        return branch.jaxpr, branch.consts
 
     def _keep_whole(self, eqn: Any, inputs: Sequence[Operand]) -> bool:
         custom = eqn.primitive.name.startswith("custom_")
