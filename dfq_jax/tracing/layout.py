@@ -76,4 +76,5 @@ def _follow_single(axis: int, old: Sequence[int], new: Sequence[int]) -> int | N
     there = [i for i in range(len(new)) if math.prod(new[:i]) == place]
     if not there:
         return len(new) - 1 if new else None
-    return there[min(before.index(axis), len(there) - 1)]
+    single = [i for i in there if new[i] == 1]
+    return single[min(before.index(axis), len(single) - 1)] if single else there[0]
