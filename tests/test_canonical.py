@@ -389,6 +389,22 @@ def test_equinox():
     np.testing.assert_allclose(found, jax.jit(apply_fn)(variables, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", BATCHES)
+def test_layers_that_read_a_tensor_with_another_axis(n):
+    """A 1-D convolution written as a 2-D one shares the tensor, and its activation, with a layer that reads it flat."""
+
+    def apply_fn(v, x):
+        x = jax.nn.relu(x @ v["w"])
+        y = _conv(x[:, None], v["conv"], ("NHWC", "HWIO", "NHWC"))[:, 0]
+        return y.mean(1) @ v["head"] + x.mean(1) @ v["head"] + (x @ v["w2"]).mean(1)
+
+    shapes = {"w": (3, 4), "conv": (1, 3, 4, 4), "head": (4, 5), "w2": (4, 5)}
+    variables = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    graph = trace(apply_fn, variables, (n, 6, 3))
+    tensor = graph.tensor("conv")
+    assert (tensor.layers, tensor.activation) == (("conv", "w2"), "relu")
+
+
 # --- choices by platform ---
 
 

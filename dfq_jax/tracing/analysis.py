@@ -11,6 +11,7 @@ import numpy as np
 
 from dfq_jax.tracing.batch_norm_pattern import Affine, ChannelAlgebra, Roles
 from dfq_jax.tracing.blocks import find_blocks
+from dfq_jax.tracing.canonical import keeps_elements
 from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
 from dfq_jax.tracing.naming import inner_paths, unique_names
 from dfq_jax.tracing.products import Product, find_products, rearranged_leaf
@@ -20,7 +21,9 @@ from dfq_jax.tracing.regions import Activations, origins
 from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
 
 # What may stand between a tensor and the operand of a layer, so that its readers share one quantizer.
-_TENSOR_LAYOUT = frozenset({"convert_element_type", "copy", "pad", "reshape", "squeeze", "transpose"})
+_TENSOR_LAYOUT = frozenset({
+    "broadcast_in_dim", "convert_element_type", "copy", "pad", "reshape", "squeeze", "transpose",
+})  # fmt: skip
 
 
 class Structure(NamedTuple):
@@ -243,6 +246,8 @@ class _Analysis:
             return False
         if op.name == "pad":
             return op.inputs[0] == op.value_inputs[0] and _is_zero(op.inputs[1])
+        if op.name == "broadcast_in_dim" and not keeps_elements(op, self.program):
+            return False
         return jnp.issubdtype(self.program.avals[op.value_inputs[0]].dtype, jnp.floating)
 
     def _tensors(self, batch_norms: Sequence[BatchNorm]) -> tuple[Tensor, ...]:
