@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.execute import BatchNormParameters, along_channels
-from dfq_jax.graph import BatchNorm, Graph, GraphError
+from dfq_jax.graph import BatchNorm, Graph
 from dfq_jax.ranges import Summary, summarize
 from dfq_jax.rounding import GPTQConfig, gptq
 
@@ -112,8 +112,7 @@ def gptq_from_noise(
 
 def _noise(graph: Graph, num_samples: int) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
-    if not graph.batch_norms:
-        raise GraphError("the network has no BatchNorm, so nothing is known of its activations without images.")
+    graph.require_batch_norms("so nothing is known of its activations without images.")
     pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
     return _take(pool, 0, (num_samples, *graph.input.shape[1:])), Partial(_noise_of_moments, pool)
 

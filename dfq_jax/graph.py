@@ -21,6 +21,7 @@ from dfq_jax.adapters import is_module
 from dfq_jax.qtensor import QTensor
 from dfq_jax.tracing.activations import ACTIVATIONS
 from dfq_jax.tracing.analysis import Structure, analyze
+from dfq_jax.tracing.canonical import canonical
 from dfq_jax.tracing.flattening import flatten
 from dfq_jax.tracing.naming import path_string, slice_paths
 from dfq_jax.tracing.program import ClosureError, Constant, Program
@@ -133,6 +134,27 @@ class Graph:
     @functools.cached_property
     def _batch_norms(self) -> dict[str, BatchNorm]:
         return {bn.name: bn for bn in self.batch_norms}
+
+    @property
+    def unrecognized_batch_norms(self) -> tuple[Skipped, ...]:
+        """What is in `skipped` and may be a BatchNorm: each channel is scaled by the root of a parameter."""
+        return tuple(item for item in self.skipped if item.batch_norm)
+
+    def require_batch_norms(self, otherwise: str) -> None:
+        """Refuse a network without BatchNorms, and say whether it has none or none was recognized.
+
+        Args:
+          otherwise: what that means and what to do, the rest of the sentence.
+
+        Raises:
+          GraphError: no BatchNorm was found.
+        """
+        if self.batch_norms:
+            return
+        if not self.unrecognized_batch_norms:
+            raise GraphError(f"the network has no BatchNorm, {otherwise}")
+        lost = "; ".join(f"{item.name}: {item.reason}" for item in self.unrecognized_batch_norms[:3])
+        raise GraphError(f"no BatchNorm was recognized in the network ({lost}), {otherwise}")
 
     @property
     def first_layer(self) -> Layer:
@@ -412,6 +434,7 @@ def _trace(
         raise GraphError(_explain_trace_failure(error, spec)) from error
     leaf_paths = slice_paths(paths, program.splits, [len(shape.shape) for shape in shapes])
     leaf_shapes = tuple(program.avals[leaf] for leaf in range(program.num_leaves))
+    program = canonical(program)
     structure = analyze(program, leaf_paths)
     return Graph(
         **structure._asdict(),

@@ -386,9 +386,23 @@ def test_what_only_resembles_batch_norm_is_listed():
     variables = {"w": jnp.ones((3, 4)), "mean": jnp.ones(4), "var": jnp.ones(4), "head": jnp.ones((4, 5))}
     graph = trace(apply_fn, variables, (2, 3))
     assert graph.batch_norms == ()
-    assert graph.skipped == (
-        Skipped("var", "scales by the root of a parameter but computes no BatchNorm; it stays as it is"),
-    )
+    reason = "scales by the root of a parameter but computes no BatchNorm; it stays as it is"
+    assert graph.skipped == (Skipped("var", reason, batch_norm=True),)
+    assert graph.unrecognized_batch_norms == graph.skipped
+    with pytest.raises(GraphError, match=r"no BatchNorm was recognized in the network \(var: scales by"):
+        graph.require_batch_norms("so there are no statistics.")
+
+
+def test_no_batch_norm_is_said_of_networks_that_have_none():
+    def apply_fn(v, x):  # a normalized classifier, a temperature, and LayerNorm scale by roots, too
+        x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * v["scale"]
+        return x @ v["w"] / jnp.sqrt(jnp.square(v["w"]).sum(0)) / jnp.sqrt(v["temperature"])
+
+    variables = {"w": jnp.ones((3, 4)), "scale": jnp.ones(3), "temperature": jnp.ones(())}
+    graph = trace(apply_fn, variables, (2, 3))
+    assert graph.unrecognized_batch_norms == ()
+    with pytest.raises(GraphError, match="the network has no BatchNorm, so there are no statistics"):
+        graph.require_batch_norms("so there are no statistics.")
 
 
 def test_position_table_is_no_bias():

@@ -9,9 +9,10 @@ import pytest
 
 from dfq_jax.graph import trace
 from dfq_jax.tracing.activations import ACTIVATIONS, GRID, classify
+from dfq_jax.tracing.batch_norm_pattern import computed_statistics
 from dfq_jax.tracing.elementwise import NotElementwise, evaluate
 from dfq_jax.tracing.flattening import flatten
-from dfq_jax.tracing.layout import move_labels
+from dfq_jax.tracing.layout import follow_axis, move_labels
 from dfq_jax.tracing.naming import inner_paths, unique_names
 from dfq_jax.tracing.program import Op
 
@@ -69,6 +70,41 @@ def test_absent_parts():
     assert (bn.scale, bn.bias, bn.epsilon) == (None, "bias", 1e-12)
     (bn,) = graph_of(lambda v, x: (x - v["mean"]) * v["scale"] / jnp.sqrt(v["var"] + 0.5)).batch_norms
     assert (bn.scale, bn.bias, bn.epsilon) == ("scale", None, 0.5)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-5, 1.1e-5, 2e-5, 3e-4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_epsilon_is_as_it_was_written_in_any_type(dtype, epsilon):
+    """A network cast to half precision rounds epsilon; it is the same network still."""
+
+    def apply_fn(v, x):
+        x = (x @ v["w"] - v["mean"]) * jax.lax.rsqrt(v["var"] + epsilon) * v["scale"] + v["bias"]
+        return x @ v["head"]
+
+    variables = {"w": jnp.ones((3, 4)), "head": jnp.ones((4, 5)), **NORM}
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    graph = trace(apply_fn, cast, (2, 3))
+    assert graph.batch_norms[0].epsilon == epsilon
+    assert graph.digest == trace(apply_fn, variables, (2, 3)).digest
+
+
+def test_statistics_computed_from_leaves_and_numbers():
+    """Moving averages that start at zero, divided by 1 - decay ** steps, as Equinox stores them."""
+
+    def apply_fn(v, x):
+        debias = jnp.where(v["steps"] == 0, 1, 1 - 0.99 ** v["steps"])
+        stored = {**v, "mean": v["mean"] / debias, "var": v["var"] / debias}
+        return FORMULAS["textbook"](stored, x @ v["w"]) / v["temperature"] @ v["head"]
+
+    variables = {"w": jnp.ones((3, 4)), "head": jnp.ones((4, 5)), **NORM, "steps": jnp.ones((), jnp.int32)}
+    graph = trace(apply_fn, {**variables, "temperature": jnp.ones(())}, (2, 3))
+    assert [item.batch_norm for item in graph.skipped] == [True]
+    mean, var = computed_statistics(graph.program)
+    behind = [graph.program.leaves_behind[value] for value in (mean, var)]
+    names = [{graph.leaf_paths[leaf] for leaf in leaves} for leaves in behind]
+    assert names == [{"mean", "steps"}, {"var", "steps"}]
+    assert {graph.program.producer(value).name for value in (mean, var)} == {"div"}
+    assert computed_statistics(graph_of(FORMULAS["textbook"]).program) == []
 
 
 OTHERS = {
@@ -282,6 +318,28 @@ def test_labels_follow_their_axes():
     assert moved(lambda x: jnp.broadcast_to(x[:, None], (2, 5)), (2,)) == [(0,), ()]
     assert moved(lambda x: x[:, 0], (2, 1)) == [(0,)]
     assert moved(lambda x: x[::-1], (2, 3)) == [(0,), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("old", "axis", "new", "expected"),
+    [
+        ((1, 8, 8, 4), 0, (64, 4), 0),  # merged with the axis behind it
+        ((4, 1, 8, 8), 1, (4, 1, 64), 1),
+        ((4, 1, 8, 8), 1, (4, 64), 1),
+        ((1, 1, 3), 0, (1, 3), 0),
+        ((1, 1, 3), 1, (1, 3), 0),
+        ((1, 3), 0, (1, 1, 3), 0),
+        ((1, 1, 3), 1, (1, 1, 3, 1), 1),
+        ((4, 1), 1, (4,), 0),  # at the end, with the one before
+        ((2, 8, 8, 4), 0, (128, 4), 0),
+        ((4, 2, 8, 8), 1, (4, 128), 1),
+    ],
+)
+def test_axes_of_size_one_are_followed_by_their_place(old, axis, new, expected):
+    leaf, x = jax.ShapeDtypeStruct(old, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    program, _ = flatten(lambda leaves, x: leaves[0].reshape(new) + x, [leaf], x)
+    (op,) = (op for op in program.ops if op.name == "reshape")
+    assert follow_axis(op, axis, old) == expected
 
 
 def test_kernels_through_reshapes():

@@ -14,12 +14,10 @@ from dfq_jax.synthesis.config import SynthesisConfig
 
 def check_synthesizable(graph: Graph, variables: Any, config: SynthesisConfig) -> None:
     """Refuse, by name, what synthesis cannot work with."""
-    if not graph.batch_norms:
-        raise GraphError(
-            "the network has no BatchNorm, so there are no statistics to synthesize images from. Quantize weights only "
-            "(bits 'w4a16' or 'w8a16'), take ranges from noise (recipe 'noise'), or pass images of your own "
-            "(images=...)."
-        )
+    graph.require_batch_norms(
+        "so there are no statistics to synthesize images from. Quantize weights only (bits 'w4a16' or 'w8a16'), take "
+        "ranges from noise (recipe 'noise'), or pass images of your own (images=...)."
+    )
     channels = graph.input.shape[-1]
     if config.pixel_range is not None and len(config.pixel_range[0]) not in (1, channels):
         raise ValueError(

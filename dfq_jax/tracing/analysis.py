@@ -11,6 +11,7 @@ import numpy as np
 
 from dfq_jax.tracing.batch_norm_pattern import Affine, ChannelAlgebra, Roles
 from dfq_jax.tracing.blocks import find_blocks
+from dfq_jax.tracing.canonical import keeps_elements
 from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
 from dfq_jax.tracing.naming import inner_paths, unique_names
 from dfq_jax.tracing.products import Product, find_products, rearranged_leaf
@@ -20,7 +21,9 @@ from dfq_jax.tracing.regions import Activations, origins
 from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
 
 # What may stand between a tensor and the operand of a layer, so that its readers share one quantizer.
-_TENSOR_LAYOUT = frozenset({"convert_element_type", "copy", "pad", "reshape", "squeeze", "transpose"})
+_TENSOR_LAYOUT = frozenset({
+    "broadcast_in_dim", "convert_element_type", "copy", "pad", "reshape", "squeeze", "transpose",
+})  # fmt: skip
 
 
 class Structure(NamedTuple):
@@ -73,6 +76,7 @@ class _Analysis:
         self.algebra = ChannelAlgebra(program)
         self.activations = Activations(program, self.algebra)
         self.origins = origins(program, with_parameters=True)
+        self.result_axes = {p.op.outputs[0]: p.result_axes for p in products}
         self.biases, self.norms = self._find_biases_and_norms()
         self.inner = inner_paths(paths)
         self.names = unique_names([self.inner[p.kernel] for p in products])
@@ -115,6 +119,7 @@ class _Analysis:
             bias = self._bias_leaf(op, form, by_output.get(form.base))
             if bias is not None:
                 biases[form.base] = _Bias(bias, out)  # the sum is what a BatchNorm normalizes: a new base
+                self.result_axes[out] = self.result_axes[form.base]
                 continue
             if extended is None:
                 continue
@@ -137,22 +142,28 @@ class _Analysis:
         if any(self.program.ops[i].name not in CASTS for i in form.chain):
             return None
         static = [v for v in op.value_inputs if v in self.program.parameter_only]
-        found = rearranged_leaf(static[0], self.program) if static else None
+        found = rearranged_leaf(static[0], self.program, repeated=True) if static else None
         shape = self.program.avals[op.outputs[0]].shape
         if found is None or len(found.labels) != len(shape) or not found.in_order(range(len(shape))):
             return None
+        sizes = self.program.avals[found.leaf].shape
         added = self.program.avals[static[0]].shape
-        own = tuple(size if label else 1 for size, label in zip(added, found.labels, strict=True))
+        # Along axes that have nothing of the leaf it is only repeated.
+        varies = (any(sizes[label] > 1 for label in labels) for labels in found.labels)
+        own = tuple(size if v else 1 for size, v in zip(added, varies, strict=True))
         expected = tuple(size if axis in product.result_axes else 1 for axis, size in enumerate(shape))
-        return found.leaf if own == expected else None
+        return found.leaf if own == expected and math.prod(own) == math.prod(sizes) else None
 
     def _channel_axis(self, form: Affine, roles: Roles) -> int | None:
         shape = self.program.avals[form.base].shape
         channels = math.prod(self.program.avals[roles.mean].shape)
+        if form.axis is not None:
+            return form.axis if shape[form.axis] == channels else None
         if channels > 1:
-            return form.axis if form.axis is not None and shape[form.axis] == channels else None
-        # Reshapes lose track of an axis of one channel.
-        return next((axis for axis in range(len(shape) - 1, 0, -1) if shape[axis] == 1), None)
+            return None
+        # Reshapes lose track of an axis of one channel: it is that of the layer, or any that is no batch of one.
+        axes = self.result_axes.get(form.base, range(len(shape) - 1, 0, -1))
+        return next((axis for axis in axes if shape[axis] == 1), None)
 
     def _batch_norms(self) -> tuple[BatchNorm, ...]:
         layer_of = {self._result(p): name for p, name in zip(self.products, self.names, strict=True)}
@@ -235,6 +246,8 @@ class _Analysis:
             return False
         if op.name == "pad":
             return op.inputs[0] == op.value_inputs[0] and _is_zero(op.inputs[1])
+        if op.name == "broadcast_in_dim" and not keeps_elements(op, self.program):
+            return False
         return jnp.issubdtype(self.program.avals[op.value_inputs[0]].dtype, jnp.floating)
 
     def _tensors(self, batch_norms: Sequence[BatchNorm]) -> tuple[Tensor, ...]:
@@ -304,7 +317,10 @@ class _Analysis:
                 for value in roots.intersection(op.value_inputs):
                     leaves = ", ".join(sorted(self.paths[v] for v in program.leaves_behind[value]))
                     reason = "scales by the root of a parameter but computes no BatchNorm; it stays as it is"
-                    skipped.setdefault(leaves, Skipped(leaves, reason))
+                    # The root of a norm or of a single number is no standard deviation of channels.
+                    channels = self.algebra.value(value)
+                    per_channel = channels is not None and math.prod(program.shape(value)) > 1
+                    skipped.setdefault(leaves, Skipped(leaves, reason, batch_norm=per_channel))
         return list(skipped.values())
 
     def _other_parameters(self) -> list[Skipped]:

@@ -18,7 +18,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.tracing.elementwise import CASTS, NotElementwise, evaluate, scalar
+from dfq_jax.tracing.elementwise import CASTS, NotElementwise, evaluate, is_elementwise, scalar
 from dfq_jax.tracing.layout import LAYOUT, move_labels, one_label
 from dfq_jax.tracing.program import Constant, Op, Operand, Program
 
@@ -147,9 +147,17 @@ class ChannelAlgebra:
             bias = next(iter(others), None)
             expected = self._samples(bias, 0.0) - self._samples(mean, 0.0) * form.factor.samples
             if np.allclose(form.offset.samples, expected, rtol=0, atol=_TOLERANCE):
-                roles = Roles(mean, var, scale, bias, float(f"{round(epsilon, 13):.7g}"))  # as in float32
+                roles = Roles(mean, var, scale, bias, _as_written(epsilon, self._epsilon_type(var)))
                 return roles if self._same_size(roles) else None
         return None
+
+    def _epsilon_type(self, var: int) -> jnp.dtype:
+        """The type in which epsilon is added to the variance."""
+        program = self._program
+        sums = (op.outputs[0] for op in program.ops if op.name in ("add", "add_any"))
+        own = [value for value in sums if program.leaves_behind.get(value) == {var}]
+        types = [program.avals[value].dtype for value in own]
+        return min(types, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
 
     def _same_size(self, roles: Roles) -> bool:
         leaves = [leaf for leaf in (roles.mean, roles.var, roles.scale, roles.bias) if leaf is not None]
@@ -165,6 +173,42 @@ class ChannelAlgebra:
         if op.name in LAYOUT - {"rev"} and operands[0].axis is not None:
             return _moved(op, operands[0], self._program.avals[op.value_inputs[0]].shape)
         return _combine(op, operands)
+
+
+def computed_statistics(program: Program) -> list[int]:
+    """Statistics that are computed from a leaf of their shape and from single numbers, in order.
+
+    Such are moving averages that start at zero, divided by `1 - decay ** steps`: where leaves hold the quotients, the
+    BatchNorm is one of leaves alone.
+    """
+
+    def parts(value: int) -> tuple[frozenset[int], frozenset[int]]:
+        leaves = program.leaves_behind.get(value, frozenset())
+        single = frozenset(leaf for leaf in leaves if math.prod(program.avals[leaf].shape) == 1)
+        return leaves - single, single
+
+    roots = [parts(op.outputs[0]) for op in program.ops if op.name in ("sqrt", "rsqrt", "pow")]
+    numbers = frozenset().union(*(single for arrays, single in roots if len(arrays) == 1))
+    found = []
+    for op in program.ops:
+        arrays, single = parts(op.outputs[0])
+        if len(arrays) != 1 or not single or not single <= numbers or not is_elementwise(op):
+            continue
+        (leaf,) = arrays
+        # The first such value, not what is computed from it.
+        mixes = not any(all(parts(value)) for value in op.value_inputs)
+        if mixes and program.avals[op.outputs[0]].shape == program.avals[leaf].shape:
+            found.append(op.outputs[0])
+    return found
+
+
+def _as_written(epsilon: float, dtype: jnp.dtype) -> float:
+    """Epsilon as its author wrote it: the program has it as rounded to the type."""
+    epsilon = float(f"{round(epsilon, 13):.7g}")  # as in float32
+    if jnp.finfo(dtype).bits >= 32:
+        return epsilon
+    candidates = (float(f"{epsilon:.{digits}e}") for digits in range(7))
+    return next((c for c in candidates if np.asarray(c, dtype) == np.asarray(epsilon, dtype)), epsilon)
 
 
 def _combine(op: Op, operands: list[ChannelValue]) -> ChannelValue | None:

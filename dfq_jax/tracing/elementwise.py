@@ -54,6 +54,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 # Operations that keep every element where it is.
 CASTS = frozenset({"convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient"})
+# Operations on the elements of operands of one shape or of numbers, whatever that shape is.
+POINTWISE = frozenset({*_FUNCTIONS, *CASTS, "integer_pow", "select_n"})
 # Operations that only move elements, so that for a value that is one number per channel they change nothing.
 _MOVES = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"})
 

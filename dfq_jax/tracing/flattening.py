@@ -96,6 +96,7 @@ class _Builder:
         self.indexed = indexed  # whether slices of leaves at constant indices are leaves of their own
         self.parameter_only = set(range(num_leaves))
         self.producers: dict[int, Op] = {}
+        self.platform_indices: set[Operand] = set()
         self.steps = 1  # of all loops around
         self.leaves = set(range(num_leaves))  # and slices of leaves
         # Values with known slices: the axis and the slices along it. In order: leaves are split before their slices.
@@ -129,13 +130,21 @@ class _Builder:
             return [number]
         if (body := _call_body(eqn)) is not None and not self._keep_whole(eqn, inputs):
             return self.inline(*body, inputs, scope)
-        if name == "cond" and isinstance(inputs[0], Constant):  # a choice by the number of the step
-            branches = eqn.params["branches"]
-            chosen = branches[int(np.clip(int(inputs[0].value), 0, len(branches) - 1))]
-            return self.inline(chosen.jaxpr, chosen.consts, inputs[1:], scope)
+        if (branch := self._known_branch(eqn, inputs)) is not None:
+            return self.inline(branch.jaxpr, branch.consts, inputs[1:], scope)
         if name in ("scan", "while") and any(holds_layers(j) for j, _ in sub_jaxprs(eqn.params)):
             return (self._unrolled_scan if name == "scan" else self._unrolled_while)(eqn, inputs, scope)
         return self._indexed(eqn, inputs) if self.indexed else None
+
+    def _known_branch(self, eqn: Any, inputs: Sequence[Operand]) -> Any:
+        """The branch of a choice that is made while tracing: by the number of a step, or by platform; else None."""
+        if eqn.primitive.name != "cond":
+            return None
+        branches = eqn.params["branches"]
+        if isinstance(inputs[0], Constant):
+            return branches[int(np.clip(int(inputs[0].value), 0, len(branches) - 1))]
+        # The last branch of `lax.platform_dependent` is what it computes on platforms that it does not name.
+        return branches[-1] if inputs[0] in self.platform_indices else None
 
     def _keep_whole(self, eqn: Any, inputs: Sequence[Operand]) -> bool:
         custom = eqn.primitive.name.startswith("custom_")
@@ -149,6 +158,8 @@ class _Builder:
         op = Op(len(self.ops), eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), scope)
         self.ops.append(op)
         self.producers.update(dict.fromkeys(outputs, op))
+        if op.name == "platform_index" or not self.platform_indices.isdisjoint(inputs):
+            self.platform_indices.update(outputs)  # before JAX 0.8 it is clamped first
         return outputs
 
     def _new_value(self, shape: Sequence[int], dtype: Any) -> int:

@@ -138,8 +138,14 @@ class RearrangedLeaf:
         return list(own) == sorted(own) and self.permuted.isdisjoint(own)
 
 
-def rearranged_leaf(value: int, program: Program) -> RearrangedLeaf | None:
-    """The leaf that a value is a rearrangement of; None if it is computed otherwise."""
+def rearranged_leaf(value: int, program: Program, *, repeated: bool = False) -> RearrangedLeaf | None:
+    """The leaf that a value is a rearrangement of; None if it is computed otherwise.
+
+    Args:
+      value: its number.
+      program: the program.
+      repeated: whether the value may have the leaf's elements several times, along axes of its own.
+    """
     chain: list[Op] = []
     while value >= program.num_leaves:
         op = program.producer(value)
@@ -158,7 +164,7 @@ def rearranged_leaf(value: int, program: Program) -> RearrangedLeaf | None:
             permuted.update(label for label, count in uses.items() if count > 1)
         labels = move_labels(op, labels, shape)
         new_shape = program.avals[op.outputs[0]].shape
-        if math.prod(new_shape) != math.prod(shape):
+        if math.prod(new_shape) != math.prod(shape) and not repeated:
             return None
         shape = new_shape
     return RearrangedLeaf(value, tuple(op.index for op in chain), labels, frozenset(permuted))

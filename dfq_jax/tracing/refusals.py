@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dfq_jax.tracing.flattening import MAX_STEPS
-from dfq_jax.tracing.layout import LAYOUT, move_labels, one_label
+from dfq_jax.tracing.layout import LAYOUT, follow_axis
 from dfq_jax.tracing.program import Op, Program, holds_layers, sub_jaxprs
 from dfq_jax.tracing.structure import GraphError
 
@@ -75,11 +75,8 @@ def refuse_training_mode(program: Program) -> None:
 def _batch_axis_after(op: Op, source: int, axis: int, program: Program) -> int | None:
     """The axis of an operation's result that runs over examples, given that of an operand; None if unknown."""
     shape = program.avals[source].shape
-    if op.name == "reshape" and shape[axis] == 1:
-        return 0  # sizes do not tell where a batch of one goes; the first axis is the habit
     if op.name in LAYOUT:
-        moved = move_labels(op, one_label(len(shape), axis), shape)
-        return next((i for i, label in enumerate(moved) if label), None)
+        return follow_axis(op, axis, shape)
     if op.name in _REDUCTIONS:
         return axis - sum(a < axis for a in op.params["axes"])
     if op.name == "conv_general_dilated":

@@ -96,3 +96,4 @@ class Skipped:
 
     name: str
     reason: str
+    batch_norm: bool = False  # whether it may be a BatchNorm that was not recognized
