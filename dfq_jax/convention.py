@@ -36,7 +36,8 @@ class Convention:
         layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)
       second_input_bits: bits of the second layer's input, where they are more than all others': 8 in BRECQ (arXiv
         2102.05426) and what follows it (QDrop, GENIE), which quantize the first layer's output like its weights.
-      per_channel: one weight scale per output channel, otherwise one per kernel.
+      per_channel: one weight scale per output channel, otherwise one per kernel. A kernel that several layers read has
+        the most bits that one of them asks for, and scales along the axes that are output channels to all of them.
       symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
         would cost integer execution a second product.
       weight_range: how weight ranges are chosen: "min_max", "mse" or "lp" (L2.4).
@@ -106,9 +107,21 @@ class Convention:
         return layer.name in (graph.first_layer.name, graph.last_layer.name)
 
     def layer_bits(self, graph: Graph, layer: Layer) -> int:
-        """Bits of a layer's kernel."""
-        edge = self.edge_bits is not None and self.is_edge(graph, layer)
-        return self.edge_bits if edge else self.weight_bits
+        """Bits of a layer's kernel: the most that one of the layers that read it asks for."""
+        readers = graph.kernels[layer.kernel]
+        edges = [self.edge_bits is not None and self.is_edge(graph, reader) for reader in readers]
+        return max(self.edge_bits if edge else self.weight_bits for edge in edges)
+
+    def scale_axes(self, graph: Graph, layer: Layer) -> tuple[int, ...]:
+        """Axes of a layer's kernel with a scale for each index: of output channels, for all layers that read it.
+
+        Layers that read one kernel along different axes (`x @ w` and `h @ w.T`) have none in common: a scale for each
+        channel of one would vary within the sums of the other.
+        """
+        if not self.per_channel:
+            return ()
+        readers = graph.kernels[layer.kernel]
+        return tuple(a for a in layer.channel_axes if all(a in reader.channel_axes for reader in readers))
 
     def tensor_bits(self, graph: Graph, tensor: Tensor) -> int | None:
         """Bits of a tensor: the most that one of its readers asks for; None for float."""
@@ -144,15 +157,13 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
       ValueError: a tensor has no range.
     """
     kernels = {}
-    for layer in graph.layers:
-        if layer.kernel in kernels:
-            continue  # a kernel that several layers share
+    for path, (layer, *_) in graph.kernels.items():
         bits = convention.layer_bits(graph, layer)
-        kernels[layer.kernel] = quantize_kernel(
-            graph.leaf(variables, layer.kernel),
+        kernels[path] = quantize_kernel(
+            graph.leaf(variables, path),
             bits=bits,
             symmetric=convention.is_symmetric(bits),
-            channel_axes=layer.channel_axes if convention.per_channel else (),
+            channel_axes=convention.scale_axes(graph, layer),
             method=convention.weight_range,
         )
     return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))

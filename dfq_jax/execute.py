@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.depthwise import depthwise_product, is_supported
+from dfq_jax.depthwise import by_platform, depthwise_product, is_supported
 from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
@@ -74,14 +74,16 @@ class LayerCall:
 
     def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """The program's own primitive on other operands of the same types."""
-        if self.shifted:
-            return self._shifted_product(operand, kernel)
-        return self.op(*self._ordered(operand, kernel))[0]
+
+        def own(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            return self.op(*self._ordered(operand, kernel))[0]
+
+        return by_platform(self._shifted_product, own, operand, kernel) if self.shifted else own(operand, kernel)
 
     @property
     def shifted(self) -> bool:
-        """Whether the layer is computed as a sum of shifted products: a depthwise convolution on CPU."""
-        if self.layer.kind != "conv" or self.layer.kernel_operand != 1 or jax.default_backend() != "cpu":
+        """Whether the layer is computed as a sum of shifted products on CPU: a depthwise convolution."""
+        if self.layer.kind != "conv" or self.layer.kernel_operand != 1:
             return False
         avals = self.graph.program.avals
         return is_supported(self.op.params, *(avals[value].shape for value in self.op.inputs))
@@ -107,7 +109,12 @@ class LayerCall:
         return self._product(operand, kernel, dtype, padding=no_padding)
 
     def channel_vector(self, per_channel: jax.Array) -> jax.Array:
-        """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result."""
+        """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result.
+
+        Raises:
+          GraphError: it varies along an axis that the layer sums over.
+        """
+        self.layer.check_scale(jnp.shape(per_channel))
         full = jnp.broadcast_to(per_channel, self.layer.kernel_shape)
         kernel = self.kernel_operand(full)
         params = self.op.params
@@ -163,28 +170,33 @@ class LayerCall:
         return depthwise_product(operand, kernel, tuple(params["window_strides"]), tuple(map(tuple, padding)))
 
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padding: Any) -> jax.Array:
-        if self.shifted:
-            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
         params = self.op.params
-        lhs, rhs = self._ordered(operand, kernel)
-        precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
-        if self.layer.kind == "dense":
-            return lax.dot_general(
-                lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
+
+        def plain(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            lhs, rhs = self._ordered(operand, kernel)
+            precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
+            if self.layer.kind == "dense":
+                return lax.dot_general(
+                    lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
+                )
+            explicit = padding is not None
+            return lax.conv_general_dilated(
+                lhs,
+                rhs,
+                window_strides=params["window_strides"],
+                padding=padding if explicit else params["padding"],
+                lhs_dilation=None if explicit else params["lhs_dilation"],
+                rhs_dilation=params["rhs_dilation"],
+                dimension_numbers=params["dimension_numbers"],
+                feature_group_count=params["feature_group_count"],
+                precision=precision,
+                preferred_element_type=dtype,
             )
-        explicit = padding is not None
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides=params["window_strides"],
-            padding=padding if explicit else params["padding"],
-            lhs_dilation=None if explicit else params["lhs_dilation"],
-            rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=params["dimension_numbers"],
-            feature_group_count=params["feature_group_count"],
-            precision=precision,
-            preferred_element_type=dtype,
-        )
+
+        def shifted(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
+
+        return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
 
 
 # The two parts of the collection "quantization": tensors quantized for all readers, and for layers alone.

@@ -150,6 +150,7 @@ def _fold(
     def vector(leaf: Any) -> np.ndarray:
         return np.asarray(leaf, np.float64).reshape(channels)
 
+    layer.check_scale(np.shape(kernel.scale))
     own = [size if axis in layer.channel_axes else 1 for axis, size in enumerate(kernel.shape)]
     multiplier = vector(np.broadcast_to(np.asarray(kernel.scale, np.float64), own))
     offset = np.zeros_like(multiplier)
