@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from dfq_jax.backend import platform_of
 from dfq_jax.execute import apply_quantized
 from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.interrupt import catch_interrupt
@@ -158,7 +159,7 @@ class _Run:
         self.float_inputs = self.inputs = images
         self.float_logits = self.class_scores() if config.prediction_weight else None
         self.key, self.on_progress = key, on_progress
-        self.chunk = config.chunk or DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+        self.chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
         # Leaves of earlier blocks: already learned, and other blocks rely on them. Kernels that other blocks read as
         # other matrices: what one block learns about them is noise to the others.
         self.seen = {path for path in self.graph.kernels if self.divides(path)}

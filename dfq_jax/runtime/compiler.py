@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfq_jax.backend import platform_of
 from dfq_jax.execute import TENSORS, LayerCall, activation_quantizers
 from dfq_jax.graph import QUANTIZATION, Graph, Layer, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack, storage_bits
@@ -36,7 +37,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
     Args:
       graph: from `trace`.
       qvariables: from `quantize_params`, or with learned codes, adapted BatchNorm statistics and so on.
-      policy: what runs as int8; by default that of JAX's backend.
+      policy: what runs as int8; by default that of the device which `qvariables` are on.
 
     Returns:
       The plan, and the variables for `apply_integer`: kernels as codes, one multiplier and offset for each layer,
@@ -49,7 +50,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         raise ValueError(
             "qvariables: expected quantized variables, found no collection 'quantization'. Quantize first."
         )
-    policy = default_policy() if policy is None else policy
+    policy = default_policy(platform_of(qvariables)) if policy is None else policy
     leaves = graph.leaves(qvariables)
     quantizers = activation_quantizers(qvariables) if policy.activations == "codes" else {}
     for_all = tuple(name for name in qvariables[QUANTIZATION].get(TENSORS, {}) if name in quantizers)

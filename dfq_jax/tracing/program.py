@@ -294,6 +294,7 @@ class _Builder:
         self.avals = dict(enumerate(arguments))
         self.num_leaves = num_leaves
         self.parameter_only = set(range(num_leaves))
+        self.platform_indices: set[Operand] = set()
 
     def inline(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Operand], scope: str) -> list[Operand]:
         env: dict[Any, Operand] = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -307,15 +308,24 @@ class _Builder:
             inputs = [read(atom) for atom in eqn.invars]
             stack = str(eqn.source_info.name_stack) if hasattr(eqn, "source_info") else ""
             inner = "/".join(part for part in (scope, stack) if part)
-            body = _call_body(eqn)
+            body = self._portable_branch(eqn, inputs) or _call_body(eqn)
             if _casts_a_number(eqn, inputs):  # the padding value of jnp.pad: a constant again
                 outputs = [Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))]
             elif body is not None and not self._keep_whole(eqn, inputs):
-                outputs = self.inline(*body, inputs, inner)
+                outputs = self.inline(*body, inputs[-len(body[0].invars) :], inner)
             else:
                 outputs = self._append(eqn, inputs, inner)
+                if eqn.primitive.name == "platform_index" or not self.platform_indices.isdisjoint(inputs):
+                    self.platform_indices.update(outputs)  # before JAX 0.8 it is clamped first
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _portable_branch(self, eqn: Any, inputs: Sequence[Operand]) -> tuple[Any, Sequence[Any]] | None:
+        """What `lax.platform_dependent` computes on platforms that it does not name: the last branch of its `cond`."""
+        if eqn.primitive.name != "cond" or inputs[0] not in self.platform_indices:
+            return None
+        branch = eqn.params["branches"][-1]
+        return branch.jaxpr, branch.consts
 
     def _keep_whole(self, eqn: Any, inputs: Sequence[Operand]) -> bool:
         custom = eqn.primitive.name.startswith("custom_")
