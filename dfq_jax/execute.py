@@ -52,6 +52,10 @@ class LayerCall:
         """The same by the program's own primitive, for who traces the layer and is to find it."""
         return self.op(*self._ordered(self.operand, self.kernel_operand(self.kernel, cast=True)))[0]
 
+    def reading(self, source: jax.Array) -> LayerCall:
+        """The call on another value of the tensor."""
+        return dataclasses.replace(self, source=source, operand=self.rearrange(source).astype(self.operand.dtype))
+
     def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
         """The operand made from another value of the tensor, casts left out; padding takes `pad_value`."""
         value = source
@@ -469,26 +473,67 @@ def apply_quantized(
     Returns:
       What `apply_fn` returns.
     """
+    product = _integer_layer if integer else _simulated_layer
+    rules = quantized_rules(qvariables, product=product)
+
+    def corrected(call: LayerCall) -> jax.Array:
+        return after_layer(call, rules.layer(call))
+
+    layer = rules.layer if after_layer is None else corrected
+    return run(graph, qvariables, x, layer=layer, tensor=rules.tensor, batch_norm=batch_norm)
+
+
+class QuantizedRules(NamedTuple):
+    """Rules for `run` and `run_block`."""
+
+    layer: LayerRule
+    tensor: TensorRule
+
+
+def quantized_rules(
+    qvariables: Any,
+    *,
+    product: Callable[[LayerCall, QuantizerParams], jax.Array],
+    in_float: LayerRule = LayerCall.default,
+    fake_quantize: Callable[[str, jax.Array, QuantizerParams], jax.Array] | None = None,
+    soft: frozenset[str] = frozenset(),
+) -> QuantizedRules:
+    """What is quantized where in a quantized network, in whatever arithmetic.
+
+    A tensor that is quantized for all its readers is so for every one of them. One that is quantized for layers alone
+    is so for those whose kernel is quantized, too; a layer with a float kernel reads it in float, and a layer whose
+    tensor has no quantizer multiplies float activations with dequantized weights.
+
+    Args:
+      qvariables: quantized variables; only the collection "quantization" is read here.
+      product: computes a layer whose kernel and tensor are both quantized; `call.source` is the fake-quantized tensor.
+      in_float: computes all other layers.
+      fake_quantize: quantizes and dequantizes a value in float32, `(layer, value, params) -> value`, once for each
+        tensor that is quantized for all readers (with the first of its layers), else once for each layer.
+      soft: paths of kernels that stand for quantized ones though they are arrays, so that gradients can move them.
+    """
     collection = qvariables[QUANTIZATION] if is_quantized(qvariables) else {}
-    for_all: dict[str, QuantizerParams] = collection.get(TENSORS, {})
-    for_layers: dict[str, QuantizerParams] = collection.get(OPERANDS, {})
+    for_all: Mapping[str, QuantizerParams] = collection.get(TENSORS, {})
+    for_layers: Mapping[str, QuantizerParams] = collection.get(OPERANDS, {})
+
+    def quantized(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
+        value = value.astype(jnp.float32)
+        return fake_quant(value, params) if fake_quantize is None else fake_quantize(layer, value, params)
 
     def tensor(item: Tensor, value: jax.Array) -> jax.Array:
         params = for_all.get(item.name)
-        return value if params is None else fake_quant(value.astype(jnp.float32), params)
-
-    product = _integer_layer if integer else _simulated_layer
+        return value if params is None else quantized(item.layers[0], value, params)
 
     def layer(call: LayerCall) -> jax.Array:
-        params = for_all.get(call.layer.tensor)
-        if params is None and call.layer.tensor in for_layers:
-            params = for_layers[call.layer.tensor]
-            call = dataclasses.replace(call, source=fake_quant(call.source.astype(jnp.float32), params))
-        in_float = params is None or not isinstance(call.kernel, QTensor)
-        result = call.default() if in_float else product(call, params)
-        return result if after_layer is None else after_layer(call, result)
+        name = call.layer.tensor
+        params = for_all.get(name, for_layers.get(name))
+        if params is None or not (isinstance(call.kernel, QTensor) or call.layer.kernel in soft):
+            return in_float(call)
+        if name not in for_all:
+            call = dataclasses.replace(call, source=quantized(call.layer.name, call.source, params))
+        return product(call, params)
 
-    return run(graph, qvariables, x, layer=layer, tensor=tensor, batch_norm=batch_norm)
+    return QuantizedRules(layer, tensor)
 
 
 def _simulated_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:

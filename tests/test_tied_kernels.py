@@ -213,7 +213,7 @@ def test_float_activations_give_the_float_network_on_dequantized_weights(build, 
 
 
 @pytest.mark.parametrize("bits", ["w8a8", pytest.param("w4a4", marks=pytest.mark.slow)])
-@every
+@networks(autoencoder, einsums, transposed_with_the_same_channels, depthwise_and_plain)
 def test_integers_agree_with_the_simulation_and_with_numpy(build, bits):
     graph, variables, qvariables, x = setup(build, bits)
     expected = simulated(graph, qvariables, x)
@@ -303,7 +303,7 @@ def test_gptq_adds_up_the_inputs_of_layers_of_one_form():
     assert error(better) < 0.7 * error(qvariables["w"])
 
 
-@networks(square)
+@networks()
 def test_reconstruction_and_finetuning_keep_one_quantizer(build):
     graph, variables, qvariables, x = setup(build, "w4a4", edge_bits=None)
     key = jax.random.key(0)
