@@ -93,7 +93,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         layer_variables[layer.name] = {
             "kernel": kernels[form],
             **({"zero": _kernel_zero(kernel)} if compact and kernel.zero_point is not None else {}),
-            **_fold(graph, layer, decision, leaves, quantizers, target),
+            **_fold(graph, layer, decision, leaves, quantizers, target, layer.name in fusion.bare),
         }
     variables = {
         "layers": layer_variables,
@@ -140,8 +140,12 @@ def _fold(
     leaves: list[Any],
     quantizers: dict[str, QuantizerParams],
     target: str | None,
+    bare: bool,
 ) -> dict[str, jax.Array]:
-    """Multiplier and offset of a layer's sum, broadcastable against its result; in float64."""
+    """Multiplier and offset of a layer's sum, broadcastable against its result; in float64.
+
+    They hold bias, BatchNorm and the step of the tensor `target`, unless the layer is `bare` (see `Fusion`).
+    """
     kernel: QTensor = leaves[layer.kernel_index]
     op = graph.program.ops[layer.op]
     call = LayerCall(layer, op, graph, None, None, kernel)
@@ -162,9 +166,9 @@ def _fold(
         if zero is not None:
             axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
             offset = -zero * multiplier * vector(centered(kernel).astype(np.int64).sum(axes))
-    if layer.bias_index is not None:
+    if layer.bias_index is not None and not bare:
         offset = offset + vector(leaves[layer.bias_index])
-    if layer.batch_norm is not None:
+    if layer.batch_norm is not None and not bare:
         factor, shift = _affine(graph, layer.batch_norm, leaves, len(shape))
         multiplier, offset = multiplier * factor, offset * factor + shift
     if target is not None:
