@@ -37,7 +37,8 @@ class Convention:
         layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)
       second_input_bits: bits of the second layer's input, where they are more than all others': 8 in BRECQ (arXiv
         2102.05426) and what follows it (QDrop, GENIE), which quantize the first layer's output like its weights.
-      per_channel: one weight scale per output channel, otherwise one per kernel.
+      per_channel: one weight scale per output channel, otherwise one per kernel. A kernel that several layers read has
+        the most bits that one of them asks for, and scales along the axes that are output channels to all of them.
       symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
         would cost integer execution a second product.
       weight_range: how weight ranges are chosen: "min_max", "mse" or "lp" (L2.4).
@@ -108,10 +109,19 @@ class Convention:
 
     def layer_bits(self, graph: Graph, layer: Layer) -> int:
         """Bits of a layer's kernel: the most that one of the layers asks for whose kernels are stored as one."""
-        if self.edge_bits is None:
-            return self.weight_bits
-        edges = {self.is_edge(graph, other) for other in _stored_with(graph, layer)}
+        edges = [self.edge_bits is not None and self.is_edge(graph, other) for other in _stored_with(graph, layer)]
         return max(self.edge_bits if edge else self.weight_bits for edge in edges)
+
+    def scale_axes(self, graph: Graph, layer: Layer) -> tuple[int, ...]:
+        """Axes of a layer's kernel with a scale for each index: output channels of all layers whose kernels are one.
+
+        Layers that read one kernel along different axes (`x @ w` and `h @ w.T`) have none in common: a scale for each
+        channel of one would vary within the sums of the other.
+        """
+        if not self.per_channel:
+            return ()
+        others = _stored_with(graph, layer)
+        return tuple(a for a in layer.channel_axes if all(a in other.channel_axes for other in others))
 
     def tensor_bits(self, graph: Graph, tensor: Tensor) -> int | None:
         """Bits of a tensor: the most that one of its readers asks for; None for float."""
@@ -154,17 +164,14 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
     """
     leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
     kernels: dict[str, Any] = {}
-    for layer in graph.layers:
-        if layer.kernel in kernels:
-            continue  # a kernel that several layers share, or that is stored with another's
+    for path, (layer, *_) in graph.kernels.items():
         bits = convention.layer_bits(graph, layer)
-        axes = [set(other.channel_axes) for other in _stored_with(graph, layer)]
-        for path in graph.together(layer.kernel):
-            kernels[path] = quantize_kernel(
-                leaves[path],
+        for slice_path in [p for p in graph.together(path) if p not in kernels]:  # also slices that nothing reads
+            kernels[slice_path] = quantize_kernel(
+                leaves[slice_path],
                 bits=bits,
                 symmetric=convention.is_symmetric(bits),
-                channel_axes=tuple(sorted(set.intersection(*axes))) if convention.per_channel else (),
+                channel_axes=convention.scale_axes(graph, layer),
                 method=convention.weight_range,
             )
     return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))

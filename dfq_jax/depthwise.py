@@ -8,7 +8,7 @@ EfficientNet-Lite0 ten to a hundred times faster.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-__all__ = ["depthwise_product", "is_supported"]
+__all__ = ["by_platform", "depthwise_product", "is_supported"]
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Beyond, the unrolled sum takes longer to compile than it saves.
 _MAX_TAPS = 81
@@ -40,6 +42,37 @@ def is_supported(params: Mapping[str, Any], operand_shape: tuple[int, ...], kern
         and all(p >= 0 for pads in params["padding"] for p in pads)
         and kernel_shape[0] * kernel_shape[1] <= _MAX_TAPS
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def by_platform(on_cpu: Product, elsewhere: Product, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+    """One of two ways to compute a product and its gradients, by the platform that the program is lowered for.
+
+    While tracing no platform is known: the same trace may be lowered for another device than the default one, or
+    exported for several. Traced, this is a `cond` on `platform_index` within a custom derivative; `elsewhere` is its
+    last branch.
+
+    Args:
+      on_cpu: computes the product on CPU.
+      elsewhere: computes the same on all other platforms.
+      operand, kernel: what they take.
+    """
+    return lax.platform_dependent(operand, kernel, cpu=on_cpu, default=elsewhere)
+
+
+def _forward_by_platform(on_cpu: Product, elsewhere: Product, operand: jax.Array, kernel: jax.Array) -> tuple[Any, Any]:
+    return by_platform(on_cpu, elsewhere, operand, kernel), (operand, kernel)
+
+
+def _backward_by_platform(on_cpu: Product, elsewhere: Product, saved: Any, gradient: jax.Array) -> Any:
+    # Each platform's own derivative: that of the choice would hand what both branches save from pass to pass.
+    def gradients(product: Product) -> Callable[..., Any]:
+        return lambda operand, kernel, gradient: jax.vjp(product, operand, kernel)[1](gradient)
+
+    return lax.platform_dependent(*saved, gradient, cpu=gradients(on_cpu), default=gradients(elsewhere))
+
+
+by_platform.defvjp(_forward_by_platform, _backward_by_platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

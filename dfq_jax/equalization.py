@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from dfq_jax.batch_norm import offset_leaves
 from dfq_jax.execute import LayerCall
+from dfq_jax.folding import layer_operations
 from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor
 from dfq_jax.matrix_form import input_channels, kernel_form
 from dfq_jax.tracing.batch_norm_pattern import ChannelAlgebra
@@ -86,12 +87,13 @@ def _pair(graph: Graph, layer: Layer, bn: BatchNorm | None, activation: str, ten
         return "its channels have several axes"
     if bn is not None and bn.scale is None:
         return f"BatchNorm {bn.name!r} has no scale"
-    if not _sole_reader(graph, *_scaled(layer, bn)):
+    own = (*layer_operations(graph, layer), *(() if bn is None else bn.chain))
+    if not _serve_only(graph, _scaled(layer, bn), own):
         return "its parameters serve other places too"
     axis = axes[0] if bn is None else bn.channel_axis
     for name in tensor.layers:
         reader = graph.layer(name)
-        if not _sole_reader(graph, reader.kernel_index):
+        if not _serve_only(graph, (reader.kernel_index,), (reader.op,)):
             return f"the kernel of {name!r} serves other places too"
         if input_channels(graph, reader, axis) is None:
             return f"{name!r} mixes its channels with positions"
@@ -107,8 +109,9 @@ def _scaled(layer: Layer, bn: BatchNorm | None) -> tuple[int | None, ...]:
     return (layer.kernel_index, layer.bias_index) if bn is None else (bn.indices.scale, bn.indices.bias)
 
 
-def _sole_reader(graph: Graph, *leaves: int | None) -> bool:
-    return all(graph.program.readers(leaf) == 1 for leaf in leaves if leaf is not None)
+def _serve_only(graph: Graph, leaves: tuple[int | None, ...], ops: tuple[int, ...]) -> bool:
+    """Whether parameters take part in no other operations on x than these."""
+    return all(graph.program.served[leaf].issubset(ops) for leaf in leaves if leaf is not None)
 
 
 # --- equalization ---

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.depthwise import depthwise_product, is_supported
+from dfq_jax.depthwise import by_platform, depthwise_product, is_supported
 from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
@@ -52,6 +52,10 @@ class LayerCall:
         """The same by the program's own primitive, for who traces the layer and is to find it."""
         return self.op(*self._ordered(self.operand, self.kernel_operand(self.kernel, cast=True)))[0]
 
+    def reading(self, source: jax.Array) -> LayerCall:
+        """The call on another value of the tensor."""
+        return dataclasses.replace(self, source=source, operand=self.rearrange(source).astype(self.operand.dtype))
+
     def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
         """The operand made from another value of the tensor, casts left out; padding takes `pad_value`."""
         value = source
@@ -74,14 +78,16 @@ class LayerCall:
 
     def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """The program's own primitive on other operands of the same types."""
-        if self.shifted:
-            return self._shifted_product(operand, kernel)
-        return self.op(*self._ordered(operand, kernel))[0]
+
+        def own(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            return self.op(*self._ordered(operand, kernel))[0]
+
+        return by_platform(self._shifted_product, own, operand, kernel) if self.shifted else own(operand, kernel)
 
     @property
     def shifted(self) -> bool:
-        """Whether the layer is computed as a sum of shifted products: a depthwise convolution on CPU."""
-        if self.layer.kind != "conv" or self.layer.kernel_operand != 1 or jax.default_backend() != "cpu":
+        """Whether the layer is computed as a sum of shifted products on CPU: a depthwise convolution."""
+        if self.layer.kind != "conv" or self.layer.kernel_operand != 1:
             return False
         avals = self.graph.program.avals
         return is_supported(self.op.params, *(avals[value].shape for value in self.op.inputs))
@@ -107,7 +113,12 @@ class LayerCall:
         return self._product(operand, kernel, dtype, padding=no_padding)
 
     def channel_vector(self, per_channel: jax.Array) -> jax.Array:
-        """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result."""
+        """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result.
+
+        Raises:
+          GraphError: it varies along an axis that the layer sums over.
+        """
+        self.layer.check_scale(jnp.shape(per_channel))
         full = jnp.broadcast_to(per_channel, self.layer.kernel_shape)
         kernel = self.kernel_operand(full)
         params = self.op.params
@@ -163,28 +174,33 @@ class LayerCall:
         return depthwise_product(operand, kernel, tuple(params["window_strides"]), tuple(map(tuple, padding)))
 
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padding: Any) -> jax.Array:
-        if self.shifted:
-            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
         params = self.op.params
-        lhs, rhs = self._ordered(operand, kernel)
-        precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
-        if self.layer.kind == "dense":
-            return lax.dot_general(
-                lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
+
+        def plain(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            lhs, rhs = self._ordered(operand, kernel)
+            precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
+            if self.layer.kind == "dense":
+                return lax.dot_general(
+                    lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
+                )
+            explicit = padding is not None
+            return lax.conv_general_dilated(
+                lhs,
+                rhs,
+                window_strides=params["window_strides"],
+                padding=padding if explicit else params["padding"],
+                lhs_dilation=None if explicit else params["lhs_dilation"],
+                rhs_dilation=params["rhs_dilation"],
+                dimension_numbers=params["dimension_numbers"],
+                feature_group_count=params["feature_group_count"],
+                precision=precision,
+                preferred_element_type=dtype,
             )
-        explicit = padding is not None
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides=params["window_strides"],
-            padding=padding if explicit else params["padding"],
-            lhs_dilation=None if explicit else params["lhs_dilation"],
-            rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=params["dimension_numbers"],
-            feature_group_count=params["feature_group_count"],
-            precision=precision,
-            preferred_element_type=dtype,
-        )
+
+        def shifted(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
+
+        return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
 
 
 # The two parts of the collection "quantization": tensors quantized for all readers, and for layers alone.
@@ -472,26 +488,67 @@ def apply_quantized(
     Returns:
       What `apply_fn` returns.
     """
+    product = _integer_layer if integer else _simulated_layer
+    rules = quantized_rules(qvariables, product=product)
+
+    def corrected(call: LayerCall) -> jax.Array:
+        return after_layer(call, rules.layer(call))
+
+    layer = rules.layer if after_layer is None else corrected
+    return run(graph, qvariables, x, layer=layer, tensor=rules.tensor, batch_norm=batch_norm)
+
+
+class QuantizedRules(NamedTuple):
+    """Rules for `run` and `run_block`."""
+
+    layer: LayerRule
+    tensor: TensorRule
+
+
+def quantized_rules(
+    qvariables: Any,
+    *,
+    product: Callable[[LayerCall, QuantizerParams], jax.Array],
+    in_float: LayerRule = LayerCall.default,
+    fake_quantize: Callable[[str, jax.Array, QuantizerParams], jax.Array] | None = None,
+    soft: frozenset[str] = frozenset(),
+) -> QuantizedRules:
+    """What is quantized where in a quantized network, in whatever arithmetic.
+
+    A tensor that is quantized for all its readers is so for every one of them. One that is quantized for layers alone
+    is so for those whose kernel is quantized, too; a layer with a float kernel reads it in float, and a layer whose
+    tensor has no quantizer multiplies float activations with dequantized weights.
+
+    Args:
+      qvariables: quantized variables; only the collection "quantization" is read here.
+      product: computes a layer whose kernel and tensor are both quantized; `call.source` is the fake-quantized tensor.
+      in_float: computes all other layers.
+      fake_quantize: quantizes and dequantizes a value in float32, `(layer, value, params) -> value`, once for each
+        tensor that is quantized for all readers (with the first of its layers), else once for each layer.
+      soft: paths of kernels that stand for quantized ones though they are arrays, so that gradients can move them.
+    """
     collection = qvariables[QUANTIZATION] if is_quantized(qvariables) else {}
-    for_all: dict[str, QuantizerParams] = collection.get(TENSORS, {})
-    for_layers: dict[str, QuantizerParams] = collection.get(OPERANDS, {})
+    for_all: Mapping[str, QuantizerParams] = collection.get(TENSORS, {})
+    for_layers: Mapping[str, QuantizerParams] = collection.get(OPERANDS, {})
+
+    def quantized(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
+        value = value.astype(jnp.float32)
+        return fake_quant(value, params) if fake_quantize is None else fake_quantize(layer, value, params)
 
     def tensor(item: Tensor, value: jax.Array) -> jax.Array:
         params = for_all.get(item.name)
-        return value if params is None else fake_quant(value.astype(jnp.float32), params)
-
-    product = _integer_layer if integer else _simulated_layer
+        return value if params is None else quantized(item.layers[0], value, params)
 
     def layer(call: LayerCall) -> jax.Array:
-        params = for_all.get(call.layer.tensor)
-        if params is None and call.layer.tensor in for_layers:
-            params = for_layers[call.layer.tensor]
-            call = dataclasses.replace(call, source=fake_quant(call.source.astype(jnp.float32), params))
-        in_float = params is None or not isinstance(call.kernel, QTensor)
-        result = call.default() if in_float else product(call, params)
-        return result if after_layer is None else after_layer(call, result)
+        name = call.layer.tensor
+        params = for_all.get(name, for_layers.get(name))
+        if params is None or not (isinstance(call.kernel, QTensor) or call.layer.kernel in soft):
+            return in_float(call)
+        if name not in for_all:
+            call = dataclasses.replace(call, source=quantized(call.layer.name, call.source, params))
+        return product(call, params)
 
-    return run(graph, qvariables, x, layer=layer, tensor=tensor, batch_norm=batch_norm)
+    return QuantizedRules(layer, tensor)
 
 
 def _simulated_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:

@@ -59,7 +59,13 @@ def foldable(graph: Graph, layer: Layer) -> bool:
     bn = graph.batch_norm(layer.batch_norm)
     roles = bn.indices
     changed = (layer.kernel_index, layer.bias_index, roles.mean, roles.var, roles.scale, roles.bias)
-    # A leaf that something else reads too cannot change.
-    sole_use = all(graph.program.readers(i) == 1 for i in changed if i is not None)
+    # A leaf that serves something else too cannot change.
+    own = (*layer_operations(graph, layer), *bn.chain)
+    sole_use = all(graph.program.served[i].issubset(own) for i in changed if i is not None)
     channels = math.prod(layer.kernel_shape[a] for a in layer.channel_axes)
     return sole_use and bn.channels == channels and bn.bias is not None
+
+
+def layer_operations(graph: Graph, layer: Layer) -> tuple[int, int]:
+    """The operations of a layer that parameters take part in: its product, and the sum with its bias if it has one."""
+    return layer.op, graph.program.producer(layer.output).index

@@ -135,6 +135,14 @@ class Graph:
     def _batch_norms(self) -> dict[str, BatchNorm]:
         return {bn.name: bn for bn in self.batch_norms}
 
+    @functools.cached_property
+    def kernels(self) -> dict[str, tuple[Layer, ...]]:
+        """The layers that read each kernel, in the order they run, by the kernel's path."""
+        readers: dict[str, tuple[Layer, ...]] = {}
+        for layer in self.layers:
+            readers[layer.kernel] = (*readers.get(layer.kernel, ()), layer)
+        return readers
+
     @property
     def unrecognized_batch_norms(self) -> tuple[Skipped, ...]:
         """What is in `skipped` and may be a BatchNorm: each channel is scaled by the root of a parameter."""

@@ -72,6 +72,21 @@ def kernel_form(graph: Graph, layer: Layer) -> KernelForm:
     return KernelForm(tuple(layer.kernel_shape), chain, order, sizes)
 
 
+def common_form(graph: Graph, path: str) -> KernelForm | None:
+    """The form that a kernel has for all layers that read it; None where they see different matrices.
+
+    Then what makes one layer's errors cancel says nothing about the others.
+    """
+    first, *others = (kernel_form(graph, layer) for layer in graph.kernels[path])
+    if others:
+        labels = np.arange(math.prod(first.shape), dtype=np.int32).reshape(first.shape)
+        with jax.ensure_compile_time_eval():
+            expected = np.asarray(first.matrix(labels))
+            if not all(np.array_equal(np.asarray(form.matrix(labels)), expected) for form in others):
+                return None
+    return first
+
+
 def patches(call: LayerCall) -> Float[Array, "m g d"]:
     """What a layer's kernel meets at each image and position, `[positions, groups, inputs * window]`, float32."""
     params, x = call.op.params, call.operand.astype(jnp.float32)
@@ -158,22 +173,19 @@ def with_codes(form: KernelForm, kernel: QTensor, codes: Float[Array, "g o i k"]
 
 def quantized_kernels(
     graph: Graph, variables: Any, qvariables: Any
-) -> dict[str, tuple[tuple[Layer, ...], Any, QTensor]]:
-    """The layers that read each quantized kernel, its float leaf and its `QTensor`, by the kernel's path.
+) -> dict[str, tuple[KernelForm, Float[Array, "..."], QTensor]]:
+    """The form, the float leaf and the `QTensor` of each quantized kernel that has one form, by the kernel's path.
 
     Raises:
       ValueError: no kernel is quantized, or `variables` are not the float ones.
       GraphError: a tree is not the one that was traced.
     """
     floats, quantized = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
-    found = {}
-    for layer in graph.layers:
-        leaf, kernel = floats[layer.kernel], quantized[layer.kernel]
-        if isinstance(leaf, QTensor):
-            raise ValueError(f"variables: {layer.kernel!r} is quantized; pass the float variables first.")
-        if isinstance(kernel, QTensor):
-            layers = tuple(other for other in graph.layers if other.kernel == layer.kernel)
-            found.setdefault(layer.kernel, (layers, leaf, kernel))
-    if not found:
+    for path in graph.kernels:
+        if isinstance(floats[path], QTensor):
+            raise ValueError(f"variables: {path!r} is quantized; pass the float variables first.")
+    paths = [path for path in graph.kernels if isinstance(quantized[path], QTensor)]
+    if not paths:
         raise ValueError("qvariables: found no quantized kernel; pass what quantize_params returned.")
-    return found
+    forms = {path: common_form(graph, path) for path in paths}
+    return {path: (form, floats[path], quantized[path]) for path, form in forms.items() if form is not None}

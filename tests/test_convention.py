@@ -235,7 +235,7 @@ def test_structure(build, shortcuts):
     assert set(qvariables) == {*variables, QUANTIZATION}
     bits = {}
     for layer in graph.layers:
-        bits.setdefault(layer.kernel, (convention.layer_bits(graph, layer), layer.channel_axes))  # the first use
+        bits.setdefault(layer.kernel, (convention.layer_bits(graph, layer), convention.scale_axes(graph, layer)))
     found = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
     for path, before in zip(graph.leaf_paths, graph.leaves(variables), strict=True):
         after = found[path]

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dfq_jax.backend import platform_of
+from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.depthwise import depthwise_product, is_supported
-from dfq_jax.execute import run
+from dfq_jax.execute import apply_quantized, run
 from dfq_jax.graph import trace
+from dfq_jax.ranges import estimate_ranges
+from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.synthesis.layer_rules import loop_friendly
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -64,5 +69,102 @@ def test_the_interpreter_uses_it_where_it_may(options, supported):
     op = graph.program.ops[layer.op]
     assert is_supported(op.params, x.shape, layer.kernel_shape) == supported
     np.testing.assert_allclose(run(graph, variables, x), net.apply(variables, x), rtol=1e-5, atol=1e-5)
-    convolutions = str(jax.make_jaxpr(lambda x: run(graph, variables, x))(x)).count("conv_general_dilated")
-    assert convolutions == (0 if supported and jax.default_backend() == "cpu" else 1)
+    # What is traced holds the program's own convolution; what is compiled for CPU only where nothing else is known.
+    traced = jax.jit(lambda v, x: run(graph, v, x)).trace(variables, x)
+    assert str(traced.jaxpr).count("conv_general_dilated") == 1
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).compile().as_text() if jax.default_backend() == "cpu" else None
+    assert on_cpu is None or (" convolution(" in on_cpu) == (not supported)
+
+
+class Separable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), 2)(x))
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def separable():
+    net, x = Separable(), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables = net.init(jax.random.key(1), x)
+    return trace(net.apply, variables, x.shape), variables, x
+
+
+def gradient(graph, layer):
+    def loss(variables, x):
+        return jnp.sum(jnp.square(run(graph, variables, x, layer=layer)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+DEPTHWISE = "feature_group_count = 8"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("layer", [None, loop_friendly])
+def test_the_platform_lowered_for_decides(platform, layer):
+    graph, variables, x = separable()
+    function = jax.jit(lambda v, x: run(graph, v, x, layer=layer))
+    texts = [
+        jax.export.export(f, platforms=(platform,))(variables, x).mlir_module()
+        for f in (function, gradient(graph, layer))
+    ]
+    if platform == "cpu" and jax.__version_info__ < (0, 8):
+        return  # all branches are in the text, and the compiler drops those of other platforms
+    assert [DEPTHWISE in text for text in texts] == [platform != "cpu"] * 2
+
+
+def test_one_export_for_all_platforms():
+    graph, variables, x = separable()
+    program = jax.export.export(jax.jit(lambda v, x: run(graph, v, x)), platforms=("cpu", "cuda", "tpu"))(variables, x)
+    assert DEPTHWISE in program.mlir_module()
+    np.testing.assert_allclose(program.call(variables, x), Separable().apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("integer", [False, True])
+def test_quantized_network_by_platform(platform, integer):
+    graph, variables, x = separable()
+    convention = Convention.parse("w8a8")
+    qvariables = quantize_params(graph, variables, estimate_ranges(graph, variables, x, convention), convention)
+    if integer:
+        plan, arrays = compile_integer(graph, qvariables)
+        function = jax.jit(lambda v, x: apply_integer(plan, v, x))
+    else:
+        arrays, function = qvariables, jax.jit(lambda v, x: apply_quantized(graph, v, x))
+    text = jax.export.export(function, platforms=(platform,))(arrays, x).mlir_module()
+    assert platform == "cpu" or DEPTHWISE in text
+
+
+def test_gradients_under_scan_and_vmap_are_those_of_the_network():
+    graph, variables, x = separable()
+    net = Separable()
+
+    def loss(apply):
+        return lambda v, x: jnp.sum(jnp.square(apply(v, x)))
+
+    def own(v, x):
+        return run(graph, v, x)
+
+    def looped(apply):
+        step = jax.grad(loss(apply), argnums=1)
+        return jax.jit(lambda v, x: jax.lax.scan(lambda x, _: (x - 0.1 * step(v, x), None), x, length=2)[0])
+
+    np.testing.assert_allclose(looped(own)(variables, x), looped(net.apply)(variables, x), rtol=1e-4, atol=1e-5)
+    mapped = jax.jit(jax.vmap(jax.grad(loss(own)), (None, 0)))(variables, x[:, None].repeat(2, 1))
+    expected = jax.jit(jax.vmap(jax.grad(loss(net.apply)), (None, 0)))(variables, x[:, None].repeat(2, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), mapped, expected)
+
+
+def test_what_ran_by_rules_traces_to_the_same_layers():
+    graph, variables, x = separable()
+    again = trace(lambda v, x: run(graph, v, x), variables, x.shape)
+    assert again.layers == graph.layers and again.digest == graph.digest
+
+
+def test_platform_of():
+    device = jax.devices("cpu")[0]
+    assert platform_of({"a": np.ones(2), "b": jax.device_put(jnp.ones(2), device)}) == "cpu"
+    with jax.default_device(device):
+        assert platform_of(np.ones(2)) == "cpu"
+    assert platform_of() == jax.default_backend()

@@ -45,6 +45,7 @@ from dfq_jax.finetuning.student import (
     observe_teacher,
     project,
     rounded,
+    soft_kernels,
     soft_variables,
 )
 from dfq_jax.graph import QUANTIZATION
@@ -279,7 +280,7 @@ def test_at_first_the_student_is_the_network_it_was_made_of(build, shortcuts):
 
     @jax.jit
     def both(x):
-        student = observe_student(graph, soft_variables(graph, qvariables, parameters), x)
+        student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft_kernels(parameters))
         teacher = observe_teacher(graph, variables, x)
         expected = graph.logits(apply_quantized(graph, qvariables, x)), graph.logits(graph.apply_fn(variables, x))
         return (student.scores, teacher.scores), expected, (student.features, teacher.features)
@@ -307,7 +308,7 @@ def test_gradients_against_the_closed_form():
     target = np.asarray(graph.apply_fn(variables, x), np.float64)
 
     def loss(parameters):
-        student = observe_student(graph, soft_variables(graph, qvariables, parameters), x)
+        student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft_kernels(parameters))
         return distillation_loss(config, 1, Observation(jnp.asarray(target, jnp.float32), ()), student).total
 
     gradient = jax.grad(loss)(parameters)

@@ -126,7 +126,10 @@ def _weight(name: str, kernel: Any, template: Any) -> Any:
     shape = template.array.qvalue.shape
     if codes.shape != shape or kernel.scale.ndim != len(shape):
         raise ValueError(f"layer {name!r}: a kernel of shape {codes.shape}, which Qwix wants as {shape}.")
-    scale = jnp.broadcast_to(kernel.scale, template.array.scale.shape)
+    expected = template.array.scale.shape
+    if any(own not in (1, size) for own, size in zip(kernel.scale.shape, expected, strict=True)):
+        raise ValueError(f"layer {name!r}: a scale of shape {kernel.scale.shape}, which Qwix wants as {expected}.")
+    scale = jnp.broadcast_to(kernel.scale, expected)
     array = dataclasses.replace(template.array, qvalue=jnp.asarray(codes, jnp.int8), scale=scale)
     return template.replace(array=array)
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dfq_jax.backend import platform_of
 from dfq_jax.comparison import compare
 from dfq_jax.finetuning.config import FinetuneConfig
 from dfq_jax.finetuning.step import advance, init_state
@@ -143,7 +144,7 @@ class _Run:
         self.graph = graph.at((self.config.batch_size, *images.shape[1:]), images.dtype)
         self.variables, self.start = variables, qvariables
         self.key, self.on_progress = key, on_progress
-        chunk = config.chunk or DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+        chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
         self.chunk = largest_divisor(chunk, config.steps)
         self.state = init_state(self.config, init_parameters(self.graph, self.config, variables, qvariables))
         self.done = 0

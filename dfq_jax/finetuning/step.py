@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.finetuning.config import FinetuneConfig
 from dfq_jax.finetuning.losses import Losses, distillation_loss
-from dfq_jax.finetuning.student import Parameters, observe_student, observe_teacher, project, soft_variables
+from dfq_jax.finetuning.student import (
+    Parameters,
+    observe_student,
+    observe_teacher,
+    project,
+    soft_kernels,
+    soft_variables,
+)
 from dfq_jax.graph import Graph
 from dfq_jax.synthesis.augment import random_crop, random_flip
 from dfq_jax.synthesis.checks import num_classes
@@ -104,7 +111,8 @@ def advance(
         own_labels = None if labels is None else labels[chosen]
 
         def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
-            student = observe_student(graph, soft_variables(graph, qvariables, parameters), x)
+            soft = soft_kernels(parameters)
+            student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft)
             losses = distillation_loss(config, classes, teacher, student, own_labels)
             return losses.total, losses
 

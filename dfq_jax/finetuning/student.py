@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, LayerRule, TensorRule, run_block
+from dfq_jax.execute import LayerRule, TensorRule, quantized_rules, run_block
 from dfq_jax.finetuning.config import FinetuneConfig
 from dfq_jax.finetuning.losses import Observation
-from dfq_jax.graph import QUANTIZATION, Graph, Tensor, with_quantization
-from dfq_jax.qtensor import QTensor, fake_quant
-from dfq_jax.rounding.block import bias_unit
+from dfq_jax.graph import QUANTIZATION, Graph, with_quantization
+from dfq_jax.qtensor import QTensor
+from dfq_jax.rounding.block import bias_unit, learned_product
 from dfq_jax.rounding.soft import code_limits, scaled
 from dfq_jax.synthesis.layer_rules import loop_friendly
 
@@ -87,7 +87,7 @@ def soft_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any
     """The student's variables with kernels as arrays, differentiable in all parameters."""
     leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
     kernels = {}
-    for path in parameters.kernels.keys() | parameters.scales.keys():
+    for path in soft_kernels(parameters):
         leaf, u = leaves[path], parameters.kernels.get(path)
         codes = leaf.centered().astype(jnp.float32) if u is None else rounded(u, leaf)
         kernels[path] = (codes * _scale(path, leaf, parameters)).astype(leaf.dtype)
@@ -98,7 +98,7 @@ def hard_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any
     """The student's variables, quantized: of the structure of `qvariables`."""
     leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
     kernels = {}
-    for path in parameters.kernels.keys() | parameters.scales.keys():
+    for path in soft_kernels(parameters):
         leaf, u = leaves[path], parameters.kernels.get(path)
         codes = leaf.qvalue
         if u is not None:
@@ -106,6 +106,11 @@ def hard_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any
             codes = jnp.round(codes).astype(leaf.qvalue.dtype)
         kernels[path] = dataclasses.replace(leaf, qvalue=codes, scale=_scale(path, leaf, parameters))
     return _with_rest(graph, qvariables, leaves, kernels, parameters)
+
+
+def soft_kernels(parameters: Parameters) -> frozenset[str]:
+    """The kernels that are arrays in `soft_variables`."""
+    return frozenset(parameters.kernels.keys() | parameters.scales.keys())
 
 
 def _scale(path: str, kernel: QTensor, parameters: Parameters) -> jax.Array:
@@ -138,22 +143,13 @@ def observe_teacher(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> O
     return _observe(graph, variables, x, loop_friendly, None)
 
 
-def observe_student(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Observation:
-    """The network of `soft_variables`, block by block: fake-quantized activations, arrays for kernels."""
-    for_all, for_layers = (variables[QUANTIZATION].get(kind, {}) for kind in (TENSORS, OPERANDS))
+def observe_student(graph: Graph, variables: Any, x: Float[Array, "n ..."], soft: frozenset[str]) -> Observation:
+    """The network of `soft_variables`, block by block: fake-quantized activations, arrays for kernels.
 
-    def tensor(item: Tensor, value: jax.Array) -> jax.Array:
-        params = for_all.get(item.name)
-        return value if params is None else fake_quant(value.astype(jnp.float32), params)
-
-    def layer(call: LayerCall) -> jax.Array:
-        params = for_layers.get(call.layer.tensor)
-        if params is not None:
-            source = fake_quant(call.source.astype(jnp.float32), params)
-            call = dataclasses.replace(call, operand=call.rearrange(source).astype(call.operand.dtype))
-        return loop_friendly(call)
-
-    return _observe(graph, variables, x, layer, tensor)
+    `soft` are the kernels that are soft; others are float, or quantized and fixed.
+    """
+    rules = quantized_rules(variables, product=learned_product, in_float=loop_friendly, soft=soft)
+    return _observe(graph, variables, x, rules.layer, rules.tensor)
 
 
 def _observe(graph: Graph, variables: Any, x: jax.Array, layer: LayerRule, tensor: TensorRule | None) -> Observation:

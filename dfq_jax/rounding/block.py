@@ -6,7 +6,6 @@ at random, quantized or float values (QDrop, arXiv 2203.05740).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, run
-from dfq_jax.graph import QUANTIZATION, Graph, Tensor, with_quantization
+from dfq_jax.execute import LayerCall, quantized_rules, run
+from dfq_jax.graph import QUANTIZATION, Graph, with_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
@@ -105,26 +104,33 @@ def bias_unit(bias: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.mean(jnp.square(bias.astype(jnp.float32))) + 1e-6)
 
 
-def apply_soft(graph: Graph, variables: Variables, x: Float[Array, "n ..."], key: Key[Array, ""], drop: float) -> Any:
-    """Run a block with soft kernels, each activation quantized with probability 1 - `drop`; the key is consumed."""
-    for_all, for_layers = (variables[QUANTIZATION].get(kind, {}) for kind in (TENSORS, OPERANDS))
+def apply_soft(
+    graph: Graph,
+    variables: Variables,
+    x: Float[Array, "n ..."],
+    key: Key[Array, ""],
+    drop: float,
+    soft: frozenset[str],
+) -> Any:
+    """Run a block with soft kernels, each activation quantized with probability 1 - `drop`; the key is consumed.
+
+    `soft` are the kernels that are soft; others are float, or quantized and fixed.
+    """
     place = {layer.name: i for i, layer in enumerate(graph.layers)}
 
-    def quantized(name: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
-        value = value.astype(jnp.float32)
-        return mix(jax.random.fold_in(key, place[name]), value, fake_quant(value, params), drop)
+    def dropped(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
+        return mix(jax.random.fold_in(key, place[layer]), value, fake_quant(value, params), drop)
 
-    def tensor(item: Tensor, value: jax.Array) -> jax.Array:
-        return quantized(item.layers[0], value, for_all[item.name]) if item.name in for_all else value
+    rules = quantized_rules(
+        variables, product=learned_product, in_float=loop_friendly, fake_quantize=dropped, soft=soft
+    )
+    return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor)
 
-    def layer(call: LayerCall) -> jax.Array:
-        params = for_layers.get(call.layer.tensor)
-        if params is not None:
-            source = quantized(call.layer.name, call.source, params)
-            call = dataclasses.replace(call, operand=call.rearrange(source).astype(call.operand.dtype))
-        return loop_friendly(call)
 
-    return run(graph, variables, x, layer=layer, tensor=tensor)
+def learned_product(call: LayerCall, params: QuantizerParams) -> jax.Array:
+    """A quantized layer while it is learned: fake-quantized operands, multiplied as the network multiplies."""
+    del params  # they are in the fake-quantized tensor
+    return loop_friendly(call.reading(call.source))
 
 
 def mix(key: Key[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
@@ -236,7 +242,8 @@ def advance(
         weight, beta = rounding_pressure(config, state.step)
 
         def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
-            found = apply_soft(graph, soft_variables(own, bases, parameters), x, drop_key, config.drop)
+            variables, soft = soft_variables(own, bases, parameters), frozenset(parameters.kernels)
+            found = apply_soft(graph, variables, x, drop_key, config.drop, soft)
             error = reconstruction_error(found, batch.targets)
             difference = jnp.zeros(())
             if config.prediction_weight:

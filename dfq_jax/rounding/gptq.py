@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from dfq_jax.execute import BatchNormRule, LayerCall, apply_quantized, as_argument
 from dfq_jax.graph import Graph
-from dfq_jax.matrix_form import Codes, kernel_codes, kernel_form, patches, quantized_kernels, with_codes
+from dfq_jax.matrix_form import Codes, kernel_codes, patches, quantized_kernels, with_codes
 from dfq_jax.precision import full_precision
 from dfq_jax.ranges import batches, check_images
 
@@ -86,7 +86,8 @@ def gptq(
       batch_norm: what each BatchNorm computes in place of itself; `analytic.gptq_from_noise` puts noise there.
 
     Returns:
-      `qvariables` with other codes.
+      `qvariables` with other codes. A kernel that several layers read has codes for the inputs of all of them; one
+      that they read as different matrices (`x @ w` and `h @ w.T`) keeps its codes.
 
     Raises:
       ValueError: no kernel is quantized, `variables` are not the float ones, no images, or images with NaN or infinity.
@@ -96,11 +97,10 @@ def gptq(
     for _ in range(config.passes):
         total = None
         for batch in batches(images, batch_size):
-            new = _moments(graph, qvariables, batch, config.max_patches, as_argument(batch_norm))
+            new = _moments(graph, tuple(kernels), qvariables, batch, config.max_patches, as_argument(batch_norm))
             total = new if total is None else jax.tree.map(jnp.add, total, new)
         updates = {}
-        for path, (layers, leaf, kernel) in kernels.items():
-            form = kernel_form(graph, layers[0])
+        for path, (form, leaf, kernel) in kernels.items():
             better = round_kernel(kernel_codes(form, kernel, leaf), total[path], config)
             updates[path] = with_codes(form, kernel, better)
         qvariables = graph.replace(qvariables, updates)
@@ -126,14 +126,21 @@ class Moments:
     second: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_patches"))
+@functools.partial(jax.jit, static_argnames=("graph", "paths", "max_patches"))
 def _moments(
-    graph: Graph, qvariables: Any, images: jax.Array, max_patches: int, batch_norm: BatchNormRule | None
+    graph: Graph,
+    paths: tuple[str, ...],
+    qvariables: Any,
+    images: jax.Array,
+    max_patches: int,
+    batch_norm: BatchNormRule | None,
 ) -> dict[str, Moments]:
-    """Moments of the inputs that each kernel meets, by its path."""
+    """Moments of the inputs that each of some kernels meets, by its path."""
     totals: dict[str, Moments] = {}
 
     def measure(call: LayerCall, result: jax.Array) -> jax.Array:
+        if call.layer.kernel not in paths:
+            return result
         x = _thinned(patches(call), max_patches)
         second = jnp.einsum("mgd,mge->gde", x, x, precision=lax.Precision.HIGHEST)
         new = Moments(jnp.float32(x.shape[0]), x.sum(0), second)

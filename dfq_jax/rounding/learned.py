@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from dfq_jax.backend import platform_of
 from dfq_jax.execute import apply_quantized
 from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.interrupt import catch_interrupt
+from dfq_jax.matrix_form import common_form
 from dfq_jax.precision import full_precision, products
 from dfq_jax.qtensor import QTensor
 from dfq_jax.ranges import check_images
@@ -157,8 +159,10 @@ class _Run:
         self.float_inputs = self.inputs = images
         self.float_logits = self.class_scores() if config.prediction_weight else None
         self.key, self.on_progress = key, on_progress
-        self.chunk = config.chunk or DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
-        self.seen: set[str] = set()  # leaves of earlier blocks: already learned, and other blocks rely on them
+        self.chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
+        # Leaves of earlier blocks: already learned, and other blocks rely on them. Kernels that other blocks read as
+        # other matrices: what one block learns about them is noise to the others.
+        self.seen = {path for path in self.graph.kernels if self.divides(path)}
         self.results: list[BlockResult] = []
         self.steps_done = 0
 
@@ -184,6 +188,12 @@ class _Run:
                 self.inputs = self.outputs(sub, own if kept else before, self.inputs)
                 self.float_inputs = targets
         return True
+
+    def divides(self, path: str) -> bool:
+        """Whether several blocks read a kernel, as different matrices."""
+        readers = {layer.name for layer in self.graph.kernels[path]}
+        blocks = sum(not readers.isdisjoint(block.layers) for block in self.blocks)
+        return blocks > 1 and common_form(self.graph, path) is None
 
     def learn(
         self, sub: Subnetwork, index: int, targets: Any, interrupted: Callable[[], bool]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dfq_jax.graph import Graph
-from dfq_jax.matrix_form import KernelForm, kernel_codes, kernel_form, quantized_kernels, with_codes
+from dfq_jax.matrix_form import KernelForm, kernel_codes, quantized_kernels, with_codes
 from dfq_jax.qtensor import QTensor
 
 
@@ -32,14 +32,15 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
 
     Returns:
       `qvariables` with other codes; each differs from the nearest one by at most 1. Weights beyond a clipped range keep
-      their codes; what their errors add to a sum is made up for by others as far as those allow.
+      their codes; what their errors add to a sum is made up for by others as far as those allow. A kernel that layers
+      read as different matrices (`x @ w` and `h @ w.T`) keeps its codes, too.
 
     Raises:
       ValueError: no kernel is quantized, or `variables` are not the float ones.
     """
     updates = {}
-    for path, (layers, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
-        updates[path] = _squant_kernel(kernel_form(graph, layers[0]), kernel, leaf)
+    for path, (form, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
+        updates[path] = _squant_kernel(form, kernel, leaf)
     return graph.replace(qvariables, updates)
 
 

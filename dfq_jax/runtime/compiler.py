@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfq_jax.backend import platform_of
 from dfq_jax.execute import TENSORS, LayerCall, activation_quantizers
 from dfq_jax.graph import QUANTIZATION, Graph, Layer, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack, storage_bits
@@ -36,7 +37,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
     Args:
       graph: from `trace`.
       qvariables: from `quantize_params`, or with learned codes, adapted BatchNorm statistics and so on.
-      policy: what runs as int8; by default that of JAX's backend.
+      policy: what runs as int8; by default that of the device which `qvariables` are on.
 
     Returns:
       The plan, and the variables for `apply_integer`: kernels as codes, one multiplier and offset for each layer,
@@ -49,7 +50,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         raise ValueError(
             "qvariables: expected quantized variables, found no collection 'quantization'. Quantize first."
         )
-    policy = default_policy() if policy is None else policy
+    policy = default_policy(platform_of(qvariables)) if policy is None else policy
     leaves = graph.leaves(qvariables)
     quantizers = activation_quantizers(qvariables) if policy.activations == "codes" else {}
     for_all = tuple(name for name in qvariables[QUANTIZATION].get(TENSORS, {}) if name in quantizers)
@@ -92,7 +93,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
         layer_variables[layer.name] = {
             "kernel": kernels[form],
             **({"zero": _kernel_zero(kernel)} if compact and kernel.zero_point is not None else {}),
-            **_fold(graph, layer, decision, leaves, quantizers, target),
+            **_fold(graph, layer, decision, leaves, quantizers, target, layer.name in fusion.bare),
         }
     variables = {
         "layers": layer_variables,
@@ -139,8 +140,12 @@ def _fold(
     leaves: list[Any],
     quantizers: dict[str, QuantizerParams],
     target: str | None,
+    bare: bool,
 ) -> dict[str, jax.Array]:
-    """Multiplier and offset of a layer's sum, broadcastable against its result; in float64."""
+    """Multiplier and offset of a layer's sum, broadcastable against its result; in float64.
+
+    They hold bias, BatchNorm and the step of the tensor `target`, unless the layer is `bare` (see `Fusion`).
+    """
     kernel: QTensor = leaves[layer.kernel_index]
     op = graph.program.ops[layer.op]
     call = LayerCall(layer, op, graph, None, None, kernel)
@@ -150,6 +155,7 @@ def _fold(
     def vector(leaf: Any) -> np.ndarray:
         return np.asarray(leaf, np.float64).reshape(channels)
 
+    layer.check_scale(np.shape(kernel.scale))
     own = [size if axis in layer.channel_axes else 1 for axis, size in enumerate(kernel.shape)]
     multiplier = vector(np.broadcast_to(np.asarray(kernel.scale, np.float64), own))
     offset = np.zeros_like(multiplier)
@@ -160,9 +166,9 @@ def _fold(
         if zero is not None:
             axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
             offset = -zero * multiplier * vector(centered(kernel).astype(np.int64).sum(axes))
-    if layer.bias_index is not None:
+    if layer.bias_index is not None and not bare:
         offset = offset + vector(leaves[layer.bias_index])
-    if layer.batch_norm is not None:
+    if layer.batch_norm is not None and not bare:
         factor, shift = _affine(graph, layer.batch_norm, leaves, len(shape))
         multiplier, offset = multiplier * factor, offset * factor + shift
     if target is not None:

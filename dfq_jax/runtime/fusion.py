@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dfq_jax.graph import Graph, Layer, Tensor
 
@@ -19,12 +19,15 @@ class Fusion:
       results: by layer, the value of the program that it computes: past its bias and BatchNorm, and past an activation
         where it computes a quantized tensor.
       requantizes: by layer, the quantized tensor that it computes, if any.
+      bare: layers that compute their product alone: the program rounds it, or what follows it, to a type narrower than
+        float32. Then the program's own operations follow, so that what is rounded where is as in the simulation.
       live: indices of the operations that are left to run, layers included.
       leaves: numbers of the leaves that they read.
     """
 
     results: Mapping[str, int]
     requantizes: Mapping[str, str]
+    bare: frozenset[str]
     live: frozenset[int]
     leaves: frozenset[int]
 
@@ -40,7 +43,14 @@ def fuse(graph: Graph, folded: frozenset[str], quantized: frozenset[str]) -> Fus
     """
     results: dict[str, int] = {}
     requantizes: dict[str, str] = {}
-    ends = {_affine_end(graph, layer): layer for layer in graph.layers if layer.name in folded}
+    bare = frozenset(
+        layer.name for layer in graph.layers if layer.name in folded and _narrow(graph, _affine(graph, layer))
+    )
+    ends = {
+        graph.program.ops[layer.op].outputs[0] if layer.name in bare else _affine(graph, layer)[-1]: layer
+        for layer in graph.layers
+        if layer.name in folded
+    }
     results.update({layer.name: end for end, layer in ends.items()})
     for tensor in graph.tensors:
         layer = _producer(graph, tensor, ends) if tensor.name in quantized else None
@@ -48,16 +58,25 @@ def fuse(graph: Graph, folded: frozenset[str], quantized: frozenset[str]) -> Fus
             results[layer.name] = tensor.value
             requantizes[layer.name] = tensor.name
     live, leaves = _live(graph, results)
-    return Fusion(results, requantizes, live, leaves)
+    return Fusion(results, requantizes, bare, live, leaves)
 
 
-def _affine_end(graph: Graph, layer: Layer) -> int:
-    return layer.output if layer.batch_norm is None else graph.batch_norm(layer.batch_norm).output
+def _affine(graph: Graph, layer: Layer) -> list[int]:
+    """The values from a layer's product on, past its bias, to the end of its BatchNorm."""
+    ops = graph.program.ops
+    chain = () if layer.batch_norm is None else graph.batch_norm(layer.batch_norm).chain
+    return [ops[layer.op].outputs[0], layer.output, *(ops[i].outputs[0] for i in chain)]
+
+
+def _narrow(graph: Graph, values: Iterable[int]) -> bool:
+    return any(graph.program.avals[value].dtype.itemsize < 4 for value in values)
 
 
 def _producer(graph: Graph, tensor: Tensor, ends: Mapping[int, Layer]) -> Layer | None:
     """The layer whose result, clipped, is the tensor, and is nothing else besides."""
     program, value = graph.program, tensor.value
+    if _narrow(graph, (value,)):
+        return None
     if value in ends:
         return ends[value]
     if tensor.activation not in CLIPS:
@@ -68,6 +87,8 @@ def _producer(graph: Graph, tensor: Tensor, ends: Mapping[int, Layer]) -> Layer 
         if len(data) != 1 or program.readers(data[0]) != 1:
             return None
         (value,) = data
+        if _narrow(graph, (value,)):
+            return None
     layer = ends[value]
     return layer if layer.activation == tensor.activation else None
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfq_jax.backend import platform_of
 from dfq_jax.graph import Graph, dequantized, is_quantized
 from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_integer
@@ -73,7 +74,7 @@ def measure_policy(
     Args:
       graph: the network at the shape to be served: `graph.at((32, 224, 224, 3))`.
       qvariables: its quantized variables.
-      policy: what else to decide by; by default that of JAX's backend.
+      policy: what else to decide by; by default that of the device which `qvariables` are on.
       rounds: of timing; what is compared takes turns in each, and a median is taken over them.
       timer: gives the seconds of each function in each round; `paired_times` by default.
 
@@ -87,7 +88,8 @@ def measure_policy(
         raise ValueError(f"rounds: expected an integer of at least 1, found {rounds!r}.")
     if not is_quantized(qvariables):
         raise ValueError("qvariables: expected quantized variables, found no collection 'quantization'.")
-    policy = measure_kernels(graph, default_policy() if policy is None else policy, rounds=rounds, timer=timer)
+    policy = default_policy(platform_of(qvariables)) if policy is None else policy
+    policy = measure_kernels(graph, policy, rounds=rounds, timer=timer)
     x = jnp.zeros(graph.input.shape, graph.input.dtype)
     reference = functools.partial(jax.jit(graph.apply_fn), dequantized(qvariables), x)
     candidates: dict[tuple[str, ...], tuple[Policy, Callable[[], Any]]] = {}

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from dfq_jax.backend import platform_of
 from dfq_jax.graph import Graph
 from dfq_jax.interrupt import catch_interrupt
 from dfq_jax.precision import products
@@ -151,7 +152,7 @@ class _Run:
         self.position = 0
         self.total = 0
         self.stopped: set[int] = set()
-        chunk = config.chunk or default_chunk(self.graph)
+        chunk = config.chunk or default_chunk(self.graph, platform_of(variables))
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
         self.chunk = largest_divisor(chunk, config.steps, self.response_step or config.steps)
 
@@ -323,9 +324,9 @@ class _Run:
         return jax.eval_shape(work, self.variables, self.key)
 
 
-def default_chunk(graph: Graph) -> int:
-    """Optimizer steps in one compiled call that suit the backend and the network at its batch size."""
-    if jax.default_backend() != "cpu":
+def default_chunk(graph: Graph, platform: str) -> int:
+    """Optimizer steps in one compiled call that suit the platform and the network at its batch size."""
+    if platform != "cpu":
         return ACCELERATOR_CHUNK
     macs = graph.input.shape[0] * sum(layer.macs for layer in graph.layers)
     return max(1, min(CPU_MAX_CHUNK, int(CPU_CHUNK_MACS // max(macs, 1))))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from dfq_jax.backend import platform_of
 from dfq_jax.execute import apply_quantized
 from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.graph import Graph, is_quantized
@@ -118,7 +119,8 @@ def refine(
     images = jnp.asarray(images, jnp.float32)
     size = min(config.batch_size, len(images))
     optimizer = refine_optimizer(config)
-    chunk = largest_divisor(default_chunk(graph.at((size, *images.shape[1:]), images.dtype)), config.steps)
+    own = graph.at((size, *images.shape[1:]), images.dtype)
+    chunk = largest_divisor(default_chunk(own, platform_of(variables)), config.steps)
     parts = []
     for batch in range(math.ceil(len(images) / size)):
         # The last batch is filled up with images from the start, whose second versions are dropped.

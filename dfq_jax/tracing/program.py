@@ -138,6 +138,20 @@ class Program:
                 table.update(dict.fromkeys(op.outputs, leaves))
         return table
 
+    @functools.cached_property
+    def served(self) -> Mapping[int, frozenset[int]]:
+        """For each leaf, the operations on x that it serves, by itself or as part of what is computed from leaves."""
+        table: dict[int, set[int]] = {leaf: set() for leaf in range(self.num_leaves)}
+        for op in self.ops:
+            if self.data_inputs(op):
+                for value in self.parameter_only.intersection(op.value_inputs):
+                    for leaf in self.leaves_behind[value]:
+                        table[leaf].add(op.index)
+        for value in self.parameter_only & self.output_values:
+            for leaf in self.leaves_behind[value]:
+                table[leaf].add(-1)  # an output of the program
+        return {leaf: frozenset(ops) for leaf, ops in table.items()}
+
     def between(self, begin: int, ends: Collection[int]) -> tuple[Op, ...]:
         """The operations that compute the values `ends` when the value `begin` is given, in order."""
         needed = set(ends)

@@ -46,6 +46,23 @@ class Layer:
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == math.prod(self.kernel_shape[a] for a in self.channel_axes)
 
+    def check_scale(self, shape: tuple[int, ...]) -> None:
+        """Refuse a scale (or zero point) that is no vector over the output channels.
+
+        Args:
+          shape: of the scale, in the rank of the kernel leaf.
+
+        Raises:
+          GraphError: it varies along an axis that the layer sums over.
+        """
+        summed = [a for a, size in enumerate(shape) if size != 1 and a not in self.channel_axes]
+        if summed or len(shape) != len(self.kernel_shape):
+            raise GraphError(
+                f"kernel {self.kernel!r}: layer {self.name!r} has output channels along axes {self.channel_axes} of "
+                f"{self.kernel_shape}, so it takes no scale of shape {tuple(shape)}. Quantize the float network again: "
+                "quantize_params gives each kernel a scale that is right for all layers that read it."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNorm:
