@@ -165,10 +165,12 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
     leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
     kernels: dict[str, Any] = {}
     for path, (layer, *_) in graph.kernels.items():
+        if path in kernels:
+            continue  # stored with an earlier one
         bits = convention.layer_bits(graph, layer)
-        for slice_path in [p for p in graph.together(path) if p not in kernels]:  # also slices that nothing reads
-            kernels[slice_path] = quantize_kernel(
-                leaves[slice_path],
+        for stored in graph.together(path):
+            kernels[stored] = quantize_kernel(
+                leaves[stored],
                 bits=bits,
                 symmetric=convention.is_symmetric(bits),
                 channel_axes=convention.scale_axes(graph, layer),
