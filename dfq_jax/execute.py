@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.depthwise import depthwise_product, is_supported
-from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, is_quantized
+from dfq_jax.graph import OPERANDS, TENSORS, BatchNorm, Block, Graph, GraphError, Layer, Tensor, quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
 
@@ -187,14 +187,10 @@ class LayerCall:
         )
 
 
-# The two parts of the collection "quantization": tensors quantized for all readers, and for layers alone.
-TENSORS, OPERANDS = "tensors", "operands"
-
-
 def activation_quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
     """All activation quantizers of quantized variables, by tensor."""
-    collection = qvariables[QUANTIZATION]
-    return {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    collection = quantization(qvariables)
+    return {**collection[TENSORS], **collection[OPERANDS]}
 
 
 LayerRule = Callable[[LayerCall], jax.Array]
@@ -457,9 +453,9 @@ def apply_quantized(
     Returns:
       What `apply_fn` returns.
     """
-    collection = qvariables[QUANTIZATION] if is_quantized(qvariables) else {}
-    for_all: dict[str, QuantizerParams] = collection.get(TENSORS, {})
-    for_layers: dict[str, QuantizerParams] = collection.get(OPERANDS, {})
+    collection = quantization(qvariables)
+    for_all: dict[str, QuantizerParams] = collection[TENSORS]
+    for_layers: dict[str, QuantizerParams] = collection[OPERANDS]
 
     def tensor(item: Tensor, value: jax.Array) -> jax.Array:
         params = for_all.get(item.name)

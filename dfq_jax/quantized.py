@@ -16,8 +16,8 @@ from dfq_jax import artifact
 from dfq_jax.adapters import as_function, on_device
 from dfq_jax.comparison import apply_jitted
 from dfq_jax.convention import Convention
-from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized
-from dfq_jax.graph import QUANTIZATION, Graph, GraphError, is_quantized, trace, with_quantization
+from dfq_jax.execute import apply_quantized
+from dfq_jax.graph import Graph, GraphError, quantization, trace, with_quantization
 from dfq_jax.recipes import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
 from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
@@ -134,9 +134,8 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
         ) from error
     restored, _ = artifact.restore(path, variables, expect={"graph": graph.digest})
     # A file has leaves only: empty parts of the collection are added again, so that trees have one structure.
-    collection = restored[QUANTIZATION] if is_quantized(restored) else {}
     return Quantized(
-        variables=with_quantization(restored, {TENSORS: {}, OPERANDS: {}, **collection}),
+        variables=with_quantization(restored, quantization(restored)),
         graph=graph,
         report=report_from(header["report"]),
         recipe=recipe_from(header["recipe"]),

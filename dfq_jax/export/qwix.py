@@ -27,10 +27,10 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.adapters import as_function, inference_arguments
-from dfq_jax.execute import TENSORS, activation_quantizers
+from dfq_jax.execute import activation_quantizers
 from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.files import write_atomically
-from dfq_jax.graph import QUANTIZATION, Graph, Layer, without_quantization
+from dfq_jax.graph import TENSORS, Graph, Layer, quantization, without_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams
 from dfq_jax.runtime.policy import centered
 
@@ -60,7 +60,7 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     graph, variables = quantized.graph, quantized.variables
     quantizers = activation_quantizers(variables)
     for tensor in graph.tensors:
-        if tensor.shared and tensor.name in variables[QUANTIZATION].get(TENSORS, {}):
+        if tensor.shared and tensor.name in quantization(variables)[TENSORS]:
             raise ValueError(
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'

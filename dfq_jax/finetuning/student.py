@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, LayerRule, TensorRule, run_block
+from dfq_jax.execute import LayerCall, LayerRule, TensorRule, run_block
 from dfq_jax.finetuning.config import FinetuneConfig
 from dfq_jax.finetuning.losses import Observation
-from dfq_jax.graph import QUANTIZATION, Graph, Tensor, with_quantization
+from dfq_jax.graph import OPERANDS, TENSORS, Graph, Tensor, quantization, with_quantization
 from dfq_jax.qtensor import QTensor, fake_quant
 from dfq_jax.rounding.block import bias_unit
 from dfq_jax.rounding.soft import code_limits, scaled
@@ -52,7 +52,7 @@ def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvaria
     if config.scale_rate:
         scales = {path: jnp.zeros_like(leaf.scale) for path, leaf in quantized.items()}
     if config.step_rate:
-        steps = {name: jnp.zeros(()) for part in qvariables[QUANTIZATION].values() for name in part}
+        steps = {name: jnp.zeros(()) for part in quantization(qvariables).values() for name in part}
     if config.affine_rate:
         paths = [path for bn in graph.batch_norms for path in (bn.scale, bn.bias)]
         paths += [layer.bias for layer in graph.layers if layer.batch_norm is None]  # else the BatchNorm's does it all
@@ -125,7 +125,7 @@ def _with_rest(
             name: scaled(params, parameters.steps[name]) if name in parameters.steps else params
             for name, params in part.items()
         }
-        for kind, part in qvariables[QUANTIZATION].items()
+        for kind, part in quantization(qvariables).items()
     }
     return with_quantization(graph.replace(qvariables, {**kernels, **affine}), quantizers)
 
@@ -140,7 +140,7 @@ def observe_teacher(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> O
 
 def observe_student(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Observation:
     """The network of `soft_variables`, block by block: fake-quantized activations, arrays for kernels."""
-    for_all, for_layers = (variables[QUANTIZATION].get(kind, {}) for kind in (TENSORS, OPERANDS))
+    for_all, for_layers = (quantization(variables)[kind] for kind in (TENSORS, OPERANDS))
 
     def tensor(item: Tensor, value: jax.Array) -> jax.Array:
         params = for_all.get(item.name)

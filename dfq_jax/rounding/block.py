@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, run
-from dfq_jax.graph import QUANTIZATION, Graph, Tensor, with_quantization
+from dfq_jax.execute import LayerCall, run
+from dfq_jax.graph import OPERANDS, TENSORS, Graph, Tensor, quantization, with_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
@@ -70,7 +70,7 @@ def init_parameters(
         bias = layer.bias if layer.batch_norm is None else graph.batch_norm(layer.batch_norm).bias
         if config.bias_rate and bias is not None and bias not in frozen:
             biases[bias] = jnp.zeros_like(own[bias], jnp.float32)
-    steps = {name: jnp.zeros(()) for part in own[QUANTIZATION].values() for name in part}
+    steps = {name: jnp.zeros(()) for part in quantization(own).values() for name in part}
     return Parameters(kernels, steps, biases), bases
 
 
@@ -92,7 +92,7 @@ def hard_variables(own: Variables, bases: dict[str, jax.Array], parameters: Para
 def _with_quantizers(own: Variables, parameters: Parameters) -> Variables:
     quantizers = {
         kind: {name: scaled(params, parameters.steps[name]) for name, params in part.items()}
-        for kind, part in own[QUANTIZATION].items()
+        for kind, part in quantization(own).items()
     }
     biases = {
         name: (own[name] + bias_unit(own[name]) * d).astype(own[name].dtype) for name, d in parameters.biases.items()
@@ -107,7 +107,7 @@ def bias_unit(bias: Float[Array, "..."]) -> Float[Array, ""]:
 
 def apply_soft(graph: Graph, variables: Variables, x: Float[Array, "n ..."], key: Key[Array, ""], drop: float) -> Any:
     """Run a block with soft kernels, each activation quantized with probability 1 - `drop`; the key is consumed."""
-    for_all, for_layers = (variables[QUANTIZATION].get(kind, {}) for kind in (TENSORS, OPERANDS))
+    for_all, for_layers = (quantization(variables)[kind] for kind in (TENSORS, OPERANDS))
     place = {layer.name: i for i, layer in enumerate(graph.layers)}
 
     def quantized(name: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
