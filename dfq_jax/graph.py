@@ -367,8 +367,9 @@ def trace(
       The graph. Tracing runs no arithmetic on the weights.
 
     Raises:
-      GraphError: BatchNorm in training mode, layers inside a loop, weights closed over, a network without layers,
-        or an input shape the network does not take; the message says what to do.
+      GraphError: BatchNorm in training mode, layers inside a loop, weights closed over, a network without layers
+        (kernels that it computes from parameters count, see `compute_kernels`), or an input shape that the network
+        does not take; the message says what to do.
       TypeError: `apply_fn` is no function, `variables` holds something that is not an array, or `spec` is no shape.
     """
     if isinstance(apply_fn, type) or is_module(apply_fn) or not callable(apply_fn):
