@@ -18,6 +18,7 @@ from dfq_jax.adapters import as_function
 from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.computed import compute_kernels
 from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.execute import apply_quantized, record_tensors, run, run_block
@@ -63,6 +64,7 @@ __all__ = [
     "apply_quantized",
     "as_function",
     "batch_norm_moments",
+    "compute_kernels",
     "correct_bias",
     "dequantize",
     "equalize",

@@ -10,8 +10,9 @@ packed, and all that is not a tensor is one JSON object under the key ``dfq_jax`
     header                   the caller's own: recipe, graph digest, model name, ...
     sha256                   of all of the above and of the tensors' contents
 
-A leaf is named by its path in the tree, joined by "/" (in a key "~" becomes "~0" and "/" becomes "~1"), and
-the arrays of a node are named like leaves below it. Loading runs no code from the file.
+A leaf is named by its path in the user's tree, joined by "/" (in a key "~" becomes "~0" and "/" becomes "~1"), and
+the arrays of a node are named like leaves below it; activation quantizers are named below "quantization".
+Loading runs no code from the file.
 """
 
 import hashlib
@@ -28,11 +29,11 @@ import safetensors
 import safetensors.numpy
 
 from .files import write_atomically
+from .graph import QUANTIZATION, QuantizedVariables, is_quantized, with_quantization
 from .qtensor import QTensor, QuantizerParams, bounds, pack, unpack
 
 FORMAT = "dfq_jax"
 FORMAT_VERSION = 1
-QUANTIZATION = "quantization"  # the collection that a quantized network has and a float network has not
 
 _RESERVED = ("format", "format_version", "versions", "sha256")  # keys that `load` adds to the header
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors", "dfq_jax")
@@ -65,6 +66,8 @@ def _name(path: tuple[Any, ...]) -> str:
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves and quantized nodes by name, and the tree structure above them."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_node)
+    if isinstance(tree, QuantizedVariables):  # names are those of the tree in it
+        flat = [(path if path[0].name == QUANTIZATION else path[1:], leaf) for path, leaf in flat]
     named = {_name(path): leaf for path, leaf in flat}
     if len(named) != len(flat):
         raise ValueError("variables has leaves whose paths read the same; give keys distinct names")
@@ -147,7 +150,7 @@ def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) 
 
     Args:
         path: file to write, by convention ``*.safetensors``; its directory must exist.
-        variables: pytree whose leaves are arrays, `QTensor` or `QuantizerParams`. Its top-level collection
+        variables: pytree whose leaves are arrays, `QTensor` or `QuantizerParams`. Its collection
             "quantization", if any, must be nested dicts with str keys, since a float template cannot tell
             `restore` its structure.
         header: what else to record, JSON: recipe, model name, digests. `load` gives it back together with
@@ -194,6 +197,7 @@ def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) 
 
 def _check_quantization(variables: Any) -> None:
     collection = variables.get(QUANTIZATION) if isinstance(variables, Mapping) else None
+    collection = variables.quantization if isinstance(variables, QuantizedVariables) else collection
     if collection is None:
         return
     for path, _ in jax.tree_util.tree_flatten_with_path(collection, is_leaf=_is_node)[0]:
@@ -384,7 +388,7 @@ def restore(
     wanted, treedef = _flatten(template_variables)
     extra = {name: flat[name] for name in flat.keys() - wanted.keys()}
     gained: dict[str, Any] = {}
-    if isinstance(template_variables, Mapping) and QUANTIZATION not in template_variables:
+    if not is_quantized(template_variables):
         gained = {name: extra.pop(name) for name in list(extra) if name.startswith(f"{QUANTIZATION}/")}
     unlike = [
         f"{name} is {_describe(flat[name])}, expected {_describe(leaf)}"
@@ -404,5 +408,5 @@ def restore(
         raise ArtifactError(f"{path} does not fit the template; {'; '.join(problems)}")
     variables = jax.tree.unflatten(treedef, [flat[name] for name in wanted])
     if gained:
-        variables = type(variables)({**variables, **_nest(dict(sorted(gained.items())))})
+        variables = with_quantization(variables, _nest(dict(sorted(gained.items())))[QUANTIZATION])
     return variables, header

@@ -13,8 +13,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import OPERANDS, TENSORS
-from dfq_jax.graph import Graph, Layer, Tensor, with_quantization
+from dfq_jax.graph import OPERANDS, TENSORS, Graph, Layer, Tensor, with_quantization
 from dfq_jax.qtensor import MAX_BITS, MIN_BITS, params_from_range
 from dfq_jax.weights import WEIGHT_RANGES, quantize_kernel
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.depthwise import by_platform, depthwise_product, is_supported
-from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, is_quantized
+from dfq_jax.graph import OPERANDS, TENSORS, BatchNorm, Block, Graph, GraphError, Layer, Tensor, quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
 
@@ -203,14 +203,10 @@ class LayerCall:
         return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
 
 
-# The two parts of the collection "quantization": tensors quantized for all readers, and for layers alone.
-TENSORS, OPERANDS = "tensors", "operands"
-
-
 def activation_quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
     """All activation quantizers of quantized variables, by tensor."""
-    collection = qvariables[QUANTIZATION]
-    return {**collection.get(TENSORS, {}), **collection.get(OPERANDS, {})}
+    collection = quantization(qvariables)
+    return {**collection[TENSORS], **collection[OPERANDS]}
 
 
 LayerRule = Callable[[LayerCall], jax.Array]
@@ -527,9 +523,9 @@ def quantized_rules(
         tensor that is quantized for all readers (with the first of its layers), else once for each layer.
       soft: paths of kernels that stand for quantized ones though they are arrays, so that gradients can move them.
     """
-    collection = qvariables[QUANTIZATION] if is_quantized(qvariables) else {}
-    for_all: Mapping[str, QuantizerParams] = collection.get(TENSORS, {})
-    for_layers: Mapping[str, QuantizerParams] = collection.get(OPERANDS, {})
+    collection = quantization(qvariables)
+    for_all: Mapping[str, QuantizerParams] = collection[TENSORS]
+    for_layers: Mapping[str, QuantizerParams] = collection[OPERANDS]
 
     def quantized(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
         value = value.astype(jnp.float32)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dfq_jax.adapters import is_module
-from dfq_jax.qtensor import QTensor
+from dfq_jax.qtensor import QTensor, QuantizerParams
 from dfq_jax.tracing.activations import ACTIVATIONS
 from dfq_jax.tracing.analysis import Structure, analyze
 from dfq_jax.tracing.canonical import canonical
@@ -30,17 +30,22 @@ from dfq_jax.tracing.views import count, put_together, take_apart
 
 __all__ = [
     "ACTIVATIONS",
+    "OPERANDS",
     "QUANTIZATION",
+    "TENSORS",
     "BatchNorm",
     "Block",
     "Graph",
     "GraphError",
     "Layer",
+    "QuantizedVariables",
     "Skipped",
     "Tensor",
+    "dequantized",
     "flatten_with_paths",
     "is_quantized",
     "path_string",
+    "quantization",
     "trace",
     "with_quantization",
     "without_quantization",
@@ -48,6 +53,8 @@ __all__ = [
 
 # The collection that `quantize_params` adds to the variables: activation quantizers by tensor name.
 QUANTIZATION = "quantization"
+# Its two parts: tensors quantized for all readers, and for layers alone.
+TENSORS, OPERANDS = "tensors", "operands"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -227,7 +234,7 @@ class Graph:
                 leaf = put_together(parts, split)
             leaves.append(leaf)
         tree = jax.tree.unflatten(self.treedef, leaves)
-        return with_quantization(tree, variables[QUANTIZATION]) if is_quantized(variables) else tree
+        return with_quantization(tree, quantization(variables)) if is_quantized(variables) else tree
 
     def leaf(self, variables: Any, path: str | None) -> Any:
         """One leaf by its path; None for None."""
@@ -340,15 +347,56 @@ def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any]]:
     return [path_string(path) for path, _ in flat], [leaf for _, leaf in flat]
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["variables", "quantization"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QuantizedVariables:
+    """Quantized variables whose own tree has no place for one more collection: that tree, and the quantizers.
+
+    Attributes:
+      variables: the user's tree with `QTensor` kernels.
+      quantization: the collection of activation quantizers, see `quantization`.
+    """
+
+    variables: Any
+    quantization: dict[str, dict[str, Any]]
+
+
 def is_quantized(variables: Any) -> bool:
     """Whether the tree has the collection of activation quantizers."""
-    return isinstance(variables, Mapping) and QUANTIZATION in variables
+    if isinstance(variables, Mapping):
+        return QUANTIZATION in variables and _holds_quantizers(variables[QUANTIZATION])
+    return isinstance(variables, QuantizedVariables)
+
+
+def _holds_quantizers(collection: Any) -> bool:
+    """Whether a collection called "quantization" is ours, and not one of the user's network."""
+    leaves = jax.tree.leaves(collection, is_leaf=lambda node: isinstance(node, QuantizerParams))
+    return isinstance(collection, Mapping) and all(isinstance(leaf, QuantizerParams) for leaf in leaves)
+
+
+def quantization(variables: Any) -> dict[str, dict[str, Any]]:
+    """The activation quantizers of quantized variables by tensor name, in two parts.
+
+    Args:
+      variables: from `quantize_params`, or float variables.
+
+    Returns:
+      `{"tensors": {name: QuantizerParams}, "operands": {name: QuantizerParams}}`: for all readers of a tensor, and for
+      layers alone; empty parts where there are none.
+    """
+    if not is_quantized(variables):
+        return {TENSORS: {}, OPERANDS: {}}
+    wrapped = isinstance(variables, QuantizedVariables)
+    collection = variables.quantization if wrapped else variables[QUANTIZATION]
+    return {TENSORS: {}, OPERANDS: {}, **{kind: dict(part) for kind, part in collection.items()}}
 
 
 def without_quantization(variables: Any) -> Any:
     """The variables without the collection of activation quantizers."""
     if not is_quantized(variables):
         return variables
+    if isinstance(variables, QuantizedVariables):
+        return variables.variables
     return type(variables)({k: v for k, v in variables.items() if k != QUANTIZATION})
 
 
@@ -364,15 +412,30 @@ def dequantized(qvariables: Any) -> Any:
 def with_quantization(variables: Any, quantizers: Mapping[str, Any]) -> Any:
     """The variables with the collection of activation quantizers added or replaced.
 
-    Raises:
-      TypeError: the variables are no dict, so that there is no place for a collection.
+    Args:
+      variables: any pytree, float or quantized.
+      quantizers: `QuantizerParams` by tensor name, in the parts that `quantization` describes.
+
+    Returns:
+      A mapping of collections with one more of them, "quantization"; `QuantizedVariables` around any other tree.
     """
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            f"variables: expected a dict at the top level, found {type(variables).__name__}. Wrap it: "
-            "trace(lambda v, x: apply_fn(v['params'], x), {'params': variables}, spec)."
-        )
-    return type(variables)({**variables, QUANTIZATION: dict(quantizers)})
+    own, quantizers = without_quantization(variables), dict(quantizers)
+    if _has_collections(own):
+        return type(own)({**own, QUANTIZATION: quantizers})
+    return QuantizedVariables(own, quantizers)
+
+
+def _has_collections(variables: Any) -> bool:
+    """Whether one more collection can stand beside the others: a mapping by names, made again from its items."""
+    if not isinstance(variables, Mapping) or QUANTIZATION in variables:
+        return False
+    if not all(isinstance(name, str) for name in variables):
+        return False
+    try:
+        again = type(variables)(dict(variables))
+    except TypeError:  # as of collections.defaultdict
+        return False
+    return jax.tree.structure(again) == jax.tree.structure(variables)
 
 
 # --- tracing ---
@@ -387,7 +450,7 @@ def trace(
 
     Args:
       apply_fn: the network in inference mode, a pure function of its variables and a batch.
-      variables: a pytree of arrays (or `jax.ShapeDtypeStruct`), a dict at the top level.
+      variables: any pytree of arrays (or `jax.ShapeDtypeStruct`).
       spec: shape of x, `[N, H, W, C]` (float32), or a `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -395,7 +458,8 @@ def trace(
 
     Raises:
       GraphError: BatchNorm in training mode, layers inside a loop that cannot be unrolled, weights closed over, a
-        network without layers, or an input shape the network does not take; the message says what to do.
+        network without layers (kernels that it computes from parameters count, see `compute_kernels`), or an input
+        shape the network does not take; the message says what to do.
       TypeError: `apply_fn` is no function, `variables` holds something that is not an array, or `spec` is no shape.
     """
     if isinstance(apply_fn, type) or is_module(apply_fn) or not callable(apply_fn):
@@ -413,7 +477,14 @@ def trace(
     paths, leaves = flatten_with_paths(variables)
     for path, leaf in zip(paths, leaves, strict=True):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(f"variables: {path!r} is a {type(leaf).__name__}, expected an array.")
+            raise TypeError(
+                f"variables: {path!r} is a {type(leaf).__name__}, expected an array. Keep in `variables` what is an "
+                "array, and the rest in the function: params, static = eqx.partition(model, eqx.is_array), and "
+                "lambda v, x: eqx.combine(v, static)(x), or the like."
+            )
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise TypeError(f"variables: two leaves have the path {twice!r}; give their keys distinct names.")
     shapes = tuple(jax.ShapeDtypeStruct(tuple(v.shape), v.dtype) for v in leaves)
     treedef = jax.tree.structure(variables, is_leaf=_is_qtensor)
     cache: dict[Any, Graph] = {}

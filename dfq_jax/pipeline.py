@@ -20,6 +20,7 @@ from dfq_jax.adapters import as_function, on_device
 from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
 from dfq_jax.comparison import compare
+from dfq_jax.computed import compute_kernels, computed_kernels
 from dfq_jax.convention import Convention, Ranges, quantize_params
 from dfq_jax.equalization import equalize, find_pairs
 from dfq_jax.finetuning import finetune
@@ -89,7 +90,7 @@ def quantize(
     variables = on_device(variables)
     clock = _Clock(on_stage)
     with clock("trace"):
-        graph = trace(apply_fn, variables, input_shape)
+        graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
     with clock("images"):
         images, origin = _images(graph, variables, recipe, convention, key, images, on_progress, checkpoint)
@@ -127,7 +128,7 @@ def quantize(
         sqnr=compared.sqnr,
         layers=layer_reports(graph, job.variables, qvariables),
         skipped=tuple((s.name, s.reason) for s in graph.skipped),
-        steps=result.steps,
+        steps=(*_computed(graph), *result.steps),
         size=packed_size(graph.leaves(qvariables)),
     )
     return Quantized(
@@ -330,6 +331,11 @@ class _Job:
             self.graph, self.variables, candidate.variables, self.held_out, batch_size=self.recipe.batch_size
         )
         return dataclasses.replace(candidate, divergence=found.divergence)
+
+
+def _computed(graph: Graph) -> list[str]:
+    kernels = computed_kernels(graph)
+    return [f"kernels computed from parameters: {', '.join(kernels)}"] if kernels else []
 
 
 # --- arguments ---

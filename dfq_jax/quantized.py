@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 from dfq_jax import artifact
 from dfq_jax.adapters import as_function, on_device
 from dfq_jax.comparison import apply_jitted
+from dfq_jax.computed import compute_kernels, computed_kernels
 from dfq_jax.convention import Convention
-from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized
-from dfq_jax.graph import QUANTIZATION, Graph, GraphError, is_quantized, trace, with_quantization
+from dfq_jax.execute import apply_quantized
+from dfq_jax.graph import Graph, GraphError, quantization, trace, with_quantization
 from dfq_jax.recipes import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
 from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
@@ -94,6 +95,7 @@ def save_quantized(path: str | Path, quantized: Quantized, **header: Any) -> Non
     facts = {
         **header,
         "graph": quantized.graph.digest,
+        "computed_kernels": list(computed_kernels(quantized.graph)),
         "input_shape": list(quantized.graph.input.shape),
         "recipe": dataclasses.asdict(quantized.recipe),
         "convention": dataclasses.asdict(quantized.convention),
@@ -128,15 +130,16 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     variables = on_device(variables)
     try:
         graph = trace(apply_fn, variables, shape)
+        if header.get("computed_kernels"):
+            graph, variables = compute_kernels(graph, variables)
     except GraphError as error:
         raise artifact.ArtifactError(
             f"{path}: the model given cannot be what the file was made from: {error}"
         ) from error
     restored, _ = artifact.restore(path, variables, expect={"graph": graph.digest})
     # A file has leaves only: empty parts of the collection are added again, so that trees have one structure.
-    collection = restored[QUANTIZATION] if is_quantized(restored) else {}
     return Quantized(
-        variables=with_quantization(restored, {TENSORS: {}, OPERANDS: {}, **collection}),
+        variables=with_quantization(restored, quantization(restored)),
         graph=graph,
         report=report_from(header["report"]),
         recipe=recipe_from(header["recipe"]),

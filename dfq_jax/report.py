@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import OPERANDS, TENSORS
-from dfq_jax.graph import QUANTIZATION, Graph
+from dfq_jax.execute import activation_quantizers
+from dfq_jax.graph import Graph
 from dfq_jax.qtensor import QTensor
 
 
@@ -128,8 +128,7 @@ def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerR
     """One entry for each layer, from the float and the quantized variables."""
     before = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
     after = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
-    collection = qvariables[QUANTIZATION]
-    quantizers = {**collection[TENSORS], **collection[OPERANDS]}
+    quantizers = activation_quantizers(qvariables)
     reports = []
     for layer in graph.layers:
         kernel, params = after[layer.kernel], quantizers.get(layer.tensor)

@@ -12,8 +12,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall, block_outputs, place_block, run_block_leaves
-from dfq_jax.graph import QUANTIZATION, Block, Graph, GraphError, is_quantized, trace, with_quantization
+from dfq_jax.execute import LayerCall, block_outputs, place_block, run_block_leaves
+from dfq_jax.graph import Block, Graph, GraphError, is_quantized, quantization, trace, with_quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,9 @@ class Subnetwork:
         own = {name: leaves[path] for name, path in zip(self.graph.leaf_paths, self.leaves, strict=True)}
         if not is_quantized(variables):
             return own
-        collection = variables[QUANTIZATION]
         parts = {
-            kind: {own: collection[kind][whole] for own, whole in self.tensors if whole in collection.get(kind, {})}
-            for kind in (TENSORS, OPERANDS)
+            kind: {own: part[whole] for own, whole in self.tensors if whole in part}
+            for kind, part in quantization(variables).items()
         }
         return with_quantization(own, parts)
 
@@ -52,9 +51,9 @@ class Subnetwork:
         if not is_quantized(own):
             return variables
         names = dict(self.tensors)
-        collection = {kind: dict(part) for kind, part in variables[QUANTIZATION].items()}
-        for kind, part in own[QUANTIZATION].items():
-            collection.setdefault(kind, {}).update({names[name]: params for name, params in part.items()})
+        collection = quantization(variables)
+        for kind, part in quantization(own).items():
+            collection[kind].update({names[name]: params for name, params in part.items()})
         return with_quantization(variables, collection)
 
 

@@ -21,7 +21,9 @@ from model_grid import GRID
 
 from dfq_jax.adapters import as_function
 from dfq_jax.graph import (
+    OPERANDS,
     QUANTIZATION,
+    TENSORS,
     Graph,
     GraphError,
     Skipped,
@@ -29,7 +31,7 @@ from dfq_jax.graph import (
     with_quantization,
     without_quantization,
 )
-from dfq_jax.qtensor import QTensor
+from dfq_jax.qtensor import QTensor, params_from_range
 from dfq_jax.tracing.program import Constant, Program
 
 
@@ -668,15 +670,14 @@ def test_leaves_and_replace():
 def test_quantized_variables(name):
     graph = graph_of(name)
     _, variables = build_of(name)().function()
-    quantized = with_quantization(variables, {"conv1": {"scale": 1.0}})
+    collection = {TENSORS: {"conv1": params_from_range(0.0, 1.0, bits=8)}, OPERANDS: {}}
+    quantized = with_quantization(variables, collection)
     assert type(quantized) is type(variables)
     assert graph.leaves(quantized) == graph.leaves(variables)
     replaced = graph.replace(quantized, {graph.layers[0].kernel: "anything"})
-    assert replaced[QUANTIZATION] == {"conv1": {"scale": 1.0}}
+    assert replaced[QUANTIZATION] == collection
     assert jax.tree.structure(without_quantization(quantized)) == jax.tree.structure(variables)
     assert trace(graph.apply_fn, quantized, graph.input) == graph
-    with pytest.raises(TypeError, match="expected a dict at the top level"):
-        with_quantization([variables], {})
 
 
 def test_qtensor_leaves_stay_whole():

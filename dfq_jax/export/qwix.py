@@ -27,10 +27,11 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.adapters import as_function, inference_arguments
-from dfq_jax.execute import TENSORS, activation_quantizers
+from dfq_jax.computed import computed_kernels
+from dfq_jax.execute import activation_quantizers
 from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.files import write_atomically
-from dfq_jax.graph import QUANTIZATION, Graph, Layer, without_quantization
+from dfq_jax.graph import TENSORS, Graph, Layer, quantization, without_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams
 from dfq_jax.runtime.policy import centered
 
@@ -58,9 +59,11 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a Linen module, found {type(module).__name__}.")
     graph, variables = quantized.graph, quantized.variables
+    if computed := computed_kernels(graph):
+        raise ValueError(f"Qwix runs the module itself, which would compute the kernel {computed[0]!r} once more.")
     quantizers = activation_quantizers(variables)
     for tensor in graph.tensors:
-        if tensor.shared and tensor.name in variables[QUANTIZATION].get(TENSORS, {}):
+        if tensor.shared and tensor.name in quantization(variables)[TENSORS]:
             raise ValueError(
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from dfq_jax.execute import LayerRule, TensorRule, quantized_rules, run_block
 from dfq_jax.finetuning.config import FinetuneConfig
 from dfq_jax.finetuning.losses import Observation
-from dfq_jax.graph import QUANTIZATION, Graph, with_quantization
+from dfq_jax.graph import Graph, quantization, with_quantization
 from dfq_jax.qtensor import QTensor
 from dfq_jax.rounding.block import bias_unit, learned_product
 from dfq_jax.rounding.soft import code_limits, scaled
@@ -52,7 +52,7 @@ def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvaria
     if config.scale_rate:
         scales = {path: jnp.zeros_like(leaf.scale) for path, leaf in quantized.items()}
     if config.step_rate:
-        steps = {name: jnp.zeros(()) for part in qvariables[QUANTIZATION].values() for name in part}
+        steps = {name: jnp.zeros(()) for part in quantization(qvariables).values() for name in part}
     if config.affine_rate:
         paths = [path for bn in graph.batch_norms for path in (bn.scale, bn.bias)]
         paths += [layer.bias for layer in graph.layers if layer.batch_norm is None]  # else the BatchNorm's does it all
@@ -130,7 +130,7 @@ def _with_rest(
             name: scaled(params, parameters.steps[name]) if name in parameters.steps else params
             for name, params in part.items()
         }
-        for kind, part in qvariables[QUANTIZATION].items()
+        for kind, part in quantization(qvariables).items()
     }
     return with_quantization(graph.replace(qvariables, {**kernels, **affine}), quantizers)
 

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dfq_jax.execute import LayerCall, quantized_rules, run
-from dfq_jax.graph import QUANTIZATION, Graph, with_quantization
+from dfq_jax.graph import Graph, quantization, with_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
@@ -69,7 +69,7 @@ def init_parameters(
         bias = layer.bias if layer.batch_norm is None else graph.batch_norm(layer.batch_norm).bias
         if config.bias_rate and bias is not None and bias not in frozen:
             biases[bias] = jnp.zeros_like(own[bias], jnp.float32)
-    steps = {name: jnp.zeros(()) for part in own[QUANTIZATION].values() for name in part}
+    steps = {name: jnp.zeros(()) for part in quantization(own).values() for name in part}
     return Parameters(kernels, steps, biases), bases
 
 
@@ -91,7 +91,7 @@ def hard_variables(own: Variables, bases: dict[str, jax.Array], parameters: Para
 def _with_quantizers(own: Variables, parameters: Parameters) -> Variables:
     quantizers = {
         kind: {name: scaled(params, parameters.steps[name]) for name, params in part.items()}
-        for kind, part in own[QUANTIZATION].items()
+        for kind, part in quantization(own).items()
     }
     biases = {
         name: (own[name] + bias_unit(own[name]) * d).astype(own[name].dtype) for name, d in parameters.biases.items()

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dfq_jax.backend import platform_of
-from dfq_jax.execute import TENSORS, LayerCall, activation_quantizers
-from dfq_jax.graph import QUANTIZATION, Graph, Layer, is_quantized
+from dfq_jax.execute import LayerCall, activation_quantizers
+from dfq_jax.graph import TENSORS, Graph, Layer, is_quantized, quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack, storage_bits
 from dfq_jax.runtime.fusion import Fusion, fuse
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
@@ -53,7 +53,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
     policy = default_policy(platform_of(qvariables)) if policy is None else policy
     leaves = graph.leaves(qvariables)
     quantizers = activation_quantizers(qvariables) if policy.activations == "codes" else {}
-    for_all = tuple(name for name in qvariables[QUANTIZATION].get(TENSORS, {}) if name in quantizers)
+    for_all = tuple(name for name in quantization(qvariables)[TENSORS] if name in quantizers)
     decisions = {
         layer.name: decide(policy, graph, layer, leaves[layer.kernel_index], quantizers.get(layer.tensor))
         for layer in graph.layers

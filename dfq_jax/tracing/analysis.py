@@ -14,7 +14,7 @@ from dfq_jax.tracing.blocks import find_blocks
 from dfq_jax.tracing.canonical import keeps_elements
 from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
 from dfq_jax.tracing.naming import inner_paths, unique_names
-from dfq_jax.tracing.products import Product, find_products, rearranged_leaf
+from dfq_jax.tracing.products import Product, computed_operands, find_products, rearranged_leaf
 from dfq_jax.tracing.program import Op, Program
 from dfq_jax.tracing.refusals import refuse_nested_layers, refuse_training_mode
 from dfq_jax.tracing.regions import Activations, origins
@@ -44,12 +44,12 @@ def analyze(program: Program, paths: Sequence[str]) -> Structure:
       paths: of its leaves.
 
     Raises:
-      GraphError: BatchNorm in training mode, layers inside a loop, or no layers.
+      GraphError: BatchNorm in training mode, layers inside a loop, or no layers, nor kernels that are computed.
     """
     refuse_nested_layers(program)
     refuse_training_mode(program)
     products, skipped = find_products(program, paths)
-    if not products:
+    if not products and not computed_operands(program):
         reasons = " ".join(f"{item.name}: {item.reason}." for item in skipped[:3])
         raise GraphError(f"no convolution or dense layer with a kernel in `variables` was found. {reasons}".strip())
     return _Analysis(program, paths, products).structure(skipped)
@@ -93,7 +93,7 @@ class _Analysis:
             layers=layers,
             batch_norms=batch_norms,
             tensors=self._tensors(batch_norms),
-            blocks=find_blocks(self.program, layers, self.tensor_names.keys()),
+            blocks=find_blocks(self.program, layers, self.tensor_names.keys()) if layers else (),
             skipped=(*skipped, *self._unrecognized_norms(), *self._other_parameters()),
         )
 

@@ -104,8 +104,8 @@ def _product(op: Op, program: Program, paths: Sequence[str]) -> Product | str:
     if kernel is None:
         leaves = ", ".join(sorted(paths[v] for v in program.leaves_behind[operand]))
         return (
-            f"its kernel is computed from {leaves}, as in weight standardization; store the computed kernel in "
-            "variables to quantize it"
+            f"its kernel is computed from {leaves}, as in weight standardization; compute_kernels() makes it a leaf if "
+            "one of these has its shape and nothing else reads that one"
         )
     path, dtype = paths[kernel.leaf], program.avals[kernel.leaf].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -117,6 +117,17 @@ def _product(op: Op, program: Program, paths: Sequence[str]) -> Product | str:
     if not kernel.in_order(channels):
         return f"its kernel {path} is rearranged so that its output channels come in another order"
     return Product(op, side, kernel.leaf, kernel.chain, tuple(sorted(set(channel_axes))), result_axes)
+
+
+def computed_operands(program: Program) -> list[int]:
+    """The kernels of products that are computed from leaves, and more than rearranged, in order."""
+    found: dict[int, None] = {}
+    for op in program.ops:
+        if op.name in LAYER_PRIMITIVES and len(program.data_inputs(op)) == 1:
+            for value in op.value_inputs:
+                if program.leaves_behind.get(value) and rearranged_leaf(value, program) is None:
+                    found[value] = None
+    return list(found)
 
 
 @dataclasses.dataclass(frozen=True)

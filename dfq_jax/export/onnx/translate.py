@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.execute import OPERANDS, TENSORS, LayerCall
+from dfq_jax.execute import LayerCall
 from dfq_jax.export import require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
 from dfq_jax.export.onnx.quantization import quantize_dequantize
 from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
-from dfq_jax.graph import QUANTIZATION, Graph, GraphError, flatten_with_paths, is_quantized
+from dfq_jax.graph import OPERANDS, TENSORS, Graph, GraphError, flatten_with_paths, quantization
 from dfq_jax.qtensor import QTensor
 from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand
 
@@ -45,8 +45,7 @@ class _Translation:
     def __init__(self, onnx: Any, program: BatchedProgram, variables: Any, int4: bool):
         self.onnx, self.program, self.graph, self.int4 = onnx, program, program.graph, int4
         self.leaves = self.graph.leaves(variables)
-        collection = variables[QUANTIZATION] if is_quantized(variables) else {}
-        self.for_all, self.for_layers = collection.get(TENSORS, {}), collection.get(OPERANDS, {})
+        self.for_all, self.for_layers = (quantization(variables)[kind] for kind in (TENSORS, OPERANDS))
         self.writer = Writer(onnx)
         self.env: dict[int, Value] = {}
         self.layers = {layer.op: layer for layer in self.graph.layers}
