@@ -19,7 +19,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +78,8 @@ class RandomNetwork:
         return jnp.asarray(rng.normal(size=(count, *self.input_shape[1:])), jnp.float32)
 
     def __str__(self) -> str:
-        return "\n".join(
-            [f"random_network({self.seed}): input {self.input_shape}", *(f"  {line}" for line in self.lines)]
-            + [f"  features: {', '.join(sorted(self.features))}"]
-        )
+        lines = (*self.lines, f"features: {', '.join(sorted(self.features))}")
+        return "\n  ".join([f"random_network({self.seed}): input {self.input_shape}", *lines])
 
 
 @functools.cache
@@ -170,6 +168,14 @@ class _Part:
     shape: tuple[int, ...]
 
 
+class _Product(NamedTuple):
+    """A convolution or matrix product, the shape of its result as in `_Part`, and the path of its kernel."""
+
+    function: Function
+    shape: tuple[int, ...]
+    kernel: str
+
+
 class _Writer:
     """Draws a network. Shapes are `(*space, channels)` here, whatever the network's own order of axes."""
 
@@ -213,13 +219,11 @@ class _Writer:
         self.tree.setdefault(name, {})[field] = np.asarray(value, np.float32)
         return f"{name}/{field}"
 
-    def kernel(self, name: str, shape: Sequence[int], fan_in: int, out_axes: Sequence[int], field: str = "kernel") -> str:
-        """A kernel whose output channels differ in size, so that scales along a wrong axis show."""
+    def kernel(self, name: str, shape: Sequence[int], fan_in: int, axis: int) -> str:
+        """A kernel whose output channels (on `axis`) differ in size, so that scales along a wrong axis show."""
         value = self.rng.normal(0.0, math.sqrt(2.0 / fan_in), shape)
-        for axis in out_axes:
-            spread = self.rng.permutation(np.geomspace(0.4, 2.0, shape[axis]))
-            value *= spread.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        return self.leaf(name, field, value)
+        spread = self.rng.permutation(np.geomspace(0.4, 2.0, shape[axis]))
+        return self.leaf(name, "kernel", np.moveaxis(np.moveaxis(value, axis, -1) * spread, -1, axis))
 
     # --- values and their axes ---
 
@@ -243,7 +247,7 @@ class _Writer:
 
     # --- products ---
 
-    def conv(self, shape: tuple[int, ...], kind: str, features: int | None = None) -> tuple[Function, tuple[int, ...], str]:
+    def conv(self, shape: tuple[int, ...], kind: str, features: int | None = None) -> _Product:
         """A convolution: function, shape, and the path of its kernel."""
         *space, channels = shape
         dims, name = len(space), self.name("conv")
@@ -275,7 +279,7 @@ class _Writer:
         inner = channels // groups
         sides = [size] * dims
         kernel_shape = [features, inner, *sides] if oihw else [*sides, inner, features]
-        path = self.kernel(name, kernel_shape, inner * size**dims, [0 if oihw else dims + 1])
+        path = self.kernel(name, kernel_shape, inner * size**dims, 0 if oihw else dims + 1)
         arguments = dict(
             window_strides=(stride,) * dims,
             padding=padding,
@@ -296,9 +300,9 @@ class _Writer:
             f"{name}: {kind} convolution {'x'.join(map(str, kernel_shape))} ({spec}), stride {stride}, dilation "
             f"{dilation}, groups {groups}, padding {padding}: {shape} -> {out}"
         )
-        return function, out, path
+        return _Product(function, out, path)
 
-    def dense(self, shape: tuple[int, ...], kind: str, features: int) -> tuple[Function, tuple[int, ...], str]:
+    def dense(self, shape: tuple[int, ...], kind: str, features: int) -> _Product:
         """A matrix product over the channels, or over all axes of the value."""
         name, dtype, lead = self.name("dense"), self.dtype, self.lead
         *space, channels = shape
@@ -306,18 +310,18 @@ class _Writer:
         if kind == "einsum":  # over all axes
             axes = "abcd"[: len(shape)]
             physical = (channels, *space) if self.first and space else shape
-            path = self.kernel(name, (*physical, features), math.prod(shape), [len(shape)])
+            path = self.kernel(name, (*physical, features), math.prod(shape), len(shape))
             equation, out = f"{letters}{axes},{axes}o->{letters}o", (features,)
         elif kind == "batched":  # a kernel for each position of the first spatial axis
             axes = "abcd"[: len(shape)]
-            path = self.kernel(name, (space[0], channels, features), channels, [2])
+            path = self.kernel(name, (space[0], channels, features), channels, 2)
             equation = f"{letters}{axes},a{axes[-1]}o->{letters}{axes[:-1]}o"
             out = (*space, features)
         elif kind == "stored transposed":
-            path = self.kernel(name, (features, channels), channels, [0])
+            path = self.kernel(name, (features, channels), channels, 0)
             equation, out = "", (*space, features)
         else:
-            path = self.kernel(name, (channels, features), channels, [1])
+            path = self.kernel(name, (channels, features), channels, 1)
             equation, out = "", (*space, features)
 
         def function(v, h):
@@ -327,7 +331,7 @@ class _Writer:
             return h @ (kernel.T if kind == "stored transposed" else kernel)
 
         self.lines.append(f"{name}: {kind} dense {shape} -> {out}")
-        return function, out, path
+        return _Product(function, out, path)
 
     def shape_of(self, function: Function, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a result, `(*space, channels)`, from that of a value."""
@@ -398,7 +402,7 @@ class _Writer:
 
         return prelu
 
-    def behind(self, product: tuple[Function, tuple[int, ...], str], norm: bool | None = None) -> _Part:
+    def behind(self, product: _Product, norm: bool | None = None) -> _Part:
         """Bias, BatchNorm and activation behind a product."""
         function, shape, kernel = product
         add, bias = self.bias(shape, kernel)
@@ -533,10 +537,12 @@ class _Writer:
             windows[a] = 2
 
         def function(v, h):
-            h = h if kind == "max" else h.astype(jnp.float32)
+            h = h.astype(jnp.float32)
             if kind == "max":
-                return lax.reduce_window(h, -jnp.inf, lax.max, windows, windows, "SAME").astype(self.dtype)
-            return (lax.reduce_window(h, 0.0, lax.add, windows, windows, "SAME") / math.prod(windows)).astype(self.dtype)
+                h = lax.reduce_window(h, -jnp.inf, lax.max, windows, windows, "SAME")
+            else:
+                h = lax.reduce_window(h, 0.0, lax.add, windows, windows, "SAME") / math.prod(windows)
+            return h.astype(self.dtype)
 
         return _Part(function, (*(-(-s // 2) for s in shape[:-1]), shape[-1]))
 
@@ -593,8 +599,8 @@ class _Writer:
             return {"array": logits, "dict": {"features": h, "logits": logits}, "tuple": (h, logits)}[outputs]
 
         def apply_fn(variables, x):
-            v = {"dict": lambda: variables["params"], "list": lambda: dict(zip(names, variables["layers"], strict=True)),
-                 "tuple": lambda: dict(zip(names, variables, strict=True))}[kind]()  # fmt: skip
+            inner = variables if kind == "tuple" else variables["params" if kind == "dict" else "layers"]
+            v = inner if kind == "dict" else dict(zip(names, inner, strict=True))
             return jax.vmap(functools.partial(one, v))(x) if self.per_example else one(v, x)
 
         leaves = {n: {f: jnp.asarray(a, stored) for f, a in fields.items()} for n, fields in self.tree.items()}
@@ -605,8 +611,9 @@ class _Writer:
             if path is None:
                 return None
             name, field = path.split("/")
-            index = names.index(name)
-            return {"dict": f"params/{name}/{field}", "list": f"layers/{index}/{field}", "tuple": f"{index}/{field}"}[kind]
+            return {"dict": f"params/{name}", "list": f"layers/{names.index(name)}", "tuple": f"{names.index(name)}"}[
+                kind
+            ] + f"/{field}"
 
         about = f"computes in {self.dtype}, variables in {stored}, {kind} of variables, {outputs} of outputs"
         about += ", channels first" * self.first + ", written for one example and vmapped" * self.per_example

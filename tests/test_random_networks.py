@@ -139,7 +139,8 @@ def check_traced(seed: int) -> None:
     found = {}
     for layer in graph.layers:
         found.setdefault(layer.kernel, []).append((layer.bias, norm_of.get(layer.batch_norm)))
-    assert {bn.mean for bn in graph.batch_norms} == set(network.norms)
+    norms = {bn.mean for bn in graph.batch_norms}
+    assert norms == set(network.norms), f"BatchNorms {norms}, written {network.norms}"
     for item in network.expected:
         assert (item.bias, item.norm) in found.get(item.kernel, []), f"{item} not in {found.get(item.kernel)}"
 
@@ -148,7 +149,7 @@ def check_batches(seed: int) -> None:
     """One digest at every batch size."""
     network = random_network(seed)
     graphs = [trace(network.apply_fn, network.variables, (n, *network.input_shape[1:])) for n in (1, 2, 3, 8)]
-    assert len({graph.digest for graph in graphs}) == 1
+    assert len({graph.digest for graph in graphs}) == 1, "digests differ"
 
 
 def check_interpreted(seed: int) -> None:
