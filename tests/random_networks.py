@@ -188,6 +188,7 @@ class _Writer:
         self.tree: dict[str, dict[str, np.ndarray]] = {}
         self.expected: list[tuple[str, str | None, str | None]] = []  # kernel, bias and mean as "name/field"
         self.norms: list[str] = []
+        self.batched: set[str] = set()  # kernels with one for each position
         self.dims = self.draw("dims", (2, 1, 2, 3))
         self.first = self.draw("layout", ("channels last", "channels last", "channels first")) == "channels first"
         self.per_example = self.draw("batch", ("batch", "batch", "batch", "vmap")) == "vmap"
@@ -317,6 +318,7 @@ class _Writer:
             path = self.kernel(name, (space[0], channels, features), channels, 2)
             equation = f"{letters}{axes},a{axes[-1]}o->{letters}{axes[:-1]}o"
             out = (*space, features)
+            self.batched.add(path)
         elif kind == "stored transposed":
             path = self.kernel(name, (features, channels), channels, 0)
             equation, out = "", (*space, features)
@@ -411,7 +413,8 @@ class _Writer:
             normalize, mean = self.batch_norm(shape)
             functions.append(normalize)
         functions.append(self.activation(shape))
-        self.expected.append((kernel, bias, mean))
+        # The channels of a kernel for each position are the positions, too: no bias or BatchNorm is of that size.
+        self.expected.append((kernel, None, None) if kernel in self.batched else (kernel, bias, mean))
         return _Part(_chain(functions), shape)
 
     # --- units ---

@@ -31,7 +31,7 @@ SEEDS = [*FAST, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)]
 # What is known not to hold yet: by check, words of features. A check of a network that has the feature may fail.
 NOT_TRACED = ("scan", "tree: tuple", "bias: broadcast")
 KNOWN: dict[str, tuple[str, ...]] = {
-    "traced": (*NOT_TRACED, "BatchNorm: vmapped", "batch: vmap", "dense over channels: batched"),
+    "traced": (*NOT_TRACED, "BatchNorm: vmapped", "batch: vmap"),
     "batches": NOT_TRACED,
     "interpreted": NOT_TRACED,
     "weights_only": (*NOT_TRACED, "read along other axes"),
@@ -142,7 +142,9 @@ def check_traced(seed: int) -> None:
     norms = {bn.mean for bn in graph.batch_norms}
     assert norms == set(network.norms), f"BatchNorms {norms}, written {network.norms}"
     for item in network.expected:
-        assert (item.bias, item.norm) in found.get(item.kernel, []), f"{item} not in {found.get(item.kernel)}"
+        places = found.get(item.kernel, [])
+        # A BatchNorm that was written before the next layer may directly follow this one.
+        assert any(bias == item.bias and item.norm in (None, norm) for bias, norm in places), f"{item}, found {places}"
 
 
 def check_batches(seed: int) -> None:
