@@ -157,6 +157,10 @@ def _norm_standardize(x, mean, var, scale, bias, epsilon):
 NORMS = {"rsqrt": _norm_rsqrt, "division": _norm_division, "folded": _norm_folded, "standardize": _norm_standardize}
 
 
+CONVOLUTIONS = ("plain", "strided", "dilated", "grouped", "depthwise", "transposed", "pointwise", "padded")
+UNITS = ("convolution", "residual", "gate", "tied", "convolution", "concatenation", "normalized_first", "dense",
+         "stacked", "pool")  # fmt: skip
+
 # --- the writer ---
 
 
@@ -193,14 +197,15 @@ class _Writer:
         self.first = self.draw("layout", ("channels last", "channels last", "channels first")) == "channels first"
         self.per_example = self.draw("batch", ("batch", "batch", "batch", "vmap")) == "vmap"
         self.dtype = jnp.dtype(self.draw("dtype", ("float32",) * 4 + ("bfloat16", "float16")))
-        self.stored = self.draw("stored as", ("float32", "float32", str(self.dtype)))
+        own = self.draw("stored as", ("float32", "its own type", "float32", "its own type", "float32")) != "float32"
+        self.stored = str(self.dtype) if own else "float32"
 
     # --- drawing ---
 
     def draw(self, category: str, options: Sequence[Any]) -> Any:
         """One of the options; what was drawn is a feature."""
         if self.seed < DEALT and category not in self.drawn:
-            option = options[(self.seed + zlib.crc32(category.encode())) % len(options)]
+            option = options[(self.seed + zlib.crc32(f"{category}g".encode())) % len(options)]
         else:
             option = options[int(self.rng.integers(len(options)))]
         self.drawn.add(category)
@@ -305,26 +310,26 @@ class _Writer:
 
     def dense(self, shape: tuple[int, ...], kind: str, features: int) -> _Product:
         """A matrix product over the channels, or over all axes of the value."""
-        name, dtype, lead = self.name("dense"), self.dtype, self.lead
+        name, dtype, batch = self.name("dense"), self.dtype, "n" * self.lead
         *space, channels = shape
-        letters = "n" * lead
+        letters = LETTERS[: len(space)]
+        first = self.first and bool(space)
+        value = f"{batch}c{letters}" if first else f"{batch}{letters}c"
+        out = (*space, features)
         if kind == "einsum":  # over all axes
-            axes = "abcd"[: len(shape)]
-            physical = (channels, *space) if self.first and space else shape
+            physical = (channels, *space) if first else shape
             path = self.kernel(name, (*physical, features), math.prod(shape), len(shape))
-            equation, out = f"{letters}{axes},{axes}o->{letters}o", (features,)
+            equation, out = f"{value},{value[self.lead :]}o->{batch}o", (features,)
         elif kind == "batched":  # a kernel for each position of the first spatial axis
-            axes = "abcd"[: len(shape)]
             path = self.kernel(name, (space[0], channels, features), channels, 2)
-            equation = f"{letters}{axes},a{axes[-1]}o->{letters}{axes[:-1]}o"
-            out = (*space, features)
+            equation = f"{value},{letters[0]}co->{value.replace('c', 'o')}"
             self.batched.add(path)
         elif kind == "stored transposed":
             path = self.kernel(name, (features, channels), channels, 0)
-            equation, out = "", (*space, features)
+            equation = f"{value},oc->{value.replace('c', 'o')}" if first else ""
         else:
             path = self.kernel(name, (channels, features), channels, 1)
-            equation, out = "", (*space, features)
+            equation = f"{value},co->{value.replace('c', 'o')}" if first else ""
 
         def function(v, h):
             kernel = v[name]["kernel"].astype(dtype)
@@ -419,10 +424,8 @@ class _Writer:
 
     # --- units ---
 
-    CONVOLUTIONS = ("plain", "strided", "dilated", "grouped", "depthwise", "transposed", "pointwise", "padded")
-
     def unit_convolution(self, shape):
-        kind = self.draw("convolution", self.CONVOLUTIONS)
+        kind = self.draw("convolution", CONVOLUTIONS)
         if kind == "transposed" and math.prod(shape[:-1]) > 100:
             kind = "plain"
         return self.behind(self.conv(shape, kind))
@@ -482,8 +485,6 @@ class _Writer:
 
     def unit_dense(self, shape):
         """Over the channels at every position."""
-        if self.first:
-            return self.behind(self.conv(shape, "pointwise"))
         kind = self.draw("dense over channels", ("plain", "stored transposed", "batched"))
         return self.behind(self.dense(shape, kind, int(self.rng.choice([4, 5]))))
 
@@ -549,11 +550,8 @@ class _Writer:
 
         return _Part(function, (*(-(-s // 2) for s in shape[:-1]), shape[-1]))
 
-    UNITS = ("convolution", "residual", "gate", "tied", "convolution", "concatenation", "normalized_first", "dense",
-             "stacked", "pool")  # fmt: skip
-
     def unit(self, shape: tuple[int, ...]) -> _Part:
-        part = getattr(self, f"unit_{self.draw('unit', self.UNITS)}")(shape)
+        part = getattr(self, f"unit_{self.draw('unit', UNITS)}")(shape)
         wrapper = self.draw("wrapped in", ("nothing", "nothing", "nothing", "jit", "remat"))
         if wrapper == "nothing":
             return part
@@ -587,8 +585,7 @@ class _Writer:
         sizes = {1: (9, 12), 2: (5, 6, 7), 3: (3, 4)}[self.dims]
         shape = (*(int(self.rng.choice(sizes)) for _ in range(self.dims)), int(self.rng.choice([2, 3])))
         input_shape = (2, shape[-1], *shape[:-1]) if self.first else (2, *shape)
-        stem = self.behind(self.conv(shape, "plain"))
-        parts = [stem]
+        parts = [self.unit_convolution(shape)]
         for _ in range(int(self.rng.integers(1, 4))):
             parts.append(self.unit(parts[-1].shape))
         features = _chain([part.function for part in parts])

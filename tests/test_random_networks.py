@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from random_networks import RandomNetwork, random_network
+from random_networks import ACTIVATIONS, CONVOLUTIONS, NORMS, UNITS, RandomNetwork, random_network
 
 import dfq_jax
 from dfq_jax.convention import Convention, quantize_params
@@ -256,6 +256,28 @@ def check_onnx(seed: int) -> None:
     expected = own.graph.logits(own.outputs["simulated"])
     difference = sqnr(expected, found)
     assert difference > (40 if precision(own.network) < 1e-3 else 15), f"{difference:.1f} dB"
+
+
+def test_the_first_networks_hold_every_part():
+    found = frozenset().union(*(random_network(seed).features for seed in FAST))
+    parts = {
+        "activation": (*ACTIVATIONS, "prelu"),
+        "BatchNorm": (*NORMS, "vmapped"),
+        "BatchNorm place": ("after", "missing"),
+        "bias": ("plain", "broadcast", "none"),
+        "convolution": CONVOLUTIONS,
+        "unit": UNITS,
+        "dims": (1, 2, 3),
+        "layout": ("channels first", "channels last"),
+        "batch": ("batch", "vmap"),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "dense over channels": ("plain", "stored transposed", "batched"),
+        "stacked": ("first axis", "last axis", "scan"),
+        "wrapped in": ("jit", "remat"),
+        "head": ("mean", "flatten", "einsum"),
+        "tree": ("dict", "list", "tuple"),
+    }
+    assert not {f"{part}: {option}" for part, options in parts.items() for option in options} - found
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
