@@ -96,7 +96,7 @@ def depthwise_product(
     # The barriers keep XLA from computing the layers before and after once for every shift.
     x = _pad(lax.optimization_barrier(x), padding)
     taps = np.ndindex(*kernel.shape[:2])
-    total = sum(_window(x, kernel.shape, strides, tap) * kernel[*tap, 0] for tap in taps)
+    total = sum(_window(x, kernel.shape, strides, tap) * kernel[None, None, *tap] for tap in taps)
     return lax.optimization_barrier(total)
 
 
@@ -134,7 +134,7 @@ def _input_gradient(
         for i in range(row, sides[0], strides[0]):
             for j in range(column, sides[1], strides[1]):
                 top, left = reach[0] - i // strides[0], reach[1] - j // strides[1]
-                total += padded[:, top : top + lengths[0], left : left + lengths[1]] * kernel[i, j, 0]
+                total += padded[:, top : top + lengths[0], left : left + lengths[1]] * kernel[None, None, i, j]
         return total
 
     rows = [jnp.stack([phase(i, j) for j in range(strides[1])], 3) for i in range(strides[0])]

@@ -158,7 +158,7 @@ class LayerCall:
     def channel_mean(self, result: jax.Array) -> jax.Array:
         """Mean of the result per output channel, in float32, dimensions kept."""
         axes = tuple(a for a in range(result.ndim) if a not in self.channel_axes)
-        return result.astype(jnp.float32).mean(axes, keepdims=True)
+        return apart(result.astype(jnp.float32)).mean(axes, keepdims=True)
 
     def kernel_sum(self, kernel: jax.Array) -> jax.Array:
         """The sum of a kernel leaf over everything but its channels, shaped to broadcast against the result."""
@@ -430,10 +430,19 @@ def along_channels(bn: BatchNorm, x: jax.Array, vector: jax.Array) -> jax.Array:
     return jnp.reshape(vector, shape)
 
 
+def apart(x: jax.Array) -> jax.Array:
+    """The same float32 array, computed before the sum that reads it and not inside.
+
+    jaxlib 0.10.2 fuses small products into sums over them on CPU, and then some of the sums are other ones
+    (jax-ml/jax#39103). What rounds, here to float32 itself, it leaves apart; a barrier it takes away before.
+    """
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
+
+
 def channel_moments(bn: BatchNorm, x: Float[Array, "..."]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and biased variance per channel over all other axes, in float32."""
     axes = tuple(a for a in range(x.ndim) if a != bn.channel_axis)
-    x = x.astype(jnp.float32)
+    x = apart(x.astype(jnp.float32))
     mean = x.mean(axes)
     return mean, jnp.square(x - along_channels(bn, x, mean)).mean(axes)
 

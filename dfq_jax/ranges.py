@@ -55,7 +55,7 @@ class Summary:
     def centers(self) -> Float[Array, " bins"]:
         """Middle of each bin."""
         bins = self.counts.shape[0]
-        return self.lo + (jnp.arange(bins) + 0.5) * ((self.hi - self.lo) / bins)
+        return self.lo + (jnp.arange(bins, dtype=jnp.float32) + 0.5) * ((self.hi - self.lo) / bins)
 
 
 # --- estimators ---
@@ -102,7 +102,7 @@ def mse(summary: Summary, *, bits: int) -> Range:
 @functools.partial(jax.jit, static_argnames=("bits", "p"))
 def _search(summary: Summary, bits: int, p: float) -> Range:
     x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1e-30)
-    fractions = jnp.linspace(0.01, 1.0, 100)
+    fractions = jnp.linspace(0.01, 1.0, 100, dtype=jnp.float32)
 
     def error(pair: jax.Array) -> jax.Array:
         params = params_from_range(summary.lo * pair[0], summary.hi * pair[1], bits=bits)

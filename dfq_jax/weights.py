@@ -128,7 +128,7 @@ def _search(w, lo, hi, *, bits, symmetric, axes, p):
     coarse, coarse_error = best(grid.reshape(-1, *(1,) * w.ndim))
     offsets = jnp.arange(-FINE_STEPS, FINE_STEPS + 1, dtype=jnp.float32) * (step / FINE_STEPS)
     offsets = offsets.reshape(-1, *(1,) * w.ndim)
-    fine, fine_error = best(jnp.clip(coarse + offsets, step / FINE_STEPS, 1.0))
+    fine, fine_error = best(jnp.clip(coarse[None] + offsets, step / FINE_STEPS, 1.0))
     fraction = jnp.where(fine_error < coarse_error, fine, coarse)
     return lo * fraction, hi * fraction
 

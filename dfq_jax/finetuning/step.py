@@ -21,6 +21,7 @@ from dfq_jax.finetuning.student import (
     soft_variables,
 )
 from dfq_jax.graph import Graph
+from dfq_jax.schedules import cosine_decay, of_steps
 from dfq_jax.synthesis.augment import random_crop, random_flip
 from dfq_jax.synthesis.checks import num_classes
 
@@ -45,9 +46,10 @@ def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
 
     def make(rate: float) -> optax.GradientTransformation:
         if config.schedule == "cosine":
-            rate = optax.cosine_decay_schedule(rate, config.steps)
+            rate = cosine_decay(rate, config.steps)
         elif config.schedule == "step":
-            rate = optax.piecewise_constant_schedule(rate, {round(i * config.steps / 4): 0.1 for i in (1, 2, 3)})
+            quarters = {round(i * config.steps / 4): 0.1 for i in (1, 2, 3)}
+            rate = of_steps(optax.piecewise_constant_schedule(rate, quarters))
         if config.optimizer == "sgd":
             return optax.sgd(rate, momentum=MOMENTUM, nesterov=True)
         return optax.adam(rate, eps=ADAM_EPSILON)

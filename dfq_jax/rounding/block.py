@@ -20,6 +20,7 @@ from dfq_jax.graph import Graph, quantization, with_quantization
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
+from dfq_jax.schedules import cosine_decay
 from dfq_jax.synthesis.layer_rules import loop_friendly
 
 Variables = dict[str, Any]  # of a block: leaves by name, and the collection "quantization"
@@ -148,7 +149,7 @@ def random_mask(key: Key[Array, ""], shape: tuple[int, ...], share: float) -> Bo
         level, bits = level // 2, bits - 1
     size = math.prod(shape)
     words = jax.random.bits(key, (bits, 1, -(-size // 32)), jnp.uint32)
-    planes = (words >> jnp.arange(32, dtype=jnp.uint32)[:, None]) & 1
+    planes = (words >> jnp.arange(32, dtype=jnp.uint32)[None, :, None]) & 1
     value = sum(planes[i] << i for i in range(bits))
     return (value < level).reshape(-1)[:size].reshape(shape)
 
@@ -176,7 +177,7 @@ def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation
     """Adam for each kind of parameter; cached, since compilation is keyed on it."""
 
     def decayed(rate: float) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(rate, config.steps))
+        return optax.adam(cosine_decay(rate, config.steps))
 
     makers = {
         "rounding": optax.adam(config.rounding_rate),

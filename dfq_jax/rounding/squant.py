@@ -91,7 +91,7 @@ def _moves(
     sign, size = jnp.sign(total)[..., None], jnp.abs(total)[..., None]
     eligible = movable & (jnp.sign(error) == sign)
     order = jnp.argsort(jnp.where(eligible, -jnp.abs(error), jnp.inf), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
+    rank = jnp.argsort(order, axis=-1).astype(error.dtype)
     count = jnp.round(size)
     moved = eligible & (rank < count)
-    return -sign * moved, eligible & (rank == count - (count > size))
+    return -sign * moved.astype(sign.dtype), eligible & (rank == count - (count > size).astype(count.dtype))

@@ -116,6 +116,6 @@ def unpack(packed: jax.Array, width: int, shape: tuple[int, ...], signed: bool) 
       int8 codes.
     """
     shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
-    codes = (packed[:, None] >> shifts) & jnp.uint8(2**width - 1)
+    codes = (packed[:, None] >> shifts[None]) & jnp.uint8(2**width - 1)
     codes = codes.reshape(-1)[: math.prod(shape)].reshape(shape).astype(jnp.int8)
     return jnp.where(codes >= 2 ** (width - 1), codes - 2**width, codes) if signed else codes

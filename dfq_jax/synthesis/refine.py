@@ -30,6 +30,7 @@ from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.graph import Graph, is_quantized
 from dfq_jax.precision import full_precision
 from dfq_jax.ranges import check_images
+from dfq_jax.schedules import cosine_decay
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.loop import SynthesisError, default_chunk, largest_divisor
@@ -140,7 +141,7 @@ def refine(
 
 @functools.cache
 def refine_optimizer(config: RefineConfig) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    return optax.adam(cosine_decay(config.learning_rate, config.steps))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")

@@ -40,7 +40,7 @@ def init_batch(
     order = jax.random.permutation(label_key, classes).astype(jnp.int32)
     labels = order[jnp.arange(config.batch_size) % classes]  # other classes in each batch where there are many
     state = BatchState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
-    return state, Targets(labels, jnp.float32(-jnp.inf))
+    return state, Targets(labels, jnp.float32(jnp.finfo(jnp.float32).min))  # finite, for `jax_debug_infs`
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"))
