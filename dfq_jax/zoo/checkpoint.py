@@ -6,7 +6,6 @@ rules, says for every name where in the variables it belongs and how its axes ar
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dfq_jax.adapters import inference_arguments
+from dfq_jax.adapters import linen_shapes
 from dfq_jax.zoo import hub
 from dfq_jax.zoo.arrays import Readers, open_arrays
 from dfq_jax.zoo.layouts import FLAX, LAYOUTS, TRANSFORMS, Layout, Rule
@@ -82,9 +81,7 @@ def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any
     if isinstance(model, nn.Module):
         if input_shape is None:
             raise ValueError("input_shape: a Linen module's variables depend on it; give (1, H, W, C)")
-        image = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32)
-        init = functools.partial(model.init, **inference_arguments(type(model).__call__))
-        return jax.eval_shape(init, jax.random.key(0), image)
+        return linen_shapes(model, jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32))
     if input_shape is not None:
         raise ValueError("input_shape: only a Linen module needs it; the variables of other models are known")
     if isinstance(model, str):
