@@ -99,7 +99,7 @@ def test_statistics_under_another_name(tmp_path, variables):
 FORMS = {
     "dots": lambda name: name.replace("/", "."),
     "keystr": lambda name: "".join(f"['{part}']" for part in name.split("/")),
-    "slashes": lambda name: f"/{name}",
+    "slashes": lambda name: f"state/{name}",
     "wrapped": lambda name: f"params.{name}" if name.startswith("params") else name,
     "boxed": lambda name: f"{name}/value",
 }
@@ -111,8 +111,6 @@ def test_flat_names(tmp_path, variables, form, suffix):
     content = {FORMS[form](name): leaf for name, leaf in flatten_names(variables).items()}
     path = tmp_path / f"w.{suffix}"
     if suffix == "npz":
-        if form == "slashes":
-            pytest.skip("members of a zip file do not begin with a slash")
         np.savez(path, **content)
     else:
         safetensors.numpy.save_file(content, path)
@@ -261,10 +259,7 @@ def test_directories_that_are_none(tmp_path):
 
 def test_damaged_orbax(tmp_path, ocp, variables):
     path = save(ocp, tmp_path / "damaged", variables)
-    for file in (path / "d").iterdir():
-        file.write_bytes(b"")
-    for file in (path / "ocdbt.process_0" / "d").iterdir():
-        file.write_bytes(b"")
+    (path / "_METADATA").write_text("{")
     with pytest.raises(ValueError, match=r"cannot be read: Orbax (cannot read|finds no tree of arrays in) '.*damaged'"):
         load(path)
 

@@ -49,7 +49,9 @@ def inference_arguments(function: Callable[..., Any]) -> dict[str, bool]:
     }
 
 
-def inference_call(method: Callable[..., Any], leading: int, who: str, example: str) -> InferenceCall:
+def inference_call(
+    method: Callable[..., Any], leading: int, who: str, example: str, *, inference: bool = True
+) -> InferenceCall:
     """How to call a module on an input in inference mode.
 
     Args:
@@ -57,6 +59,7 @@ def inference_call(method: Callable[..., Any], leading: int, who: str, example: 
       leading: how many arguments stand before the input and are given by the caller.
       who: the name of `method` in messages.
       example: a function to pass instead, with `{}` where further arguments stand.
+      inference: False for training mode, in which some programs make their variables.
 
     Returns:
       A function of the input that gives the arguments behind the leading ones: by position where possible, as remat
@@ -65,7 +68,7 @@ def inference_call(method: Callable[..., Any], leading: int, who: str, example: 
     Raises:
       TypeError: `method` takes no input, or has required arguments that inference gives no value to.
     """
-    filled = inference_arguments(method)
+    filled = {name: value == inference for name, value in inference_arguments(method).items()}
     signature = inspect.signature(method)
     given = list(signature.parameters.values())[leading:]
     positional = [p for p in given if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]

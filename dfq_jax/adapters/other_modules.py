@@ -111,7 +111,10 @@ def haiku_shapes(model: Any, x: jax.ShapeDtypeStruct) -> Any:
     """Shapes of the variables of a transformed function for an input; None where it has several functions."""
     if _is_a(model, "haiku", "MultiTransformed"):
         return None
-    call = inference_call(model.init, 1, "the transformed function", "lambda v, x: model.apply(v, None, x{})")
+    # Haiku's BatchNorm makes its state in training mode only.
+    call = inference_call(
+        model.init, 1, "the transformed function", "lambda v, x: model.apply(v, None, x{})", inference=False
+    )
 
     def init(key: jax.Array, x: jax.Array) -> Any:
         args, kwargs = call(x)

@@ -44,21 +44,27 @@ _BRANCH = (
     "The network's Python code needs the value of an array while it is traced: use jnp.where or jax.lax.cond for "
     "branches on values, and jax.numpy for numpy."
 )
+_STATE = "It updates its state while it runs, as BatchNorm in training mode does. "
+_RANDOM = "It draws random numbers, as dropout in training mode does. "
+_IMPURE = "An array of one call is kept and used in another: the function is not pure."
+_VARIABLES = (
+    "The variables lack what the network asks for: pass them whole, as module.init returned them "
+    "({'params': ..., 'batch_stats': ...}), of this network."
+)
+_DTYPE = (
+    "A type does not fit: the input is {dtype}; cast it in a function that you pass, "
+    "lambda v, x: model(v, x.astype(...))."
+)
 # Likely causes: what the type's name and message match, and what to say. The first that matches holds.
 _CAUSES = (
-    (r"ModifyScopeVariable|mutable|TraceContextError", "It updates its state while it runs, as BatchNorm in training "
-     "mode does. " + _INFERENCE),
-    (r"InvalidRng|RngStream|requires an? .*rng|non-?None.* (rng|PRNGKey)|must be called with an RNG",
-     "It draws random numbers, as dropout in training mode does. " + _INFERENCE),
+    (r"ModifyScopeVariable|mutable|TraceContextError", _STATE + _INFERENCE),
+    (r"InvalidRng|RngStream|requires an? .*rng|non-?None.* (rng|PRNGKey)|an RNG", _RANDOM + _INFERENCE),
     (r"Tracer\w*ConversionError|ConcretizationTypeError|NonConcreteBoolean", _BRANCH),
-    (r"UnexpectedTracerError|leaked", "An array of one call is kept and used in another: the function is not pure."),
-    (r"Scope\w*NotFound|ScopeCollection|(?i:unable to retrieve parameter)|'params'|'batch_stats'",
-     "The variables lack what the network asks for: pass them whole, as module.init returned them "
-     "({'params': ..., 'batch_stats': ...}), of this network."),
+    (r"UnexpectedTracerError|leaked", _IMPURE),
+    (r"Scope\w*NotFound|ScopeCollection|nable to retrieve parameter|'params'|'batch_stats'", _VARIABLES),
     (r"Shape|shape|dimension|dims|divisible|broadcast|size|rank|ndim|unpack|too many indices", _SHAPES),
-    (r"dtype|integer|floating", "A type does not fit: the input is {dtype}; cast it in a function that you pass, "
-     "lambda v, x: model(v, x.astype(...))."),
-)  # fmt: skip
+    (r"^(Type|Value)Error.*(dtype|integer|floating)", _DTYPE),
+)
 _MISSING = re.compile(r"missing (?:a|\d+) required (?:keyword-only |positional )?arguments?: (.*)")
 
 
@@ -67,7 +73,7 @@ def explain_trace_failure(error: Exception, spec: jax.ShapeDtypeStruct) -> str:
     if isinstance(error, (ClosureError, GraphError)):
         return str(error)
     text = f"{type(error).__name__}: {_first_line(error)}"
-    cause = _cause(error, text).format(dtype=spec.dtype)
+    cause = _cause(error, text).replace("{dtype}", str(spec.dtype))
     return f"apply_fn cannot be traced on an input of shape {spec.shape} {spec.dtype}: {text}{where(error)}. {cause}"
 
 
