@@ -281,3 +281,13 @@ def test_files_of_other_kinds(tmp_path, content, match):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=match):
         load(tmp_path / "file")
+
+
+def test_directories_for_models_of_the_zoo(tmp_path, ocp):
+    """As `--checkpoint` of the command line gives them."""
+    from dfq_jax.cli.models import resolve
+
+    expected = random_like(resolve("fashion_resnet20", weights=False).variables)
+    save(ocp, tmp_path / "1" / "state", {"state": expected, "step": 3})
+    found = resolve("fashion_resnet20", tmp_path).variables
+    same(jax.tree.map(np.asarray, found), expected)
