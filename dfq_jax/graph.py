@@ -22,9 +22,10 @@ from dfq_jax.qtensor import QTensor, QuantizerParams
 from dfq_jax.tracing.activations import ACTIVATIONS
 from dfq_jax.tracing.analysis import Structure, analyze
 from dfq_jax.tracing.canonical import canonical
+from dfq_jax.tracing.failures import check_outputs, explain_trace_failure
 from dfq_jax.tracing.flattening import flatten
 from dfq_jax.tracing.naming import path_string, slice_paths
-from dfq_jax.tracing.program import ClosureError, Constant, Program
+from dfq_jax.tracing.program import Constant, Program
 from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
 from dfq_jax.tracing.views import count, put_together, take_apart
 
@@ -465,7 +466,7 @@ def trace(
     if isinstance(apply_fn, type) or is_module(apply_fn) or not callable(apply_fn):
         found = f"the class {apply_fn.__name__}" if isinstance(apply_fn, type) else type(apply_fn).__name__
         raise TypeError(
-            f"apply_fn: expected a function (variables, x) -> outputs, found {found}. For a Linen or NNX module use "
+            f"apply_fn: expected a function (variables, x) -> outputs, found {found}. For a module use "
             "dfq_jax.as_function(module, variables)."
         )
     if not isinstance(spec, jax.ShapeDtypeStruct):
@@ -505,12 +506,14 @@ def _trace(
         raise GraphError(f"x: every dimension must be at least 1, found shape {spec.shape}.")
 
     def function(leaves: Sequence[Any], x: Any) -> Any:
-        return apply_fn(jax.tree.unflatten(treedef, leaves), x)
+        outputs = apply_fn(jax.tree.unflatten(treedef, leaves), x)
+        check_outputs(outputs)
+        return outputs
 
     try:
         program, output_treedef = flatten(function, shapes, spec)
     except Exception as error:
-        raise GraphError(_explain_trace_failure(error, spec)) from error
+        raise GraphError(explain_trace_failure(error, spec)) from error
     leaf_paths = slice_paths(paths, program.splits, [len(shape.shape) for shape in shapes])
     leaf_shapes = tuple(program.avals[leaf] for leaf in range(program.num_leaves))
     program = canonical(program)
@@ -529,26 +532,6 @@ def _trace(
         digest=_digest(leaf_paths, leaf_shapes, structure),
         apply_fn=apply_fn,
         _cache=cache,
-    )
-
-
-def _explain_trace_failure(error: Exception, spec: jax.ShapeDtypeStruct) -> str:
-    if isinstance(error, ClosureError):
-        return str(error)
-    text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if "ModifyScopeVariable" in text or "mutable" in text:
-        return (
-            f"the network updates its state while it runs, as BatchNorm in training mode does ({text}). Trace it in "
-            "inference mode: lambda v, x: model.apply(v, x, train=False), or use_running_average=True."
-        )
-    if "InvalidRng" in text:
-        return (
-            f"the network draws random numbers, as dropout in training mode does ({text}). Trace it in inference "
-            "mode: lambda v, x: model.apply(v, x, train=False), or deterministic=True."
-        )
-    return (
-        f"apply_fn cannot be traced on an input of shape {spec.shape} {spec.dtype} ({text}). Check the input shape "
-        "and that apply_fn(variables, x) works by itself."
     )
 
 

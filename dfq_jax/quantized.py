@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dfq_jax import artifact
-from dfq_jax.adapters import as_function, on_device
+from dfq_jax.adapters import as_function, on_device, variable_shapes
 from dfq_jax.comparison import apply_jitted
 from dfq_jax.computed import compute_kernels, computed_kernels
 from dfq_jax.convention import Convention
@@ -110,8 +109,8 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     Args:
       path: a file written by `Quantized.save`.
       model: the same model it was made from.
-      variables: a tree of the model's structure: its float variables, or `jax.eval_shape` of them. Optional for NNX
-        modules, and for Linen modules that `init` with a key and an input alone.
+      variables: a tree of the model's structure: its float variables, or `jax.eval_shape` of them. Needed for
+        functions, and for an Equinox module with a state.
 
     Returns:
       The quantized network (without the images it was made with).
@@ -124,8 +123,8 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     if missing:
         raise artifact.ArtifactError(f"{path}: the header lacks {sorted(missing)}; was it written by Quantized.save?")
     shape = tuple(header["input_shape"])
-    if variables is None and hasattr(model, "init"):
-        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+    if variables is None:
+        variables = variable_shapes(model, shape)
     apply_fn, variables = as_function(model, variables)
     variables = on_device(variables)
     try:

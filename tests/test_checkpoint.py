@@ -245,7 +245,7 @@ def test_two_names_for_one_place(tmp_path):
         ({"params/blocks/0/bias": np.zeros(4, bool)}, "dtype bool, expected float32"),
         ({"counts/steps": np.zeros(())}, "dtype float64, expected int32"),
         ({"params/blocks/0/bias": np.array(["a", "b", "c", "d"])}, "dtype <U1, expected float32"),
-        ({"opt_state/mu": np.zeros(4)}, "unexpected: opt_state/mu"),
+        ({"others/mu": np.zeros(4)}, "unexpected: others/mu"),
     ],
 )
 def test_unfit_flax_files(tmp_path, changes, match):
@@ -426,7 +426,7 @@ def unreadable(path, match):
 
 def test_no_file(tmp_path):
     unreadable(tmp_path / "none.npz", "path: cannot read .*No such file")
-    unreadable(tmp_path, "path: cannot read")
+    unreadable(tmp_path, "it is a directory and no checkpoint")
     with pytest.raises(ValueError, match="path: cannot read"):
         read_npz(tmp_path / "none.npz")
 
@@ -516,7 +516,7 @@ def test_npz_refusals(tmp_path):
     unreadable(write_members(path, {"a.npy": negative}), r"declares float64 \(-10,\)")
     unreadable(write_members(path, {"a.npy": good[:-8]}), "but has 792 bytes")
     unreadable(write_members(path, {"a.npy": good[:20]}), "'a.npy' is no npy array")
-    unreadable(write_members(path, {"a.txt": b"hello"}), "'a.txt' is no npy array")
+    unreadable(write_members(path, {"a.txt": b"hello"}), "it is a zip archive of a.txt")
     unreadable(write_members(path, {"a.npy": good.replace(b"<f8", b"<x8")}), "'a.npy' is no npy array")
     unreadable(write_members(path, {"a.npy": good[:6] + b"\x09" + good[7:]}), r"npy format \(9, 0\)")
     unreadable(write_members(path, {"a.npy": bytes(80 << 20)}), "zip bomb")

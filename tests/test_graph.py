@@ -840,7 +840,7 @@ def test_closed_over_weights():
 
 def test_wrong_input_shapes():
     apply_fn, variables = model_grid.cifar_resnet8().function()
-    with pytest.raises(GraphError, match=r"input of shape \(2, 16, 16, 4\).*Check the input shape"):
+    with pytest.raises(GraphError, match=r"input of shape \(2, 16, 16, 4\).*ScopeParamShape.*do not fit: the input"):
         trace(apply_fn, variables, (2, 16, 16, 4))
     with pytest.raises(GraphError, match=r"input of shape \(16, 16, 3\)"):
         trace(apply_fn, variables, (16, 16, 3))

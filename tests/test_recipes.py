@@ -460,7 +460,7 @@ class Training(nn.Module):
 TRAINING = case_of(Training())
 KERNEL, VAR = "params/conv2/kernel", "batch_stats/bn_conv2/var"
 BAD_INPUT = {
-    "channels": ({"input_shape": (2, 8, 8, 4)}, GraphError, r"input of shape \(2, 8, 8, 4\).*[Cc]heck the input shape"),
+    "channels": ({"input_shape": (2, 8, 8, 4)}, GraphError, r"input of shape \(2, 8, 8, 4\).*do not fit: the input"),
     "rank": ({"input_shape": (8, 8, 3)}, GraphError, r"input of shape \(8, 8, 3\)"),
     "no batch": ({"input_shape": (3,)}, ValueError, "input_shape: expected a shape"),
     "negative": ({"input_shape": (1, -8, 8, 3)}, ValueError, "input_shape: expected a shape"),

@@ -76,8 +76,8 @@ def quantize(
     """Quantize a network without data.
 
     Args:
-        checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict) or
-            hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
+        checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict), a
+            directory of Orbax, or hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
         recipe: instant, fast, best, finetune, paper or noise.
         bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
         edge_bits: Bits of the first and the last layer; none for the same as all others.

@@ -22,6 +22,7 @@ from dfq_jax.evaluation import predict
 from dfq_jax.execute import run
 from dfq_jax.graph import Graph, trace
 from dfq_jax.synthesis.checks import num_classes
+from dfq_jax.tracing.failures import where
 from dfq_jax.zoo.registry import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.
@@ -106,7 +107,7 @@ def resolve(name: str, checkpoint: str | Path | None = None, *, weights: bool = 
 
     Args:
       name: a zoo name, or `package.module:function`; the current folder is importable.
-      checkpoint: a file of weights or a reference to the Hugging Face hub, for a model of the zoo.
+      checkpoint: a file or directory of weights or a reference to the Hugging Face hub, for a model of the zoo.
       weights: whether the weights are needed; without them, models of the zoo have shapes only.
 
     Raises:
@@ -201,7 +202,7 @@ def _guarded(what: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        raise ValueError(f"{what} failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what} failed: {type(error).__name__}: {error}{where(error)}") from error
 
 
 def model_of(file: Path) -> str:

@@ -13,7 +13,6 @@ quantized for that layer alone, so tensors that are quantized for residual sums 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.adapters import as_function, inference_arguments
+from dfq_jax.adapters import as_function, linen_shapes
 from dfq_jax.computed import computed_kernels
 from dfq_jax.execute import activation_quantizers
 from dfq_jax.export import Runner, as_batch, require
@@ -91,8 +90,7 @@ def qwix_template(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[nn.Module
         weight_qtype=jnp.int8, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax"
     )
     model = qwix.quantize_model(module, qwix.PtqProvider([rule]))
-    init = functools.partial(model.init, **inference_arguments(type(module).__call__))
-    return model, flax.core.unfreeze(jax.eval_shape(init, jax.random.key(0), x))
+    return model, flax.core.unfreeze(linen_shapes(module, x, initialized=model))
 
 
 def activation_scales(graph: Graph, flat: Mapping[tuple[str, ...], Any]) -> list[tuple[Layer, tuple[str, ...]]]:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import flax.serialization
@@ -18,11 +19,21 @@ import numpy as np
 import safetensors
 
 from dfq_jax.zoo.archive import check_archive, open_archive, read_member
+from dfq_jax.zoo.directories import find_checkpoint, open_orbax
 from dfq_jax.zoo.torch_reader import Readers, open_torch
 
 __all__ = ["Readers", "open_arrays", "read_arrays", "read_npz"]
 
-_FORMATS = "safetensors, torch (.pth, .pt, .th), npz, Flax msgpack"
+_FORMATS = "safetensors, torch (.pth, .pt, .th), npz, Flax msgpack, or a directory of Orbax"
+# What else people have, by its first bytes, and what to do.
+_FOREIGN = {
+    b"\x89HDF": "an HDF5 file, as Keras writes: load it with Keras and pass the model",
+    b"\x1f\x8b": "a gzip file: unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it",
+    b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "one npy array: save all of them with numpy.savez",
+    b"version https": "a pointer of Git LFS: run `git lfs pull`",
+}
 # Compressed images may be mostly background; 1032 is what deflate can reach at all.
 _NPZ_EXPANSION = 200
 _NPZ_FLOOR = 64 << 20
@@ -36,13 +47,14 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads all named arrays of a file; the format is recognized by content, not by the file's name.
 
     Args:
-        path: a safetensors, torch, npz or Flax msgpack file.
+        path: what `open_arrays` opens.
 
     Returns:
-        Name to array; nested names of a msgpack file joined with '/'.
+        Name to array; nested names of a msgpack file or directory joined with '/'.
 
     Raises:
         ValueError: if there is no such file, it is in none of the formats, or is damaged.
+        ImportError: for a directory of Orbax without orbax-checkpoint.
     """
     with open_arrays(path) as readers:
         return {name: read() for name, read in readers.items()}
@@ -53,7 +65,8 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[Readers]:
     """Opens a file whose arrays are read one by one.
 
     Args:
-        path: a safetensors, torch, npz or Flax msgpack file, recognized by its content.
+        path: a safetensors, torch, npz or Flax msgpack file, recognized by its content; or a directory of Orbax or of
+            `flax.training.checkpoints`, the newest step of several.
 
     Yields:
         Name to a function that reads the array; in the file's order, to be called inside the `with` statement.
@@ -62,6 +75,14 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[Readers]:
         ValueError: as `read_arrays`; the functions raise it, too.
     """
     with contextlib.ExitStack() as stack:
+        with _naming(path):
+            found = find_checkpoint(Path(path)) if os.path.isdir(path) else path
+        if isinstance(found, dict):
+            with _naming(path):
+                readers = open_orbax(found)
+            yield {name: _guarded(read, path, "cannot be read") for name, read in readers.items()}
+            return
+        path = found
         with _naming(path):
             size = os.stat(path).st_size
             file = stack.enter_context(open(path, "rb"))
@@ -116,6 +137,9 @@ def _recognize(file: BinaryIO, size: int, path: Any) -> tuple[str, Callable[[Bin
     """What to say where reading fails, and the function that opens the format."""
     start = file.read(9)
     file.seek(0)
+    for magic, kind in _FOREIGN.items():
+        if start.startswith(magic):
+            raise ValueError(f"it is {kind}. Read here are: {_FORMATS}")
     if start.startswith(b"PK\x03\x04"):
         return _TORCH if _holds_pickle(file) else _NPZ
     if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
@@ -140,6 +164,10 @@ def _holds_pickle(file: BinaryIO) -> bool:
 
 def _open_npz(file: BinaryIO, size: int) -> Readers:
     archive = open_archive(file)
+    names = archive.namelist()
+    if names and not any(name.endswith(".npy") for name in names):
+        keras = ": a Keras file, which Keras loads; pass the model" if "model.weights.h5" in names else ""
+        raise ValueError(f"it is a zip archive of {', '.join(names[:5])}{keras}")
     check_archive(archive, size, floor=_NPZ_FLOOR, expansion=_NPZ_EXPANSION)
 
     def reader(name: str) -> Callable[[], np.ndarray]:

@@ -6,8 +6,8 @@ rules, says for every name where in the variables it belongs and how its axes ar
 
 from __future__ import annotations
 
-import functools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dfq_jax.adapters import inference_arguments
+from dfq_jax.adapters import linen_shapes
 from dfq_jax.zoo import hub
 from dfq_jax.zoo.arrays import Readers, open_arrays
 from dfq_jax.zoo.layouts import FLAX, LAYOUTS, TRANSFORMS, Layout, Rule
+from dfq_jax.zoo.names import flax_names
 from dfq_jax.zoo.registry import ZooEntry, find_model
 
 __all__ = ["flatten_names", "load_checkpoint"]
@@ -35,20 +36,25 @@ def load_checkpoint(
     layout: Layout | str | None = None,
     *,
     input_shape: Sequence[int] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Loads a checkpoint into the structure of a model's variables; never a part of it.
 
-    Arrays are read one at a time: a file takes little more memory than the result.
+    Arrays are read one at a time: a file takes little more memory than the result. Of the state of a training run
+    what belongs to training alone (``step``, ``opt_state``, ...) is left out. Nothing in a file is executed.
 
     Args:
         path: a safetensors, torch (zip or legacy format), npz or Flax msgpack file, recognized by its
-            content; or ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
+            content; a directory of Orbax or of `flax.training.checkpoints`, the newest step of several; or
+            ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
         model: what the variables are of: a name of `list_models`, a `ZooEntry`, a Linen module (with
             `input_shape`), an NNX module, or the variables themselves as nested dictionaries of
             `jax.ShapeDtypeStruct` (or arrays), for example ``jax.eval_shape(module.init, key, x)``.
         layout: how the file names its arrays: a `Layout`, the name of one of `LAYOUTS`, or None to recognize
             it.
         input_shape: shape ``(N, H, W, C)`` of a Linen module's input.
+        variables: what the file lacks, as nested dictionaries of arrays: ``{"batch_stats": ...}`` for a file of
+            parameters alone.
 
     Returns:
         The variables as nested dictionaries of numpy arrays, in the model's shapes and dtypes: the collections
@@ -59,7 +65,7 @@ def load_checkpoint(
         TypeError: if `model` is none of the above.
         ValueError: if the file cannot be read or downloaded, its layout is unknown, or names are missing,
             unexpected or of another shape or kind than the model's; the message names them.
-        ImportError: for ``hf:`` without huggingface_hub.
+        ImportError: for ``hf:`` without huggingface_hub, and for a directory of Orbax without orbax-checkpoint.
     """
     template = _template(model, input_shape)
     wanted = flatten_names(template, argument="model")
@@ -67,12 +73,15 @@ def load_checkpoint(
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(f"model: {name!r} is a {type(leaf).__name__}; expected a jax.ShapeDtypeStruct")
     with open_arrays(hub.local_file(path)) as readers:
+        if layout in (None, FLAX.name, FLAX):
+            readers = flax_names(readers, wanted)
         layout = _find_layout(layout, readers, wanted, path)
-        placed, problems = _place(readers, layout, wanted)
+        placed, problems = _place(readers, layout, wanted, {} if variables is None else _given(variables, wanted))
     if problems:
+        hint = _lacking(wanted, placed) or "Is the checkpoint of this model?"
         raise ValueError(
             f"path: {os.fspath(path)!r}, read in the layout {layout.name!r}, does not fit the model; "
-            "nothing was loaded.\n  " + "\n  ".join(problems) + "\nIs the checkpoint of this model?"
+            "nothing was loaded.\n  " + "\n  ".join([*problems, ""]).rstrip(" ") + hint
         )
     return _unflatten_like(template, placed)
 
@@ -82,9 +91,7 @@ def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any
     if isinstance(model, nn.Module):
         if input_shape is None:
             raise ValueError("input_shape: a Linen module's variables depend on it; give (1, H, W, C)")
-        image = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32)
-        init = functools.partial(model.init, **inference_arguments(type(model).__call__))
-        return jax.eval_shape(init, jax.random.key(0), image)
+        return linen_shapes(model, jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32))
     if input_shape is not None:
         raise ValueError("input_shape: only a Linen module needs it; the variables of other models are known")
     if isinstance(model, str):
@@ -101,12 +108,44 @@ def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any
     return model
 
 
-def _place(readers: Readers, layout: Layout, wanted: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays by their names in the model, and all that is wrong with them."""
+def _given(variables: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays that are given beside the file, by their names in the model."""
+    found = {}
+    for name, leaf in flatten_names(variables, argument="variables").items():
+        target = _existing(name, wanted)
+        if target is None:
+            raise ValueError(f"variables: the model has no {name!r}; it has {_some(list(wanted), 8)}")
+        fitted = _fit(np.asarray(leaf), FLAX.rules[0], wanted[target])
+        if isinstance(fitted, str):
+            raise ValueError(f"variables: {name!r}: {fitted}")
+        found[target] = fitted
+    return found
+
+
+def _lacking(wanted: Mapping[str, Any], placed: Mapping[str, Any]) -> str | None:
+    """What to say where the file lacks a whole collection, or all statistics, and nothing else."""
+    missing = [name for name in wanted if name not in placed]
+    if not placed or not missing:
+        return None
+    collections = {name.partition("/")[0] for name in missing}
+    if collections & {name.partition("/")[0] for name in placed}:
+        if any(name.rpartition("/")[2] not in ("mean", "var") for name in missing):
+            return None
+        what, where = "statistics of BatchNorms", "the module's nested names"
+    else:
+        what, where = " and ".join(map(repr, sorted(collections))), f"{{{min(collections)!r}: ...}}"
+    return f"The file holds no {what}, which the model needs: give them as well, variables={where}."
+
+
+def _place(
+    readers: Readers, layout: Layout, wanted: Mapping[str, Any], given: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays by their names in the model, and all that is wrong with them; `given` where the file has none."""
     sources: dict[str, str] = {}
     placed: dict[str, np.ndarray] = {}
     unexpected: list[str] = []
     misfits: list[str] = []
+    replicated: dict[str, tuple[int, ...]] = {}
     for name, read in readers.items():
         place = layout.place(name)
         if place is not None and place[1] is None:
@@ -119,12 +158,29 @@ def _place(readers: Readers, layout: Layout, wanted: Mapping[str, Any]) -> tuple
             misfits.append(f"{name}: goes to {target}, as does {sources[target]}")
             continue
         sources[target] = name
-        fitted = _fit(read(), place[0], wanted[target])
+        array = read()
+        if layout is FLAX and array.shape[1:] == tuple(wanted[target].shape) and array.ndim > len(wanted[target].shape):
+            replicated[name] = array.shape
+            if any(copy.tobytes() != array[0].tobytes() for copy in array[1:]):
+                misfits.append(f"{name}: shape {array.shape}, and what lies along the first axis differs")
+                continue
+            array = array[0]
+        fitted = _fit(array, place[0], wanted[target])
         if isinstance(fitted, str):
             misfits.append(f"{name}: {fitted}")
         else:
             placed[target] = fitted
-    missing = [name for name in wanted if name not in sources]
+    counts = {shape[0] for shape in replicated.values()}
+    if len(counts) > 1 or 0 < len(replicated) < len(sources):
+        misfits += [f"{name}: shape {shape} has an axis too many" for name, shape in replicated.items()]
+    elif replicated and not misfits:
+        warnings.warn(
+            f"path: every array has a leading axis of {min(counts)}, equal along it, as flax.jax_utils.replicate makes "
+            "for as many devices; the first copy is taken.",
+            stacklevel=3,
+        )
+    placed = {**given, **placed}
+    missing = [name for name in wanted if name not in sources and name not in given]
     kinds = (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
     return placed, [f"{title}: {_some(names)}" for title, names in kinds if names]
 

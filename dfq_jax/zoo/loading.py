@@ -58,7 +58,7 @@ def load_model(
 
     Args:
         name: a name of `list_models`.
-        checkpoint: weights to load instead of the bundled ones: a file or ``hf:ORG/REPO``, as in
+        checkpoint: weights to load instead of the bundled ones: a file, a directory or ``hf:ORG/REPO``, as in
             `load_checkpoint`.
         random_key: a key from `jax.random.key` to initialize the weights with; the model is then untrained.
         layout: how `checkpoint` names its arrays; None to recognize it.

@@ -246,7 +246,8 @@ def _allowed(module: Any, name: Any) -> _Name:
             return _Name(full)
         raise ValueError(
             f"its pickle refers to {full[:200]!r}, not part of a state dict: refused, nothing was run. "
-            "If you trust the file, load it with torch and save the module's state_dict()"
+            "If you trust the file, load it with the program that wrote it, and save a torch module's state_dict(), or "
+            "arrays of JAX by flax.serialization.to_bytes"
         )
     raise ValueError("its pickle refers to a name that is no string")
 
