@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.depthwise import depthwise_product, is_supported
-from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, is_quantized
+from dfq_jax.graph import QUANTIZATION, BatchNorm, Block, Graph, GraphError, Layer, Tensor, check_array, is_quantized
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
 
@@ -232,8 +232,9 @@ def run(
 
     Raises:
       GraphError: `variables` or `x` do not fit the graph.
+      TypeError: `x` is no array.
     """
-    graph = graph.at(x.shape, x.dtype)
+    graph = graph.at_input(x)
     return run_leaves(graph, graph.leaves(variables), x, layer=layer, tensor=tensor, batch_norm=batch_norm)
 
 
@@ -290,6 +291,7 @@ def run_block(
     Raises:
       GraphError: the block is not of this graph, or `variables` or `x` do not fit.
     """
+    check_array(x)
     block = place_block(graph, block)
     if x.shape != graph.program.avals[block.input].shape:
         graph = graph.at((*x.shape[:1], *graph.input.shape[1:]), graph.input.dtype)

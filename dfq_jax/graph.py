@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from dfq_jax.tracing.activations import ACTIVATIONS
 from dfq_jax.tracing.analysis import Structure, analyze
 from dfq_jax.tracing.naming import path_string
 from dfq_jax.tracing.program import ClosureError, Constant, Program, flatten
-from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
+from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, GraphWarning, Layer, Skipped, Tensor
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,6 +33,7 @@ __all__ = [
     "Block",
     "Graph",
     "GraphError",
+    "GraphWarning",
     "Layer",
     "Skipped",
     "Tensor",
@@ -91,6 +93,22 @@ class Graph:
         if not isinstance(other, Graph):
             return NotImplemented
         return self is other or self._identity == other._identity
+
+    def __copy__(self) -> Graph:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+        return self  # static, like a function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.dumps(self.apply_fn)
+        except Exception as error:  # whatever the function holds may raise anything
+            raise pickle.PicklingError(
+                f"the graph of {self.apply_fn!r} cannot be pickled, since that function cannot ({error}). Pass a "
+                "function of a module, or use Quantized.save and dfq_jax.load, which take the model again."
+            ) from error
+        return trace, (self.apply_fn, jax.tree.unflatten(self.treedef, self.leaf_shapes), self.input)
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -200,6 +218,16 @@ class Graph:
             self._cache[key] = graph
         return self._cache[key]
 
+    def at_input(self, x: Any) -> Graph:
+        """The same network traced for the shape and type of an array.
+
+        Raises:
+          GraphError: as `at`.
+          TypeError: `x` is no array.
+        """
+        check_array(x)
+        return self.at(x.shape, x.dtype)
+
     # --- printing ---
 
     def __repr__(self) -> str:
@@ -238,6 +266,16 @@ class Graph:
 
 
 # --- variables as trees ---
+
+
+def check_array(x: Any) -> None:
+    """Refuse an input that is no array.
+
+    Raises:
+      TypeError: it has no shape and type, as a list of numbers has none.
+    """
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise TypeError(f"x: expected an array, found a {type(x).__name__}; pass jnp.asarray(x).")
 
 
 def _is_qtensor(node: Any) -> bool:

@@ -13,7 +13,7 @@ from dfq_jax.tracing.batch_norm_pattern import Affine, ChannelAlgebra, Roles
 from dfq_jax.tracing.blocks import find_blocks
 from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
 from dfq_jax.tracing.naming import inner_paths, unique_names
-from dfq_jax.tracing.products import Product, find_products, rearranged_leaf
+from dfq_jax.tracing.products import Product, count_macs, find_products, rearranged_leaf
 from dfq_jax.tracing.program import Op, Program
 from dfq_jax.tracing.refusals import refuse_nested_layers, refuse_training_mode
 from dfq_jax.tracing.regions import Activations, origins
@@ -201,7 +201,7 @@ class _Analysis:
                     batch_norm=bn and bn.name,
                     activation=activation,
                     consumers=self._consumers(end),
-                    macs=product.macs(self.program),
+                    macs=count_macs(product.op, self.program),
                     op=product.op.index,
                     kernel_index=product.kernel,
                     bias_index=bias and bias.leaf,
@@ -304,7 +304,7 @@ class _Analysis:
                 for value in roots.intersection(op.value_inputs):
                     leaves = ", ".join(sorted(self.paths[v] for v in program.leaves_behind[value]))
                     reason = "scales by the root of a parameter but computes no BatchNorm; it stays as it is"
-                    skipped.setdefault(leaves, Skipped(leaves, reason))
+                    skipped.setdefault(leaves, Skipped(leaves, reason, kind="norm"))
         return list(skipped.values())
 
     def _other_parameters(self) -> list[Skipped]:
