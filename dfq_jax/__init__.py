@@ -24,7 +24,7 @@ from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.execute import apply_quantized, record_tensors, run, run_block
 from dfq_jax.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.folding import fold_batch_norm
-from dfq_jax.graph import Graph, GraphError, trace
+from dfq_jax.graph import Graph, GraphError, GraphWarning, trace
 from dfq_jax.pipeline import quantize
 from dfq_jax.qtensor import QTensor, QuantizerParams, dequantize, fake_quant, params_from_range
 from dfq_jax.quantized import Quantized, load
@@ -47,6 +47,7 @@ __all__ = [
     "GPTQConfig",
     "Graph",
     "GraphError",
+    "GraphWarning",
     "Progress",
     "QTensor",
     "Quantized",

@@ -1,9 +1,10 @@
 """What BatchNorm parameters alone tell about activations: no images, no optimization.
 
-Behind a BatchNorm each channel has mean `bias` and standard deviation `|scale|` by construction (Nagel et al., DFQ,
-arXiv 1906.04721). So the network is run with every BatchNorm's output replaced by Gaussian noise of just these
-moments; what follows up to the next BatchNorm (activations, residual sums, pooling, gates) acts on the noise as it
-would on data. Layers in front of a BatchNorm do not matter then, and the compiler drops them.
+Behind a BatchNorm each channel has mean `bias` and standard deviation `|scale| sqrt(var / (var + epsilon))` by
+construction (Nagel et al., DFQ, arXiv 1906.04721, who leave out the epsilon). So the network is run with every
+BatchNorm's output replaced by Gaussian noise of just these moments; what follows up to the next BatchNorm (activations,
+residual sums, pooling, gates) acts on the noise as it would on data. Layers in front of a BatchNorm do not matter then,
+and the compiler drops them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
-from dfq_jax.execute import BatchNormParameters, along_channels
+from dfq_jax.batch_norm import BatchNormConfig, Moments, adapt_batch_norm, correct_bias, output_moments
+from dfq_jax.comparison import Comparison, compare_outputs
+from dfq_jax.execute import (
+    BatchNormParameters,
+    BatchNormRule,
+    along_channels,
+    apply_quantized,
+    batch_norm_parameters,
+    normalize,
+    run,
+)
 from dfq_jax.graph import BatchNorm, Graph
+from dfq_jax.precision import full_precision
 from dfq_jax.ranges import Summary, summarize
 from dfq_jax.rounding import GPTQConfig, gptq
 
@@ -47,7 +58,7 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    images, rule = _noise(graph, num_samples)
+    images, rule = _noise(graph, variables, num_samples)
     return summarize(graph, variables, images, batch_size=num_samples, batch_norm=rule)
 
 
@@ -82,7 +93,7 @@ def analytic_correction(
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    noise, rule = _noise(graph, num_samples)
+    noise, rule = _noise(graph, variables, num_samples)
     adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
     return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=rule)
 
@@ -106,27 +117,73 @@ def gptq_from_noise(
       GraphError: the network has no BatchNorm.
       ValueError: as `gptq`.
     """
-    noise, rule = _noise(graph, num_samples)
+    noise, rule = _noise(graph, variables, num_samples)
     return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
 
 
-def _noise(graph: Graph, num_samples: int) -> tuple[jax.Array, Partial]:
+@full_precision
+def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_samples: int = 32) -> Comparison:
+    """The quantized network against the float one without images, for who has none.
+
+    Behind each BatchNorm the float network gets noise of the moments that it promises, and the quantized network the
+    same noise with its own error up to there added: errors travel to the outputs through activations as they are on
+    data, not as they are on noise at the input, which no layer has seen in training.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: quantized ones of the same function.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      As `compare`; the same every time.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+    """
+    noise, rule = _noise(graph, variables, num_samples)
+    return compare_outputs(graph, [_apply_both(graph, variables, qvariables, noise, rule)])
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noise: BatchNormRule) -> tuple[Any, Any]:
+    normalized: dict[str, jax.Array] = {}
+
+    def reference(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        normalized[bn.name] = normalize(bn, x, parameters)
+        return noise(bn, x, parameters)
+
+    def with_error(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        return noise(bn, x, parameters) + normalize(bn, x, parameters) - normalized[bn.name]
+
+    outputs = run(graph, variables, x, batch_norm=reference)
+    return outputs, apply_quantized(graph, qvariables, x, batch_norm=with_error)
+
+
+def _noise(graph: Graph, variables: Any, num_samples: int) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     graph.require_batch_norms("so nothing is known of its activations without images.")
+    leaves = graph.leaves(variables)
+    moments = {bn.name: output_moments(bn, batch_norm_parameters(bn, leaves)) for bn in graph.batch_norms}
     pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
-    return _take(pool, 0, (num_samples, *graph.input.shape[1:])), Partial(_noise_of_moments, pool)
+    return _take(pool, 0, (num_samples, *graph.input.shape[1:])), Partial(_noise_of_moments, pool, moments)
 
 
 def _noise_of_moments(
-    pool: Float[Array, " n"], bn: BatchNorm, x: Float[Array, "..."], parameters: BatchNormParameters
+    pool: Float[Array, " n"],
+    moments: Moments,
+    bn: BatchNorm,
+    x: Float[Array, "..."],
+    parameters: BatchNormParameters,
 ) -> Float[Array, "..."]:
+    """Noise of the float network's moments, in the float and the quantized network alike."""
     # The places follow from the name: independent between BatchNorms, the same in every run and for every batch.
     place = zlib.crc32(bn.name.encode())
     per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
     common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
     noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
-    spread = functools.partial(along_channels, bn, x)
-    return spread(parameters.bias * jnp.ones(bn.channels)) + spread(parameters.scale * jnp.ones(bn.channels)) * noise
+    center, spread = (along_channels(bn, x, moment) for moment in moments[bn.name])
+    return center + spread * noise
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,7 +115,10 @@ def _encode_codes(name: str, leaf: Any, bits: int) -> tuple[np.ndarray, dict[str
     return pack(codes, bits), {"dtype": codes.dtype.name, "shape": list(codes.shape), "bits": bits}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The version of a package that is installed, or of this one wherever it is."""
+    if package == FORMAT:
+        return sys.modules[FORMAT].__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -186,7 +190,7 @@ def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) 
     meta = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": {package: package_version(package) for package in _PACKAGES},
         "tensors": tensors,
         "nodes": nodes,
         "header": header,

@@ -214,6 +214,23 @@ def _moments(graph: Graph, variables: Any, images: jax.Array) -> Moments:
     return moments
 
 
+def output_moments(bn: BatchNorm, parameters: BatchNormParameters) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and standard deviation of each channel behind a BatchNorm whose input has the stored statistics.
+
+    The deviation is `|scale| sqrt(var / (var + epsilon))`: well below `|scale|` where a channel is nearly dead.
+
+    Args:
+      bn: the BatchNorm.
+      parameters: its leaves.
+
+    Returns:
+      `(mean [channels], deviation [channels])`, float32.
+    """
+    var = parameters.var.astype(jnp.float32)
+    scale, bias = (jnp.asarray(leaf, jnp.float32) for leaf in (parameters.scale, parameters.bias))
+    return jnp.broadcast_to(bias, var.shape), jnp.abs(scale) * jnp.sqrt(var / (var + bn.epsilon))
+
+
 # --- biases ---
 
 

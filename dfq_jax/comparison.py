@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -48,19 +49,34 @@ def compare(
       batch_size: images in one pass.
 
     Raises:
-      ValueError: no images, or images that the network does not take.
+      ValueError: no images, images that the network does not take, or outputs that are not finite.
     """
     check_images(graph, images)
+    outputs = (
+        (_apply_float(graph, variables, x), apply_jitted(graph, qvariables, x)) for x in batches(images, batch_size)
+    )
+    return compare_outputs(graph, outputs)
+
+
+def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Comparison:
+    """The comparison from outputs of the float and the quantized network, batch by batch.
+
+    Raises:
+      ValueError: outputs are not finite.
+    """
     classes = num_classes(graph)
 
     def scores(outputs: Any) -> np.ndarray:
         return np.asarray(graph.logits(outputs), np.float64).reshape(-1, max(classes, 1))
 
-    pairs = [
-        (scores(_apply_float(graph, variables, x)), scores(apply_jitted(graph, qvariables, x)))
-        for x in batches(images, batch_size)
-    ]
+    pairs = [(scores(reference), scores(other)) for reference, other in outputs]
     reference, other = map(np.concatenate, zip(*pairs, strict=True))
+    for name, values in (("float", reference), ("quantized", other)):
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"variables: the outputs of the {name} network hold NaN or infinite values; its weights or BatchNorm "
+                "statistics are too large or damaged."
+            )
     if classes < 2:
         error = float(np.square(reference - other).sum() / max(np.square(reference).sum(), 1e-300))
         return Comparison(agreement=None, sqnr=sqnr(reference, other), divergence=error)

@@ -18,6 +18,7 @@ from dfq_jax.qtensor import MAX_BITS, MIN_BITS, params_from_range
 from dfq_jax.weights import WEIGHT_RANGES, quantize_kernel
 
 Ranges = Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]]
+DEFAULT_WEIGHT_RANGE = "lp"
 SHORTCUTS = ("float", "quantized")
 FLOAT_BITS = 16  # "a16" in a name like w4a16: activations stay in float
 
@@ -40,7 +41,8 @@ class Convention:
         the most bits that one of them asks for, and scales along the axes that are output channels to all of them.
       symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
         would cost integer execution a second product.
-      weight_range: how weight ranges are chosen: "min_max", "mse" or "lp" (L2.4).
+      weight_range: how weight ranges are chosen: "min_max", "mse" or "lp" (L2.4). None, as long as nobody has chosen,
+        for the recipe's in `quantize`, and "lp" without a recipe.
       shortcuts: a tensor that residual sums read beside layers is quantized for the layers alone ("float"), or for
         all its readers ("quantized"), as integer hardware without a wider shortcut has it.
     """
@@ -52,7 +54,7 @@ class Convention:
     second_input_bits: int | None = None
     per_channel: bool = True
     symmetric_weights: bool = False
-    weight_range: str = "lp"
+    weight_range: str | None = None
     shortcuts: str = "float"
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Convention:
                 continue
             if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
                 raise ValueError(f"{name}: expected an integer from {MIN_BITS} to {MAX_BITS}, found {bits!r}.")
-        if self.weight_range not in WEIGHT_RANGES:
+        if self.weight_range is not None and self.weight_range not in WEIGHT_RANGES:
             raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
         if self.shortcuts not in SHORTCUTS:
             raise ValueError(f"shortcuts: expected one of {SHORTCUTS}, found {self.shortcuts!r}.")
@@ -85,6 +87,10 @@ class Convention:
             **fields,
         )
 
+    def with_default(self, weight_range: str = DEFAULT_WEIGHT_RANGE) -> Convention:
+        """With `weight_range` as given where this convention names none."""
+        return self if self.weight_range else dataclasses.replace(self, weight_range=weight_range)
+
     @property
     def name(self) -> str:
         return f"w{self.weight_bits}a{self.activation_bits or FLOAT_BITS}"
@@ -101,7 +107,8 @@ class Convention:
         activations = "float activations"
         if self.activation_bits is not None:
             activations = f"per-tensor static activations, {self.shortcuts} shortcuts"
-        return f"{self.name.upper()}, {edges}, {weights} {kind} weights ({self.weight_range} ranges), {activations}"
+        weights += f" {kind} weights ({self.with_default().weight_range} ranges)"
+        return f"{self.name.upper()}, {edges}, {weights}, {activations}"
 
     def is_edge(self, graph: Graph, layer: Layer) -> bool:
         return layer.name in (graph.first_layer.name, graph.last_layer.name)
@@ -173,7 +180,7 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
                 bits=bits,
                 symmetric=convention.is_symmetric(bits),
                 channel_axes=convention.scale_axes(graph, layer),
-                method=convention.weight_range,
+                method=convention.with_default().weight_range,
             )
     return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))
 

@@ -5,6 +5,11 @@ two layers with nothing but a ReLU in between, each channel can be divided by a 
 multiplied by it in the second. Numbers that give both the same range help where a range serves several channels:
 weights with one scale per tensor, and activations always. Chains of pairs (the three convolutions of an inverted
 bottleneck, with the depthwise one in the middle) are equalized together, by turns until they agree.
+
+What counts is the range of a channel relative to the largest of its tensor, so factors common to all channels are left
+out. They are bounded: a channel that hardly any weight feeds, or that hardly any reads, would be scaled without end,
+and what it is left with (its BatchNorm's bias) would take the range of the whole tensor. So a range counts as no less
+than a certain share of its tensor's largest, and no channel's activations grow beyond those of the largest channel.
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dfq_jax.batch_norm import offset_leaves
-from dfq_jax.execute import LayerCall
+from dfq_jax.batch_norm import offset_leaves, output_moments
+from dfq_jax.execute import LayerCall, batch_norm_parameters
 from dfq_jax.folding import layer_operations
 from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor
 from dfq_jax.matrix_form import input_channels, kernel_form
@@ -30,6 +35,9 @@ from dfq_jax.tracing.regions import Activations
 # f(s x) = s f(x) for every s > 0. ReLU6 is not one of them: it clips at 6 whatever the scale.
 HOMOGENEOUS = frozenset({"none", "relu", "leaky_relu", "leaky_relu_0.1", "leaky_relu_0.2"})
 BALANCES = ("weights", "activations")
+# The least that a range counts as, relative to the largest of its tensor: one code of 8 bits.
+LEAST_SIZE = 2.0**-8
+TINY = 1e-30  # in place of a zero that is divided by: weights that are all zero
 SWEEPS = 30  # each brings ranges closer by a constant factor; a chain of three is done after about ten
 
 
@@ -126,9 +134,10 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
     Args:
       graph: from `trace`.
       variables: float variables.
-      balance: what is equalized with the second layer's weights, channel by channel: the first layer's "weights"
-        (DFQ), BatchNorm included, or its "activations", by their BatchNorm up to three standard deviations. The latter
-        is for weights with a scale per channel, whose ranges need no help; it leaves pairs without BatchNorm alone.
+      balance: what is equalized with the second layer's weights, channel by channel and up to a factor common to all
+        channels: the first layer's "weights" (DFQ), BatchNorm included, or its "activations", by their BatchNorm up to
+        three standard deviations. The latter is for weights with a scale per channel, whose ranges need no help; it
+        leaves pairs without BatchNorm alone.
 
     Returns:
       Variables of the same structure, computing the same function to rounding.
@@ -175,8 +184,9 @@ def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[A
     """What each pair's channels are divided by, by first layer."""
     names = dict.fromkeys(name for pair in pairs for name in (pair.first, *pair.readers))
     # Largest weight of each pair of output and input channels, [G, O, I]: all that ranges depend on.
-    sizes = {name: _sizes(graph, graph.layer(name), leaves) for name in names}
-    peaks = {pair.first: _peaks(graph, pair, leaves) for pair in pairs} if balance == "activations" else {}
+    sizes = {name: _bounded(_sizes(graph, graph.layer(name), leaves)) for name in names}
+    peaks = {pair.first: _peaks(graph, pair, leaves) for pair in pairs}
+    lowest = {name: peak / jnp.maximum(peak.max(), TINY) for name, peak in peaks.items()}
     ones = {pair.first: jnp.ones(graph.tensor(pair.tensor).shape[pair.axis]) for pair in pairs}
     channels = {(pair.first, layer.name): c for pair in pairs for layer, c in _readers(graph, pair)}
 
@@ -184,19 +194,26 @@ def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[A
         sizes, factors = map(dict, state)
         for pair in pairs:
             own, first = factors[pair.first], sizes[pair.first]
-            front = peaks[pair.first] / own if peaks else first.max(-1).reshape(-1)
+            front = first.max(-1).reshape(-1)
+            if balance == "activations":
+                front = _bounded(peaks[pair.first]) / own
             behind = jnp.zeros_like(own)
             for name in pair.readers:
                 behind = behind.at[channels[pair.first, name]].max(sizes[name].max(1))
-            usable = (front > 0) & (behind > 0)  # a dead channel stays as it is
-            step = jnp.where(usable, jnp.sqrt(jnp.where(usable, front / jnp.where(usable, behind, 1.0), 1.0)), 1.0)
-            factors[pair.first] = own * step
+            step = jnp.sqrt(front / front.max() * (behind.max() / behind))
+            factors[pair.first] = jnp.maximum(own * step, lowest[pair.first])
+            step = factors[pair.first] / own
             sizes[pair.first] = first / step.reshape(*first.shape[:2], 1)
             for name in pair.readers:
                 sizes[name] = sizes[name] * step[channels[pair.first, name]][:, None, :]
         return sizes, factors
 
     return jax.lax.fori_loop(0, SWEEPS, sweep, (sizes, ones))[1] if pairs else {}
+
+
+def _bounded(sizes: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Sizes of which none is zero, nor almost zero beside the largest."""
+    return jnp.maximum(sizes, jnp.maximum(LEAST_SIZE * sizes.max(), TINY))
 
 
 def _sizes(graph: Graph, layer: Layer, leaves: list[Any]) -> Float[Array, "g o i"]:
@@ -212,8 +229,20 @@ def _sizes(graph: Graph, layer: Layer, leaves: list[Any]) -> Float[Array, "g o i
 
 
 def _peaks(graph: Graph, pair: Pair, leaves: list[Any]) -> Float[Array, " c"]:
-    """Size of each channel between the pair, three standard deviations out."""
-    center, spread = _center_and_spread(graph, pair, leaves)
+    """Size of each channel between the pair, three standard deviations out.
+
+    Without a BatchNorm it is that on independent inputs of variance 1, which tells little but what a bias alone makes.
+    """
+    layer = graph.layer(pair.first)
+    if layer.batch_norm is not None:
+        center, spread = _center_and_spread(graph, pair, leaves)
+    else:
+        form = kernel_form(graph, layer)
+        spread = jnp.sqrt(jnp.square(form.matrix(leaves[layer.kernel_index].astype(jnp.float32))).sum((2, 3)))
+        spread = spread.reshape(-1)
+        center = jnp.zeros_like(spread)
+        if layer.bias_index is not None:
+            center = leaves[layer.bias_index].reshape(-1).astype(jnp.float32)
     high = center + 3 * spread
     one_sided = graph.tensor(pair.tensor).activation == "relu"
     return jnp.maximum(high, 0.0) if one_sided else jnp.maximum(jnp.abs(high), jnp.abs(center - 3 * spread))
@@ -221,10 +250,8 @@ def _peaks(graph: Graph, pair: Pair, leaves: list[Any]) -> Float[Array, " c"]:
 
 def _center_and_spread(graph: Graph, pair: Pair, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of each channel behind the first layer's BatchNorm."""
-    roles = graph.batch_norm(graph.layer(pair.first).batch_norm).indices
-    spread = jnp.abs(leaves[roles.scale].reshape(-1).astype(jnp.float32))
-    center = jnp.zeros_like(spread) if roles.bias is None else leaves[roles.bias].reshape(-1).astype(jnp.float32)
-    return center, spread
+    bn = graph.batch_norm(graph.layer(pair.first).batch_norm)
+    return output_moments(bn, batch_norm_parameters(bn, leaves))
 
 
 # --- high biases ---

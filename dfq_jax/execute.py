@@ -18,7 +18,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.depthwise import by_platform, depthwise_product, is_supported
-from dfq_jax.graph import OPERANDS, TENSORS, BatchNorm, Block, Graph, GraphError, Layer, Tensor, quantization
+from dfq_jax.graph import (
+    OPERANDS,
+    TENSORS,
+    BatchNorm,
+    Block,
+    Graph,
+    GraphError,
+    Layer,
+    Tensor,
+    check_array,
+    quantization,
+)
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, quantize
 from dfq_jax.tracing.program import Constant, Op
 
@@ -244,8 +255,9 @@ def run(
 
     Raises:
       GraphError: `variables` or `x` do not fit the graph.
+      TypeError: `x` is no array.
     """
-    graph = graph.at(x.shape, x.dtype)
+    graph = graph.at_input(x)
     return run_leaves(graph, graph.leaves(variables), x, layer=layer, tensor=tensor, batch_norm=batch_norm)
 
 
@@ -302,6 +314,7 @@ def run_block(
     Raises:
       GraphError: the block is not of this graph, or `variables` or `x` do not fit.
     """
+    check_array(x)
     leaves = graph.leaves(variables)
     return run_block_leaves(graph, block, leaves, x, layer=layer, tensor=tensor, batch_norm=batch_norm)
 

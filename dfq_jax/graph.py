@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from dfq_jax.tracing.failures import check_outputs, explain_trace_failure
 from dfq_jax.tracing.flattening import flatten
 from dfq_jax.tracing.naming import path_string, slice_paths
 from dfq_jax.tracing.program import Constant, Program
-from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
+from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, GraphWarning, Layer, Skipped, Tensor
 from dfq_jax.tracing.views import count, put_together, take_apart
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Block",
     "Graph",
     "GraphError",
+    "GraphWarning",
     "Layer",
     "QuantizedVariables",
     "Skipped",
@@ -108,6 +110,22 @@ class Graph:
             return NotImplemented
         return self is other or self._identity == other._identity
 
+    def __copy__(self) -> Graph:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+        return self  # static, like a function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.dumps(self.apply_fn)
+        except Exception as error:  # whatever the function holds may raise anything
+            raise pickle.PicklingError(
+                f"the graph of {self.apply_fn!r} cannot be pickled, since that function cannot ({error}). Pass a "
+                "function of a module, or use Quantized.save and dfq_jax.load, which take the model again."
+            ) from error
+        return trace, (self.apply_fn, jax.tree.unflatten(self.treedef, self.variable_shapes), self.input)
+
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
         # The digest alone leaves out what is between layers, such as the kind of pooling.
@@ -154,7 +172,7 @@ class Graph:
     @property
     def unrecognized_batch_norms(self) -> tuple[Skipped, ...]:
         """What is in `skipped` and may be a BatchNorm: each channel is scaled by the root of a parameter."""
-        return tuple(item for item in self.skipped if item.batch_norm)
+        return tuple(item for item in self.skipped if item.kind == "norm")
 
     def require_batch_norms(self, otherwise: str) -> None:
         """Refuse a network without BatchNorms, and say whether it has none or none was recognized.
@@ -290,6 +308,16 @@ class Graph:
             self._cache[key] = graph
         return self._cache[key]
 
+    def at_input(self, x: Any) -> Graph:
+        """The same network traced for the shape and type of an array.
+
+        Raises:
+          GraphError: as `at`.
+          TypeError: `x` is no array.
+        """
+        check_array(x)
+        return self.at(x.shape, x.dtype)
+
     # --- printing ---
 
     def __repr__(self) -> str:
@@ -328,6 +356,16 @@ class Graph:
 
 
 # --- variables as trees ---
+
+
+def check_array(x: Any) -> None:
+    """Refuse an input that is no array.
+
+    Raises:
+      TypeError: it has no shape and type, as a list of numbers has none.
+    """
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise TypeError(f"x: expected an array, found a {type(x).__name__}; pass jnp.asarray(x).")
 
 
 def _is_qtensor(node: Any) -> bool:

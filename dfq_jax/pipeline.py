@@ -7,9 +7,10 @@ import functools
 import json
 import operator
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +18,31 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dfq_jax.adapters import as_function, on_device
-from dfq_jax.analytic import analytic_correction, analytic_summaries, gptq_from_noise
+from dfq_jax.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias
-from dfq_jax.comparison import compare
+from dfq_jax.comparison import Comparison, compare
 from dfq_jax.computed import compute_kernels, computed_kernels
 from dfq_jax.convention import Convention, Ranges, quantize_params
 from dfq_jax.equalization import equalize, find_pairs
 from dfq_jax.finetuning import finetune
-from dfq_jax.graph import Graph, trace
+from dfq_jax.graph import Graph, GraphWarning, trace
 from dfq_jax.quantized import Quantized
 from dfq_jax.ranges import ESTIMATORS, apply_estimator, check_images, estimate_ranges
 from dfq_jax.recipes import Recipe, get_recipe
-from dfq_jax.report import Report, layer_reports, packed_size
+from dfq_jax.report import Report, doubtful_structure, layer_reports, packed_size
 from dfq_jax.rounding import gptq, reconstruct, squant
 from dfq_jax.rounding.learned import BlockProgress
 from dfq_jax.synthesis import Progress, synthesize
-from dfq_jax.synthesis.checks import check_variables
+from dfq_jax.synthesis.checkpoint import remove_checkpoint
+from dfq_jax.synthesis.checks import check_variables, doubtful_statistics
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8
+# What the networks are compared on, in the words of the report.
+THESE_IMAGES = "these images"
+MOMENT_NOISE = "noise of the moments that BatchNorms promise"
+# Noise is not data: where it is the judge, a smaller gain than this share of the divergence decides nothing.
+LEAST_GAIN_ON_NOISE = 0.1
 ROUNDING_NAMES = {"squant": "SQuant", "gptq": "GPTQ"}
 
 
@@ -63,28 +70,40 @@ def quantize(
       recipe: a name in `RECIPES`, or a `Recipe` (`RECIPES["fast"].replace(synthesis_steps=500)`).
       bits: "w8a8", "w4a4", "w4a16" (float activations), ...
       edge_bits: bits of the first and last layer; None for the same as all others.
-      convention: everything about bits, in place of `bits` and `edge_bits`.
-      key: a JAX key or a seed.
-      images: preprocessed images to use in place of synthetic ones, `[N, H, W, C]`.
+      convention: everything about bits, in place of `bits` and `edge_bits`. Weight ranges are the recipe's, unless its
+        `weight_range` names others.
+      key: a JAX key or a seed; consumed.
+      images: preprocessed images to use in place of what the recipe would take, `[N, H, W, C]`: synthetic images,
+        noise, or (recipe "instant") BatchNorm parameters. Ranges, corrections and the comparison are then theirs.
       on_progress: called while images are made, while blocks are reconstructed (a block counts as a batch), and during
         fine-tuning.
       on_stage: called with the name of each stage as it begins.
-      checkpoint: file to keep unfinished synthesis in; the same call resumes from it.
+      checkpoint: file to keep images in, unfinished and finished, until all is done; the same call resumes from it. So
+        it gives the same network, bit for bit, as an uninterrupted call, given as many CPU threads: with another number
+        of them images differ in their last digits, and that grows.
 
     Returns:
       The quantized network.
 
     Raises:
-      ValueError, TypeError: arguments, weights or a network that cannot be quantized so; before any long work.
-      KeyboardInterrupt: interrupted during synthesis (a checkpoint, if asked for, is kept), reconstruction or
-        fine-tuning.
+      ValueError, TypeError: arguments, weights or a network that cannot be quantized so, before any long work; or
+        outputs, of the float or the quantized network, that are no finite numbers.
+      OSError: the checkpoint cannot be written.
+      KeyboardInterrupt: interrupted during synthesis, reconstruction or fine-tuning; a checkpoint, if asked for, is
+        kept.
+
+    Warns:
+      GraphWarning: BatchNorms were not recognized or their statistics look untrained, or a good part of the network
+        stays in float. The head of the report says so too.
     """
     recipe = get_recipe(recipe)
     if convention is None:
-        convention = Convention.parse(bits, edge_bits=edge_bits, weight_range=recipe.weight_range)
+        convention = Convention.parse(bits, edge_bits=edge_bits)
     elif not isinstance(convention, Convention):
         raise TypeError(f"convention: expected a Convention, found {convention!r}; for a name use bits=...")
+    convention = convention.with_default(recipe.weight_range)
     key = as_key(key)
+    keys = _Keys(*jax.random.split(key, len(_Keys._fields)))
     input_shape = _as_shape(input_shape)
     apply_fn, variables = as_function(model, variables)
     variables = on_device(variables)
@@ -92,9 +111,21 @@ def quantize(
     with clock("trace"):
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
+    doubts = (*doubtful_statistics(graph, variables), *doubtful_structure(graph))
+    for doubt in doubts:
+        warnings.warn(doubt, GraphWarning, stacklevel=2)
     with clock("images"):
-        images, origin = _images(graph, variables, recipe, convention, key, images, on_progress, checkpoint)
-    job = _Job(graph=graph, variables=variables, recipe=recipe, convention=convention, images=images, key=key)
+        found = _images(graph, variables, recipe, convention, keys, images, on_progress, checkpoint)
+    images = found.images
+    job = _Job(
+        graph=graph,
+        variables=variables,
+        recipe=recipe,
+        convention=convention,
+        images=images,
+        keys=keys,
+        analytic=found.analytic,
+    )
     if recipe.equalize:
         with clock("equalization"):
             job = job.equalized()
@@ -116,24 +147,36 @@ def quantize(
             result = job.finetune(result, on_progress)
     qvariables = result.variables
     with clock("compare"):
-        compared = compare(graph, variables, qvariables, images, batch_size=recipe.batch_size)
+        compared = job.compare(qvariables, images)
     report = Report(
         recipe=recipe.name,
         settings=json.loads(json.dumps(dataclasses.asdict(recipe))),  # as it comes back from a file
         convention=convention.describe(),
         key=np.asarray(jax.random.key_data(key)).reshape(-1).tolist(),
-        images=origin,
+        images=found.origin,
+        compared_on=found.kind,
+        warnings=doubts,
         seconds=clock.seconds,
-        agreement=compared.agreement,
+        agreement=compared.agreement if found.kind == THESE_IMAGES else None,  # noise is of no class
         sqnr=compared.sqnr,
         layers=layer_reports(graph, job.variables, qvariables),
         skipped=tuple((s.name, s.reason) for s in graph.skipped),
         steps=(*_computed(graph), *result.steps),
         size=packed_size(graph.leaves(qvariables)),
     )
+    if found.checkpoint is not None:
+        remove_checkpoint(found.checkpoint)
     return Quantized(
         variables=qvariables, graph=graph, report=report, recipe=recipe, convention=convention, images=images
     )
+
+
+class _Keys(NamedTuple):
+    """A key for each stage that draws at random."""
+
+    images: jax.Array
+    reconstruction: jax.Array
+    finetuning: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +204,8 @@ class _Job:
     recipe: Recipe
     convention: Convention
     images: Any
-    key: jax.Array
+    keys: _Keys
+    analytic: bool  # whether BatchNorm parameters take the place of images
     steps: tuple[str, ...] = ()  # decided before there is a candidate
 
     def __post_init__(self) -> None:
@@ -172,19 +216,14 @@ class _Job:
         self.fitted = self.images[: len(self.images) - held_out]
         self.held_out = self.images[len(self.images) - held_out :]
 
-    @property
-    def analytic(self) -> bool:
-        """Whether BatchNorm parameters take the place of images."""
-        return self.recipe.source == "analytic" and bool(self.graph.batch_norms)
-
     def equalized(self) -> _Job:
-        """The job with equalized weight ranges, unless nearest rounding loses by them on the held-out images."""
+        """The job with equalized weight ranges, unless nearest rounding loses by them, as far as there is a judge."""
         if not find_pairs(self.graph)[0]:
             return self
         other = dataclasses.replace(self, variables=equalize(self.graph, self.variables))
-        if not len(self.held_out):
+        if not (len(self.held_out) or self.graph.batch_norms):
             return dataclasses.replace(other, steps=("equalization",))
-        candidates = [job.nearest(job.ranges) for job in (self, other)]
+        candidates = [job.judge(job.nearest(job.ranges)) for job in (self, other)]
         chosen = self.choose("equalization", *candidates)
         taken = other if chosen.variables is candidates[1].variables else self
         taken.steps = chosen.steps
@@ -245,7 +284,7 @@ class _Job:
             self.variables,
             candidate.variables,
             self.fitted,
-            jax.random.fold_in(self.key, 1),
+            self.keys.reconstruction,
             self.recipe.reconstruction,
             on_progress=None if on_progress is None else report,
         )
@@ -301,7 +340,7 @@ class _Job:
                 self.variables,
                 qvariables,
                 self.fitted,
-                jax.random.fold_in(self.key, 2),
+                self.keys.finetuning,
                 self.recipe.finetune,
                 on_progress=on_progress,
             )
@@ -319,18 +358,24 @@ class _Job:
     def choose(self, name: str, current: _Candidate, other: _Candidate) -> _Candidate:
         """The one of less error on the held-out images."""
         current, other = self.judge(current), self.judge(other)
-        taken, verdict = (other, "kept") if other.divergence <= current.divergence else (current, "dropped")
+        on_noise = not len(self.held_out)
+        most = current.divergence * (1 - LEAST_GAIN_ON_NOISE if on_noise else 1)
+        taken, verdict = (other, "kept") if other.divergence <= most else (current, "dropped")
         change = f"{current.divergence:.4g} -> {other.divergence:.4g}"
-        return taken.noting(f"{name}: {verdict}, held-out divergence {change}")
+        judge = f"divergence on {MOMENT_NOISE}" if on_noise else "held-out divergence"
+        return taken.noting(f"{name}: {verdict}, {judge} {change}")
 
     def judge(self, candidate: _Candidate) -> _Candidate:
-        """With its divergence on the held-out images, found once."""
+        """With its divergence from the float network, found once."""
         if candidate.divergence is not None:
             return candidate
-        found = compare(
-            self.graph, self.variables, candidate.variables, self.held_out, batch_size=self.recipe.batch_size
-        )
-        return dataclasses.replace(candidate, divergence=found.divergence)
+        return dataclasses.replace(candidate, divergence=self.compare(candidate.variables, self.held_out).divergence)
+
+    def compare(self, qvariables: Any, images: Any) -> Comparison:
+        """With the float network on images, or without them on noise of the moments behind BatchNorms."""
+        if self.analytic or not len(images):
+            return analytic_comparison(self.graph, self.variables, qvariables)
+        return compare(self.graph, self.variables, qvariables, images, batch_size=self.recipe.batch_size)
 
 
 def _computed(graph: Graph) -> list[str]:
@@ -368,35 +413,53 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
 # --- images ---
 
 
+class _Images(NamedTuple):
+    """The images to work with, and where they came from."""
+
+    images: Any
+    origin: str
+    kind: str = THESE_IMAGES  # for the report, what the networks are compared on
+    analytic: bool = False  # nothing is fitted to them
+    checkpoint: str | Path | None = None  # the file that holds them
+
+
 def _images(
     graph: Graph,
     variables: Any,
     recipe: Recipe,
     convention: Convention,
-    key: jax.Array,
+    keys: _Keys,
     images: Any,
     on_progress: Callable[[Progress], None] | None,
     checkpoint: str | Path | None,
-) -> tuple[Any, str]:
-    """The images to work with, and where they came from."""
+) -> _Images:
     if images is not None:
         images = jnp.asarray(images)
         check_images(graph, images)
-        return images, f"{len(images)} given"
+        return _Images(images, f"{len(images)} given")
     count = recipe.synthesis.num_images
     needed = convention.activation_bits is not None or graph.batch_norms
     if recipe.source == "analytic" and graph.batch_norms:
-        # Nothing is fitted to them: they serve to compare.
-        noise = jax.random.normal(key, (min(count, 32), *graph.input.shape[1:]), jnp.float32)
-        return noise, f"none (compared on {len(noise)} of Gaussian noise)"
+        # Nothing is measured on them; exporters that run the network have something to run it on.
+        noise = jax.random.normal(keys.images, (min(count, 32), *graph.input.shape[1:]), jnp.float32)
+        return _Images(noise, "none (BatchNorm parameters in their place)", MOMENT_NOISE, analytic=True)
     if recipe.source != "synthesis" or not needed:
-        noise = jax.random.normal(key, (count, *graph.input.shape[1:]), jnp.float32)
-        return noise, f"{count} of Gaussian noise"
-    result = synthesize(graph, variables, key, recipe.synthesis, on_progress=on_progress, checkpoint=checkpoint)
+        noise = jax.random.normal(keys.images, (count, *graph.input.shape[1:]), jnp.float32)
+        return _Images(noise, f"{count} of Gaussian noise", "Gaussian noise, unlike any image")
+    result = synthesize(
+        graph,
+        variables,
+        keys.images,
+        recipe.synthesis,
+        on_progress=on_progress,
+        checkpoint=checkpoint,
+        keep_checkpoint=True,
+    )
     if not result.completed:
         raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
     loss = np.mean(result.losses)
-    return result.images, f"{count} synthesized in {recipe.synthesis.steps} steps (final loss {loss:.3g})"
+    origin = f"{count} synthesized in {recipe.synthesis.steps} steps (final loss {loss:.3g})"
+    return _Images(result.images, origin, checkpoint=checkpoint)
 
 
 class _Clock:

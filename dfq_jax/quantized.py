@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dfq_jax.comparison import apply_jitted
 from dfq_jax.computed import compute_kernels, computed_kernels
 from dfq_jax.convention import Convention
 from dfq_jax.execute import apply_quantized
+from dfq_jax.fields import known_fields
 from dfq_jax.graph import Graph, GraphError, quantization, trace, with_quantization
 from dfq_jax.recipes import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
@@ -32,7 +33,10 @@ class Quantized:
       graph: the traced network.
       report: what was done.
       recipe, convention: how.
-      images: the images it was made with, `[N, H, W, C]`.
+      images: the images it was made with, `[N, H, W, C]`; Gaussian noise where BatchNorm parameters took their place.
+
+    `copy.deepcopy` copies it; `pickle` does where the traced function can be pickled (a function of a module), and
+    traces it again on the other side. `save` and `load` always work.
     """
 
     variables: Any
@@ -116,12 +120,16 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
       The quantized network (without the images it was made with).
 
     Raises:
-      ArtifactError: the file is damaged, foreign, or of another model; the message says what differs.
+      ArtifactError: the file is damaged, foreign, of another model, or of a version of this library that knows more
+        than this one; the message says what differs.
     """
     _, header = artifact.load(path)
     missing = {"graph", "input_shape", "recipe", "convention", "report"} - set(header)
     if missing:
         raise artifact.ArtifactError(f"{path}: the header lacks {sorted(missing)}; was it written by Quantized.save?")
+    recipe = _record(path, header, "recipe", recipe_from)
+    convention = _record(path, header, "convention", lambda fields: Convention(**known_fields(Convention, fields)))
+    report = _record(path, header, "report", report_from)
     shape = tuple(header["input_shape"])
     if variables is None:
         variables = variable_shapes(model, shape)
@@ -140,8 +148,20 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     return Quantized(
         variables=with_quantization(restored, quantization(restored)),
         graph=graph,
-        report=report_from(header["report"]),
-        recipe=recipe_from(header["recipe"]),
-        convention=Convention(**header["convention"]),
+        report=report,
+        recipe=recipe,
+        convention=convention,
         images=None,
     )
+
+
+def _record(path: str | Path, header: Mapping[str, Any], name: str, build: Callable[[Any], Any]) -> Any:
+    """One of the records in a header."""
+    try:
+        return build(header[name])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        writer = header["versions"].get("dfq_jax", "unknown")
+        raise artifact.ArtifactError(
+            f"{path}: its {name} cannot be read by dfq_jax {artifact.package_version('dfq_jax')} ({error}). The file "
+            f"was written by dfq_jax {writer}; install that version or a later one."
+        ) from error

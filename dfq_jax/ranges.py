@@ -103,10 +103,13 @@ def mse(summary: Summary, *, bits: int) -> Range:
 def _search(summary: Summary, bits: int, p: float) -> Range:
     x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1e-30)
     fractions = jnp.linspace(0.01, 1.0, 100, dtype=jnp.float32)
+    # Errors relative to the peak, lest the p-th power of a large one overflow, or of a small one underflow.
+    peak = jnp.maximum(-summary.lo, summary.hi)
+    unit = 1.0 / jnp.where(peak > 0, peak, 1.0)
 
     def error(pair: jax.Array) -> jax.Array:
         params = params_from_range(summary.lo * pair[0], summary.hi * pair[1], bits=bits)
-        return jnp.sum(weight * jnp.abs(x - fake_quant(x, params)) ** p)
+        return jnp.sum(weight * jnp.abs((x - fake_quant(x, params)) * unit) ** p)
 
     def best(candidates: jax.Array) -> jax.Array:
         return candidates[jnp.argmin(jax.lax.map(error, candidates, batch_size=25))]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfq_jax.batch_norm import BatchNormConfig
-from dfq_jax.fields import check_field
+from dfq_jax.fields import check_field, known_fields
 from dfq_jax.finetuning import FinetuneConfig
 from dfq_jax.ranges import ESTIMATORS
 from dfq_jax.rounding import GPTQConfig, ReconstructionConfig
@@ -38,7 +38,7 @@ class Recipe:
       equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
         function, judged as the other steps are.
       estimator: of activation ranges, a name in `ranges.ESTIMATORS`.
-      weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`.
+      weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`; what a `Convention` takes that names none.
       rounding: of weights: "nearest", "squant" or "gptq".
       gptq: settings of that rounding.
       reconstruction: learned rounding on top of it, block by block; None for none.
@@ -166,8 +166,14 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 
 
 def recipe_from(fields: Mapping[str, Any]) -> Recipe:
-    """The recipe that `dataclasses.asdict` made these fields of."""
+    """The recipe that `dataclasses.asdict` made these fields of.
+
+    Raises:
+      ValueError: there are fields that a recipe does not have.
+    """
     nested = {
-        name: None if fields[name] is None else kind(**fields[name]) for name, kind in NESTED.items() if name in fields
+        name: None if fields[name] is None else kind(**known_fields(kind, fields[name]))
+        for name, kind in NESTED.items()
+        if name in fields
     }
-    return Recipe(**{**fields, **nested})
+    return Recipe(**{**known_fields(Recipe, fields), **nested})

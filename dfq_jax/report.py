@@ -11,8 +11,12 @@ from typing import Any
 
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import activation_quantizers
+from dfq_jax.fields import known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.qtensor import QTensor
+
+# From this share of the multiply-accumulates on, what stays in float is said at the head of the report.
+FLOAT_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +42,12 @@ class Report:
       convention: one line with bits, granularity and ranges.
       key: data of the JAX key.
       images: where the images came from, and how many.
+      compared_on: what `agreement` and `sqnr` were measured on, in words.
+      warnings: what may not be as it was meant: lost or untrained BatchNorms, much of the network in float.
       seconds: wall time of each stage, compilation included.
-      agreement: percent of the images that both networks put in the same class; None without classes.
-      sqnr: of the outputs on the images, decibel.
+      agreement: percent of the examples that both networks put in the same class; None without classes, and on noise,
+        which is of no class.
+      sqnr: of the outputs on the same, decibel.
       layers: one entry for each layer.
       skipped: what was left in float, and why.
       steps: what was decided on the way, in order.
@@ -58,6 +65,8 @@ class Report:
     skipped: tuple[tuple[str, str], ...]
     steps: tuple[str, ...]
     size: dict[str, int]
+    compared_on: str = "these images"
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
@@ -69,11 +78,12 @@ class Report:
     def summary(self) -> list[tuple[str, str]]:
         """The facts above the table of layers."""
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        rows = [("recipe", self.recipe), ("convention", self.convention), ("images", self.images), ("time", stages)]
+        rows = [("WARNING", warning) for warning in self.warnings]
+        rows += [("recipe", self.recipe), ("convention", self.convention), ("images", self.images), ("time", stages)]
         compared = [] if self.agreement is None else [f"agreement {self.agreement:.1f} %"]
         compared += [] if self.sqnr is None else [f"output SQNR {self.sqnr:.1f} dB"]
         if compared:
-            rows.append(("on these images", ", ".join(compared)))
+            rows.append(("compared", f"{', '.join(compared)} (on {self.compared_on})"))
         ratio = self.size["quantized"] / self.size["float"]
         rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
         rows += [("", step) for step in self.steps]
@@ -118,10 +128,41 @@ class Report:
 
 
 def report_from(fields: Mapping[str, Any]) -> Report:
-    """The report that `Report.to_dict` made these fields of."""
-    layers = tuple(LayerReport(**layer) for layer in fields["layers"])
+    """The report that `Report.to_dict` made these fields of.
+
+    Raises:
+      ValueError: there are fields that a report does not have.
+    """
+    fields = known_fields(Report, fields)
+    layers = tuple(LayerReport(**known_fields(LayerReport, layer)) for layer in fields["layers"])
     skipped = tuple((name, reason) for name, reason in fields["skipped"])
-    return Report(**{**fields, "layers": layers, "skipped": skipped, "steps": tuple(fields["steps"])})
+    tuples = {name: tuple(fields.get(name, ())) for name in ("steps", "warnings")}
+    return Report(**{**fields, **tuples, "layers": layers, "skipped": skipped})
+
+
+def doubtful_structure(graph: Graph) -> tuple[str, ...]:
+    """What tracing left out that matters to the whole network, in words: lost BatchNorms, products in float."""
+    doubts = []
+    lost = [item.name for item in graph.unrecognized_batch_norms]
+    if lost:
+        doubts.append(
+            f"{len(lost)} of {len(lost) + len(graph.batch_norms)} BatchNorms were not recognized ({_some(lost)}): "
+            "nothing is synthesized from their statistics, and nothing adapts them."
+        )
+    products = [item for item in graph.skipped if item.kind == "product"]
+    left = sum(item.macs for item in products)
+    share = left / max(left + sum(layer.macs for layer in graph.layers), 1)
+    if share > FLOAT_SHARE:
+        doubts.append(
+            f"{len(products)} of {len(products) + len(graph.layers)} products, with {100 * share:.0f} % of the "
+            f"multiply-accumulates, stay in float ({_some([item.name for item in products])}): "
+            f"{'; '.join(dict.fromkeys(item.reason for item in products))}."
+        )
+    return tuple(doubts)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerReport, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
 from model_grid import linen_case
 from scipy.stats import norm
 
-from dfq_jax.analytic import analytic_correction, gptq_from_noise
+from dfq_jax.analytic import _noise, analytic_comparison, analytic_correction, gptq_from_noise
 from dfq_jax.batch_norm import BatchNormConfig
 from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.graph import GraphError, trace
@@ -34,9 +35,10 @@ def quantized():
     return graph, variables, quantize_params(graph, variables, {}, Convention.parse("w3a16", edge_bits=None))
 
 
-def rectified_moments(bn):
+def rectified_moments(bn, stats):
     """Mean and variance of each channel behind the ReLU, for a Gaussian in front of it."""
-    center, spread = np.asarray(bn["bias"], np.float64), np.abs(np.asarray(bn["scale"], np.float64))
+    center, scale, var = (np.asarray(leaf, np.float64) for leaf in (bn["bias"], bn["scale"], stats["var"]))
+    spread = np.abs(scale) * np.sqrt(var / (var + 1e-5))
     ratio = center / spread
     mean = center * norm.cdf(ratio) + spread * norm.pdf(ratio)
     square = (center**2 + spread**2) * norm.cdf(ratio) + center * spread * norm.pdf(ratio)
@@ -49,17 +51,53 @@ def test_is_the_closed_form(quantized):
     bn2, new = variables["batch_stats"]["bn2"], corrected["batch_stats"]["bn2"]
     weights = np.asarray(variables["params"]["second"]["kernel"], np.float64)
     rounded = np.asarray(qvariables["params"]["second"]["kernel"].dequantize(), np.float64)
-    mean, var = rectified_moments(variables["params"]["bn1"])
+    mean, var = rectified_moments(variables["params"]["bn1"], variables["batch_stats"]["bn1"])
     shift = mean @ (rounded - weights)
     np.testing.assert_allclose(new["mean"] - bn2["mean"], shift, atol=0.02 * np.abs(shift).max())
     ratio = (var @ rounded**2) / (var @ weights**2)  # channels as independent
     np.testing.assert_allclose(new["var"] / bn2["var"], ratio, rtol=0.02)
     # The head has no BatchNorm: its bias takes the shift.
     kernel, codes = variables["params"]["head"]["kernel"], qvariables["params"]["head"]["kernel"]
-    mean, _ = rectified_moments(variables["params"]["bn2"])
+    mean, _ = rectified_moments(variables["params"]["bn2"], variables["batch_stats"]["bn2"])
     shift = mean @ np.asarray(codes.dequantize() - kernel, np.float64)
     change = corrected["params"]["head"]["bias"] - variables["params"]["head"]["bias"]
     np.testing.assert_allclose(change, -shift, atol=0.02 * np.abs(shift).max())
+
+
+def test_noise_of_nearly_dead_channels(quantized):
+    """The epsilon counts: a channel whose variance is a hundredth of it has a tenth of its scale for a deviation."""
+    graph, variables, _ = quantized
+    var = jnp.asarray([1e-7, 1e-6, 1e-5, 1e-4, 1.0, 0.0])
+    variables = graph.replace(variables, {"batch_stats/bn1/var": var, "params/bn1/bias": jnp.full(6, 1.0)})
+    noise, rule = _noise(graph, variables, 20000)
+    found = rule(graph.batch_norm("bn1"), jnp.zeros((20000, 6)), None)
+    spread = np.abs(variables["params"]["bn1"]["scale"]) * np.sqrt(np.asarray(var, np.float64) / (var + 1e-5))
+    np.testing.assert_allclose(found.std(0), spread, rtol=0.03, atol=1e-6)
+    np.testing.assert_allclose(found.mean(0), 1.0, atol=0.05)
+    assert noise.shape == (20000, 5)
+
+
+def test_comparison_carries_errors_to_the_outputs(quantized):
+    """Against the same in float64: noise of the moments, and behind it the error of what is in front."""
+    graph, variables, qvariables = quantized
+    found = analytic_comparison(graph, variables, qvariables, num_samples=64)
+    noise, rule = _noise(graph, variables, 64)
+    behind = {bn.name: np.asarray(rule(bn, jnp.zeros((64, bn.channels)), None), np.float64) for bn in graph.batch_norms}
+
+    def outputs(kernels, error):
+        x, e = np.asarray(noise, np.float64), 0.0
+        for name, after in (("first", "bn1"), ("second", "bn2")):
+            params, stats = variables["params"][after], variables["batch_stats"][after]
+            factor = np.asarray(params["scale"]) / np.sqrt(np.asarray(stats["var"]) + 1e-5)
+            e = ((x + e) @ kernels[name] - x @ exact[name]) * factor if error else 0.0
+            x = np.maximum(behind[after], 0)
+            e = np.maximum(behind[after] + e, 0) - x
+        return (x + e) @ kernels["head"] + np.asarray(variables["params"]["head"]["bias"])
+
+    exact = {n: np.asarray(variables["params"][n]["kernel"], np.float64) for n in ("first", "second", "head")}
+    rounded = {n: np.asarray(qvariables["params"][n]["kernel"].dequantize(), np.float64) for n in exact}
+    wanted, other = outputs(exact, False), outputs(rounded, True)
+    assert found.sqnr == pytest.approx(10 * np.log10((wanted**2).sum() / ((wanted - other) ** 2).sum()), abs=0.01)
 
 
 def test_variances_stay_if_asked_to(quantized):

@@ -389,7 +389,7 @@ def test_what_only_resembles_batch_norm_is_listed():
     graph = trace(apply_fn, variables, (2, 3))
     assert graph.batch_norms == ()
     reason = "scales by the root of a parameter but computes no BatchNorm; it stays as it is"
-    assert graph.skipped == (Skipped("var", reason, batch_norm=True),)
+    assert graph.skipped == (Skipped("var", reason, kind="norm"),)
     assert graph.unrecognized_batch_norms == graph.skipped
     with pytest.raises(GraphError, match=r"no BatchNorm was recognized in the network \(var: scales by"):
         graph.require_batch_norms("so there are no statistics.")

@@ -1,10 +1,14 @@
 """`quantize` from end to end on tiny networks: what it gives, reports, saves and refuses."""
 
+import copy
 import dataclasses
 import functools
 import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -14,22 +18,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dfq_jax
 from dfq_jax import artifact
 from dfq_jax.artifact import ArtifactError
 from dfq_jax.batch_norm import BatchNormConfig
 from dfq_jax.comparison import compare
-from dfq_jax.convention import Convention
+from dfq_jax.convention import Convention, quantize_params
 from dfq_jax.equalization import equalize, find_pairs
 from dfq_jax.evaluation import sqnr
 from dfq_jax.execute import OPERANDS, TENSORS
-from dfq_jax.graph import QUANTIZATION, GraphError, trace
+from dfq_jax.execute import run as trace_run
+from dfq_jax.finetuning import FinetuneConfig
+from dfq_jax.finetuning import loop as finetuning_loop
+from dfq_jax.graph import QUANTIZATION, GraphError, GraphWarning, trace
 from dfq_jax.pipeline import quantize
 from dfq_jax.qtensor import QTensor
 from dfq_jax.quantized import load
 from dfq_jax.recipes import RECIPES, Recipe, recipe_from
 from dfq_jax.report import LayerReport, Report, report_from
-from dfq_jax.rounding import ReconstructionConfig
-from dfq_jax.synthesis import SynthesisConfig
+from dfq_jax.rounding import ReconstructionConfig, learned
+from dfq_jax.synthesis import SynthesisConfig, loop
 
 SHAPE = (2, 8, 8, 3)
 SMALL = {"synthesis_steps": 5, "synthesis_num_images": 8, "synthesis_batch_size": 8}
@@ -198,7 +206,9 @@ def test_networks_without_batch_norm():
     noise = RECIPES["noise"].replace(**SMALL)
     for arguments in ({"recipe": noise}, {"bits": "w4a16"}, {"images": inputs()}):
         q = run(NO_NORM.model, NO_NORM.variables, **arguments)
-        assert np.isfinite(q(inputs())).all() and q.report.agreement >= 0
+        assert np.isfinite(q(inputs())).all() and np.isfinite(q.report.sqnr)
+        assert (q.report.agreement is None) == ("images" not in arguments)  # noise is of no class
+        assert ("Gaussian noise" in q.report.compared_on) == ("images" not in arguments)
 
 
 def test_edges():
@@ -260,6 +270,33 @@ def test_arguments_are_left_alone():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(CASE.variables))
 
 
+def test_every_stage_has_a_key_of_its_own(monkeypatch):
+    """All keys that are handed out, and those that batches and blocks fold from them, differ."""
+    recipe = RECIPES["best"].replace(
+        **SMALL | {"synthesis_num_images": 40}, reconstruction_steps=1, finetune=FinetuneConfig(steps=1), held_out=0.2
+    )
+    keys = []
+
+    def recording(module, name, position):
+        function = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            data = np.asarray(jax.random.key_data(args[position])).tolist()
+            keys.append((module.__name__, name, tuple(data)))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    recording(loop, "_init", 3)  # of each batch, its first half
+    recording(loop, "advance", 7)  # and its second
+    recording(learned, "advance", 9)  # of each block
+    recording(finetuning_loop, "advance", 8)
+    q = run(recipe=recipe)
+    distinct = set(keys)
+    batches, blocks = recipe.synthesis.num_batches, len(q.graph.blocks)
+    assert len({key for *_, key in distinct}) == len(distinct) == 2 * batches + blocks + 1
+
+
 def test_an_interrupted_call_resumes(tmp_path):
     recipe = FAST.replace(synthesis_steps=20, synthesis_chunk=5)
     path = tmp_path / "work.npz"
@@ -269,6 +306,52 @@ def test_an_interrupted_call_resumes(tmp_path):
     resumed = run(recipe=recipe, checkpoint=path)
     assert os.listdir(tmp_path) == []
     same(resumed.variables, run(recipe=recipe).variables)
+
+
+def test_finished_images_are_kept_until_all_is_done(tmp_path):
+    path = tmp_path / "work.npz"
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage):
+        if stage == "rounding":
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(checkpoint=path, on_stage=die)
+    assert os.listdir(tmp_path) == ["work.npz"]
+    resumed = run(checkpoint=path, on_progress=no_progress)  # no step of synthesis is done again
+    assert os.listdir(tmp_path) == []
+    same(resumed.images, fast().images)
+    same(resumed.variables, fast().variables)
+    path.write_bytes(b"mine")
+    run(images=inputs(), checkpoint=path)
+    assert path.read_bytes() == b"mine"  # nothing was synthesized, so the file is somebody else's
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import test_recipes
+
+def die(stage):
+    if stage == "adapt":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+test_recipes.run(checkpoint={path!r}, on_stage=die)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_call_resumes(tmp_path):
+    path = tmp_path / "work.npz"
+    code = KILLED.format(folder=os.path.dirname(__file__), path=str(path))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    resumed = run(checkpoint=path, on_progress=no_progress)
+    assert os.listdir(tmp_path) == []
+    same(resumed.images, fast().images)
+    same(resumed.variables, fast().variables)
 
 
 # --- the report ---
@@ -395,9 +478,131 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 def test_a_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="JSON"):
         fast().save(tmp_path / "net.safetensors", thing=object())
-    with pytest.raises(FileNotFoundError):
-        fast().save(tmp_path / "none" / "net.safetensors")
+    missing = tmp_path / "none" / "net.safetensors"
+    with pytest.raises(FileNotFoundError) as raised:
+        fast().save(missing)
+    assert raised.value.filename == str(missing)  # and no temporary name
     assert os.listdir(tmp_path) == []
+
+
+def test_files_of_newer_versions_are_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    fast().save(path)
+    header = artifact.load(path)[1]
+    assert header["versions"]["dfq_jax"] == dfq_jax.__version__
+    own = {key: header[key] for key in ("graph", "input_shape", "recipe", "convention", "report")}
+    for name, inside in (("recipe", ()), ("recipe", ("synthesis",)), ("convention", ()), ("report", ())):
+        newer = json.loads(json.dumps(own))
+        part = newer[name]
+        for key in inside:
+            part = part[key]
+        part.update(surprise=1, another=2)
+        artifact.save(path, fast().variables, header=newer)
+        message = rf"net\.safetensors: its {name} cannot be read by dfq_jax {dfq_jax.__version__} .*" + (
+            rf"\['another', 'surprise'\].*written by dfq_jax {dfq_jax.__version__}"
+        )
+        with pytest.raises(ArtifactError, match=message):
+            load(path, CASE.model, CASE.variables)
+    older = json.loads(json.dumps(own))  # a file from before these fields
+    del older["report"]["warnings"], older["report"]["compared_on"]
+    artifact.save(path, fast().variables, header=older)
+    back = load(path, CASE.model, CASE.variables)
+    assert back.report == fast().report and back.convention == fast().convention
+
+
+# --- copies ---
+
+
+def test_copies():
+    copied = copy.deepcopy(fast())
+    same(copied.variables, fast().variables)
+    same(copied(inputs()), fast()(inputs()))
+    assert copied.graph is fast().graph and copied.report == fast().report
+    integer = fast().integer()
+    same(copy.deepcopy(integer)(inputs()), integer(inputs()))
+
+
+def test_pickles():
+    q = run(apply_fn, CASE.variables, recipe=RECIPES["noise"].replace(**SMALL))
+    back = pickle.loads(pickle.dumps(q))
+    assert (back.graph, back.report, back.recipe, back.convention) == (q.graph, q.report, q.recipe, q.convention)
+    same(back.variables, q.variables)
+    same(back(inputs()), q(inputs()))
+    graph = trace(lambda v, x: apply_fn(v, x), CASE.variables, SHAPE)
+    with pytest.raises(pickle.PicklingError, match=r"Quantized\.save"):
+        pickle.dumps(graph)
+
+
+# --- conventions ---
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "min_max"), ("lp", "lp"), ("mse", "mse")])
+def test_weight_ranges_have_one_owner(given, expected):
+    """The convention's, and the recipe's where it names none, whatever way the bits are given."""
+    noise = RECIPES["noise"].replace(**SMALL)
+    q = run(recipe=noise, convention=Convention(weight_range=given))
+    assert q.convention.weight_range == expected and f"({expected} ranges)" in q.report.convention
+    wanted = quantize_params(q.graph, CASE.variables, {}, Convention(activation_bits=None, weight_range=expected))
+    kernel, same_kernel = (q.graph.leaf(v, "params/conv2/kernel") for v in (q.variables, wanted))
+    same(kernel, same_kernel)
+    if given is None:
+        same(q.variables, run(recipe=noise, bits="w4a4").variables)
+
+
+# --- reports that warn ---
+
+
+def relational(variables, x):
+    """A network most of whose work is in float: products of positions with positions."""
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    return jnp.tanh(x @ x.swapaxes(1, 2)).mean(1) @ variables["head"]
+
+
+def lost_norm(variables, x):
+    """The root of a variance at work, in a form that is no BatchNorm's: the scale has positions of its own."""
+    x = jnp.tanh(x @ variables["first"]) / jnp.sqrt(variables["var"] + 1e-3)
+    return jnp.tanh(x).mean((1, 2)) @ variables["head"]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [(relational, "1 of 2 products, with 97 % of the"), (lost_norm, "1 of 1 BatchNorms were not recognized")],
+)
+def test_what_is_lost_is_said_at_the_head(function, words):
+    rng = np.random.default_rng(0)
+    variables = {"head": rng.normal(size=(64, 5))}
+    if function is lost_norm:
+        variables = {"first": rng.normal(size=(3, 6)), "var": rng.uniform(1, 2, (8, 8, 6)), "head": np.ones((6, 5))}
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
+    with pytest.warns(GraphWarning, match=words):
+        q = run(function, variables, recipe=RECIPES["noise"].replace(**SMALL))
+    assert str(q.report).startswith("WARNING") and words in str(q.report).splitlines()[0]
+    assert words in q.report._repr_html_() and words in json.loads(q.report.to_json())["warnings"][0]
+
+
+def test_weights_that_overflow_are_refused():
+    def product(variables, x):
+        return jnp.tanh(x) @ variables["a"] @ variables["b"]
+
+    noise = RECIPES["noise"].replace(**SMALL)
+    for scale, refused in ((1e18, False), (1e25, True)):
+        variables = {"a": jnp.full((7, 4), scale), "b": jnp.full((4, 3), scale)}
+        variables = jax.tree.map(lambda leaf: leaf * jnp.linspace(0.5, 1, leaf.size).reshape(leaf.shape), variables)
+        for recipe in (noise, noise.replace(estimator="lp", weight_range="lp"), RECIPES["instant"]):
+            arguments = dict(input_shape=(1, 7), recipe=recipe, bits="w8a8")
+            if refused:
+                with pytest.raises(ValueError, match="NaN or infinite"):
+                    quantize(product, variables, **arguments)
+            else:
+                assert quantize(product, variables, **arguments).report.sqnr > 30
+
+
+@pytest.mark.parametrize("x", [[[1.0]], None])
+def test_inputs_that_are_no_arrays(x):
+    q = fast()
+    for function in (q, lambda x: trace_run(q.graph, q.variables, x), lambda x: q.apply(q.variables, x)):
+        with pytest.raises(TypeError, match="x: expected an array"):
+            function(x)
 
 
 # --- recipes ---
@@ -469,7 +674,6 @@ BAD_INPUT = {
     "train module": ({"model": TRAINING.model, "variables": TRAINING.variables}, GraphError, "training mode"),
     "nan": ({"variables": changed(KERNEL, np.nan)}, ValueError, f"'{KERNEL}' holds NaN or infinite"),
     "inf": ({"variables": changed(KERNEL, -np.inf)}, ValueError, f"'{KERNEL}' holds NaN or infinite"),
-    "zero variance": ({"variables": changed(VAR, 0.0)}, ValueError, f"'{VAR}' is zero in every channel"),
     "negative variance": ({"variables": changed(VAR, -1.0)}, ValueError, f"'{VAR}' has a negative variance"),
     "no variables": ({"variables": None}, TypeError, "a Linen module needs its variables"),
     "other variables": ({"variables": NO_NORM.variables}, GraphError, "cannot be traced"),
@@ -505,6 +709,27 @@ def test_bad_input_is_refused_before_any_work(name, tmp_path, monkeypatch):
         run(**arguments, on_stage=stages.append, on_progress=no_progress)
     assert set(stages) <= {"trace", "images"}
     assert os.listdir(tmp_path) == []
+
+
+def test_a_dead_layer_quantizes(recwarn):
+    """All of a layer's channels are dead in truth: kernel, mean and variance are zero, and nothing is wrong."""
+    variables = changed(KERNEL, 0.0)
+    variables["batch_stats"]["bn_conv2"] = jax.tree.map(jnp.zeros_like, variables["batch_stats"]["bn_conv2"])
+    wanted = CASE.model.apply(variables, inputs())
+    for recipe in (FAST, "instant"):
+        q = run(variables=variables, bits="w8a8", recipe=recipe)
+        assert q.report.warnings == ()
+        assert sqnr(wanted, q(inputs())) > 25
+    assert not [w for w in recwarn if issubclass(w.category, GraphWarning)]
+
+
+@pytest.mark.parametrize("var", [0.0, 1.0])
+def test_statistics_that_were_never_updated_are_doubted(var):
+    variables = changed(VAR, var)
+    variables["batch_stats"]["bn_conv2"]["mean"] = jnp.zeros(6)
+    with pytest.warns(GraphWarning, match=rf"statistics of 1 of 2 BatchNorms .*never updated \({VAR}: "):
+        q = run(variables=variables, recipe="instant")
+    assert "never updated" in q.report.warnings[0]
 
 
 def test_quantized_variables_are_refused():
@@ -591,7 +816,10 @@ def test_instant_takes_no_images():
         for key in (0, 1)
     )
     assert first.report.images.startswith("none")
-    assert first.report.steps == ("equalization", "SQuant", "analytic correction of BatchNorms and biases")
+    assert first.report.agreement is None and "BatchNorm" in first.report.compared_on
+    equalization, *others = first.report.steps
+    assert equalization.startswith("equalization: ")
+    assert others == ["SQuant", "analytic correction of BatchNorms and biases"]
     for ours, theirs in zip(jax.tree.leaves(first.variables), jax.tree.leaves(second.variables), strict=True):
         np.testing.assert_array_equal(ours, theirs)  # nothing is drawn from the key
     plain = quantize(
@@ -645,11 +873,63 @@ def test_equalization_is_judged_where_there_are_images(held_out):
     )
     helped = quantize(case.model, variables, **arguments)
     (step,) = helped.report.steps
-    assert step.startswith("equalization: kept, held-out divergence" if held_out else "equalization")
+    assert step.startswith("equalization: kept, " + ("held-out divergence" if held_out else "divergence on noise"))
     again = quantize(case.model, equalize(graph, variables), **arguments | {"recipe": recipe.replace(equalize=False)})
     for ours, theirs in zip(jax.tree.leaves(helped.variables), jax.tree.leaves(again.variables), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert helped.report.layers == again.report.layers
+
+
+def trained_statistics(variables, images):
+    """The variables with the exact statistics of images, as training leaves them."""
+    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    _, new = Stretched().apply({**variables, "batch_stats": zeros}, images, train=True, mutable=["batch_stats"])
+    return {**variables, "batch_stats": jax.tree.map(lambda leaf: 100 * leaf, new["batch_stats"])}
+
+
+class Stretched(nn.Module):
+    """Pairs to equalize: a wide layer before a grouped one, and that before the last."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for name, groups in (("wide", 1), ("grouped", 4)):
+            x = nn.Conv(12, (3, 3), feature_group_count=groups, use_bias=False, name=name)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f"bn_{name}")(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+def test_instant_on_nearly_dead_channels():
+    x = jax.random.normal(jax.random.key(1), (64, *SHAPE[1:]))
+    start = Stretched().init(jax.random.key(0), x)
+    for factor in (1.0, 1e-2, 1e-4, 1e-6, 0.0):
+        kernel = start["params"]["wide"]["kernel"] * jnp.where(jnp.arange(12) < 3, factor, 1.0)
+        params = {**start["params"], "wide": {"kernel": kernel}}
+        variables = trained_statistics({**start, "params": params}, x)
+        wanted = Stretched().apply(variables, x)
+        found = {}
+        for equal in (True, False):
+            recipe = RECIPES["instant"].replace(equalize=equal)
+            q = quantize(Stretched(), variables, input_shape=SHAPE, recipe=recipe, bits="w8a8")
+            found[equal] = sqnr(wanted, q(x))
+        assert found[True] > found[False] - 2, (factor, found)
+        assert found[True] > 20, (factor, found)
+
+
+def test_images_take_the_place_of_batch_norm_parameters():
+    """Ranges, corrections and the comparison are those of the images, however far from the parameters."""
+    x = 3 * inputs(16)
+    by_noise = run(recipe="instant", bits="w8a8")
+    given = run(recipe="instant", bits="w8a8", images=x)
+    assert given.report.images == "16 given" and given.report.compared_on == "these images"
+    assert given.report.agreement is not None
+    np.testing.assert_array_equal(given.images, x)
+    plain = RECIPES["instant"].replace(equalize=False, batch_norm=None, bias_correction=False, estimator="max")
+    measured = run(recipe=plain, bits="w8a8", images=x)
+    (first,) = [layer for layer in measured.report.layers if layer.name == measured.graph.first_layer.name]
+    assert (first.low, first.high) == pytest.approx((float(x.min()), float(x.max())), rel=0.01)
+    assert (
+        given.variables["batch_stats"]["bn_conv2"]["var"] != by_noise.variables["batch_stats"]["bn_conv2"]["var"]
+    ).any()
 
 
 def test_instant_without_batch_norm_uses_noise():

@@ -91,7 +91,8 @@ def quantize(
             tfds:NAME/SPLIT.
         limit: Evaluate on the first N images only.
         output: Save the quantized network (safetensors).
-        resume: Keep unfinished images in this file; the same command goes on from it.
+        resume: Keep images in this file, unfinished and finished, until all is done; the same command goes on from it,
+            bit for bit with as many CPU threads.
         json: Write what was done and measured, for machines.
     """
     began = time.perf_counter()
@@ -102,7 +103,6 @@ def quantize(
         edge_bits=None if edge_bits == "none" else edge_bits,
         edge_input_bits=edge_input_bits,
         second_input_bits=second_input_bits,
-        weight_range=chosen.weight_range,
     )
     target = resolve(model, checkpoint)
     data = None if evaluate is None else target.load_data(evaluate, limit)

@@ -52,7 +52,7 @@ def apply_integer(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array,
     Raises:
       ValueError: x does not fit the network.
     """
-    graph = plan.graph.at(x.shape, x.dtype)
+    graph = plan.graph.at_input(x)
     fusion = plan.fusion_at(graph)
     quantizers, layers = ivariables["tensors"], ivariables["layers"]
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfq_jax.files import replacing
 from dfq_jax.graph import flatten_with_paths
 
 
@@ -21,13 +22,13 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, identity: str):
         self.path = Path(path)
-        # Always the same name: what a killed process left behind is overwritten or removed by the next one.
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
         if self.path.is_dir():
             raise ValueError(f"checkpoint: {str(self.path)!r} is a folder; give the name of a file.")
         if not self.path.parent.is_dir():
             raise ValueError(f"checkpoint: there is no folder {str(self.path.parent)!r}.")
+        if not os.access(self.path.parent, os.W_OK):
+            raise ValueError(f"checkpoint: the folder {str(self.path.parent)!r} cannot be written to.")
 
     def save(self, work: dict[int, Any], **meta: Any) -> None:
         """Write `{batch: pytree of arrays}` and JSON-able facts."""
@@ -36,13 +37,8 @@ class Checkpoint:
             paths, leaves = flatten_with_paths(tree)
             arrays.update({f"{batch}:{p}": _to_numpy(v) for p, v in zip(paths, leaves, strict=True)})
         header = json.dumps({"identity": self.identity, "batches": sorted(work), **meta})
-        try:
-            with open(self._temporary, "wb") as file:
-                np.savez(file, header=np.array(header), **arrays)
-            os.replace(self._temporary, self.path)
-        except BaseException:
-            self._temporary.unlink(missing_ok=True)
-            raise
+        with replacing(self.path, _temporary(self.path)) as file:
+            np.savez(file, header=np.array(header), **arrays)
 
     def load(self, template: Callable[[], Any]) -> tuple[dict[int, Any], dict[str, Any]] | None:
         """What was saved, as pytrees like `template()`; None where there is no file.
@@ -81,8 +77,18 @@ class Checkpoint:
         return ValueError(f"checkpoint: {str(self.path)!r} cannot be read ({error}); delete it to start anew.")
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._temporary.unlink(missing_ok=True)
+        remove_checkpoint(self.path)
+
+
+def remove_checkpoint(path: str | Path) -> None:
+    """Remove the file of a checkpoint and what a killed process may have left beside it."""
+    Path(path).unlink(missing_ok=True)
+    _temporary(Path(path)).unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    # Always the same name: what a killed process left behind is overwritten or removed by the next one.
+    return path.with_name(path.name + ".tmp")
 
 
 def _to_numpy(leaf: jax.Array) -> np.ndarray:

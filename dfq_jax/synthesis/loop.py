@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.backend import platform_of
-from dfq_jax.graph import Graph
+from dfq_jax.graph import Graph, GraphWarning
 from dfq_jax.interrupt import catch_interrupt
 from dfq_jax.precision import products
 from dfq_jax.synthesis.checkpoint import Checkpoint
-from dfq_jax.synthesis.checks import check_synthesizable
+from dfq_jax.synthesis.checks import check_synthesizable, doubtful_statistics
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.objective import Evaluation, Moments, Targets
 from dfq_jax.synthesis.source import make_optimizer
@@ -89,6 +90,7 @@ def synthesize(
     optimizer: optax.GradientTransformation | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
 ) -> Synthesis:
     """Make images from the network's own BatchNorm statistics.
 
@@ -100,7 +102,9 @@ def synthesize(
       optimizer: an optax transformation in place of the config's optimizer and schedule.
       on_progress: called between chunks, at most every few steps.
       checkpoint: a file to save unfinished work to and to resume it from; removed at the end. Resuming gives the
-        same images, bit for bit, as an uninterrupted run.
+        same images, bit for bit, as an uninterrupted run on the same machine; with another number of CPU threads sums
+        are taken in another order, and images differ.
+      keep_checkpoint: leave the file there at the end, with the finished images: the same call returns them at once.
 
     Returns:
       The images and how well they match. Ctrl-C returns what there is, `completed=False`.
@@ -108,9 +112,15 @@ def synthesize(
     Raises:
       GraphError: the network has no BatchNorm, or class scores are needed and it has none.
       ValueError: weights with NaN or infinity, variances below zero, or a checkpoint of other work.
+      OSError: the checkpoint cannot be written.
       SynthesisError: the loss became NaN or infinite; names the layer where it did first.
+
+    Warns:
+      GraphWarning: BatchNorm statistics look as if they were never updated.
     """
     check_synthesizable(graph, variables, config)
+    for doubt in doubtful_statistics(graph, variables):
+        warnings.warn(doubt, GraphWarning, stacklevel=2)
     started = time.perf_counter()
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     run = _Run(graph, variables, key, config, optimizer, started)
@@ -130,7 +140,7 @@ def synthesize(
                 break
     result = run.result()
     if saved is not None and result.completed:
-        saved.remove()
+        run.save(saved) if keep_checkpoint else saved.remove()
     return result
 
 

@@ -14,7 +14,7 @@ from dfq_jax.tracing.blocks import find_blocks
 from dfq_jax.tracing.canonical import keeps_elements
 from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
 from dfq_jax.tracing.naming import inner_paths, unique_names
-from dfq_jax.tracing.products import Product, computed_operands, find_products, rearranged_leaf
+from dfq_jax.tracing.products import Product, computed_operands, count_macs, find_products, rearranged_leaf
 from dfq_jax.tracing.program import Op, Program
 from dfq_jax.tracing.refusals import refuse_nested_layers, refuse_training_mode
 from dfq_jax.tracing.regions import Activations, origins
@@ -212,7 +212,7 @@ class _Analysis:
                     batch_norm=bn and bn.name,
                     activation=activation,
                     consumers=self._consumers(end),
-                    macs=product.macs(self.program),
+                    macs=count_macs(product.op, self.program),
                     op=product.op.index,
                     kernel_index=product.kernel,
                     bias_index=bias and bias.leaf,
@@ -320,7 +320,7 @@ class _Analysis:
                     # The root of a norm or of a single number is no standard deviation of channels.
                     channels = self.algebra.value(value)
                     per_channel = channels is not None and math.prod(program.shape(value)) > 1
-                    skipped.setdefault(leaves, Skipped(leaves, reason, batch_norm=per_channel))
+                    skipped.setdefault(leaves, Skipped(leaves, reason, kind="norm" if per_channel else "parameter"))
         return list(skipped.values())
 
     def _other_parameters(self) -> list[Skipped]:

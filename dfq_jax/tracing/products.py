@@ -47,13 +47,16 @@ class Product:
             "transposed": any(dilation > 1 for dilation in params["lhs_dilation"]),
         }
 
-    def macs(self, program: Program) -> int:
-        """Multiply-accumulates for one example."""
-        kernel = program.avals[self.op.inputs[self.kernel_operand]].shape
-        result = program.avals[self.op.outputs[0]].shape
-        channels = math.prod(result[a] for a in self.result_axes)
-        examples = program.avals[program.input].shape[0]
-        return math.prod(kernel) * (math.prod(result) // channels) // examples
+
+def count_macs(op: Op, program: Program) -> int:
+    """Multiply-accumulates of a product for one example."""
+    left, right = (program.shape(operand) for operand in op.inputs)
+    result = program.avals[op.outputs[0]].shape
+    if op.name == "conv_general_dilated":
+        each = math.prod(right) // max(right[op.params["dimension_numbers"].rhs_spec[0]], 1)
+    else:
+        each = math.prod(left[axis] for axis in op.params["dimension_numbers"][0][0])
+    return math.prod(result) * each // program.avals[program.input].shape[0]
 
 
 def find_products(program: Program, paths: Sequence[str]) -> tuple[list[Product], list[Skipped]]:
@@ -64,7 +67,8 @@ def find_products(program: Program, paths: Sequence[str]) -> tuple[list[Product]
             continue
         found = _product(op, program, paths)
         if isinstance(found, str):
-            skipped.append(Skipped(op.scope or f"{op.name} {op.index}", found))
+            name = op.scope or f"{op.name} {op.index}"
+            skipped.append(Skipped(name, found, kind="product", macs=count_macs(op, program)))
         else:
             products.append(found)
     return _quantized_together(products, skipped, program, paths)

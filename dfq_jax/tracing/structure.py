@@ -16,6 +16,10 @@ class GraphError(ValueError):
     """The network cannot be traced or used this way; the message says why and what to try."""
 
 
+class GraphWarning(UserWarning):
+    """The network can be used this way, but hardly as it was meant; the message says why and what to try."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     """A convolution or a matrix product whose one operand is a leaf of the variables."""
@@ -113,4 +117,6 @@ class Skipped:
 
     name: str
     reason: str
-    batch_norm: bool = False  # whether it may be a BatchNorm that was not recognized
+    # "product", "norm" (what looks like a BatchNorm but was not found to be one), or "parameter".
+    kind: str = dataclasses.field(default="parameter", compare=False)
+    macs: int = dataclasses.field(default=0, compare=False)  # multiply-accumulates of a product, for one example
