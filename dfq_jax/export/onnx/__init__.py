@@ -15,6 +15,8 @@ from dfq_jax.files import write_atomically
 from dfq_jax.graph import Graph
 from dfq_jax.quantized import Quantized
 
+FATAL = 4  # of ONNX Runtime's log levels
+
 __all__ = ["EXPORTER", "export_onnx", "open_onnx", "to_onnx"]
 
 
@@ -25,6 +27,7 @@ def export_onnx(
     opset: int = MIN_OPSET,
     batch: int | None = None,
     int4: bool = False,
+    integers: str = "u8u8",
 ) -> None:
     """Write a network as an ONNX file.
 
@@ -52,12 +55,12 @@ def export_onnx(
       OSError: the file cannot be written; nothing is left behind.
     """
     graph, variables = (network.graph, network.variables) if isinstance(network, Quantized) else network
-    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4)
+    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4, integers=integers)
     write_atomically(path, model.SerializeToString())
 
 
 def open_onnx(path: str | os.PathLike[str]) -> Runner:
-    """A written file in ONNX Runtime on the CPU: a function of a batch `[N, H, W, C]` that gives the logits.
+    """A written file in a session of ONNX Runtime on the CPU, as it is by default: a function of a batch to logits.
 
     Raises:
       ImportError: onnxruntime is not installed.
@@ -67,7 +70,9 @@ def open_onnx(path: str | os.PathLike[str]) -> Runner:
     with open(path, "rb") as file:
         data = file.read()
     try:
-        session = _session(runtime, data)
+        options = runtime.SessionOptions()
+        options.log_severity_level = FATAL  # errors come as exceptions
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
         raise ValueError(f"{os.fspath(path)} is no ONNX file that ONNX Runtime can run: {error}") from error
     inputs = {argument.name: argument for argument in session.get_inputs()}
@@ -93,25 +98,3 @@ class _Onnx:
 
 
 EXPORTER = _Onnx()
-FATAL = 4  # of ONNX Runtime's log levels
-
-
-def _session(runtime: Any, data: bytes) -> Any:
-    """A session on the CPU whose integer sums are exact."""
-    providers = ["CPUExecutionProvider"]
-    options = runtime.SessionOptions()
-    # Without it, sums of uint8 x int8 products saturate in 16 bits on x86 processors that lack VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    # Float activations of weight-only networks stay in float32 (1), and are not quantized on the way (4, the default).
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = FATAL  # errors come as exceptions, and one of them is expected
-    try:
-        return runtime.InferenceSession(data, options, providers=providers)
-    except Exception as error:
-        if "AddInitializedOrtValue" not in str(error):
-            raise
-    # With several dense layers that setting fails inside ONNX Runtime (seen in 1.32); kernels that are not fused do not
-    # saturate either.
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return runtime.InferenceSession(data, options, providers=providers)
