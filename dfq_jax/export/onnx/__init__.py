@@ -28,6 +28,7 @@ def export_onnx(
     batch: int | None = None,
     int4: bool = False,
     integers: str = "u8u8",
+    float_bias: bool = False,
 ) -> None:
     """Write a network as an ONNX file.
 
@@ -35,11 +36,13 @@ def export_onnx(
     "logits". All floats are float32. BatchNorms that directly follow a layer are folded into it, the others are a
     multiplication and an addition.
 
-    A quantized network is written in the QDQ form and gives what `apply_quantized` gives, to float rounding and to the
-    rounding of biases to int32 accumulator steps. Activations are uint8 with one scale, fewer bits by clipping
-    beforehand; a tensor quantized for layers alone (`shortcuts="float"`) is so on their edges alone. Weights are int8
-    without zero point and with one scale for each channel, whatever their bits, except that asymmetric ones of 8 bits
-    are uint8 with zero points.
+    A quantized network is written in the QDQ form and gives what `apply_quantized` gives in a session with default
+    options, to float rounding and to the rounding of biases to int32 accumulator steps (`float_bias`). Codes are those
+    of the network, moved by 128 where the type of the file is another. Activations have one scale, fewer bits than 8
+    by clipping beforehand; a tensor quantized for layers alone (`shortcuts="float"`) is so on their edges alone.
+    Weights have one scale for each channel and are stored in 8 bits, whatever theirs are. The scale of weights beside
+    float activations stands in a multiplication of its own, because ONNX Runtime would otherwise round these
+    activations, too.
 
     Args:
       network: a quantized network, or a graph and its variables, float or quantized.
@@ -47,6 +50,12 @@ def export_onnx(
       opset: version of the ONNX operators, 18 or later.
       batch: the batch size of the file; None for any.
       int4: weights of at most 4 bits in ONNX's 4-bit types, which need opset 21 and few runtimes compute with.
+      integers: types of activations and weights, by the names of ONNX Runtime's integer kernels: "u8u8" is exact on
+        every processor. "u8s8" and "s8s8" are faster, but on x86 without VNNI sums of two products saturate in 16 bits
+        unless all weights are symmetric of at most 7 bits; some accelerators take int8 only.
+      float_bias: biases are added in float, so that the file differs from the simulation by float rounding alone.
+        Convolutions then run in float between quantized activations: deep networks, in which one changed code changes
+        many, are compared best this way.
 
     Raises:
       ImportError: onnx is not installed.
@@ -55,7 +64,7 @@ def export_onnx(
       OSError: the file cannot be written; nothing is left behind.
     """
     graph, variables = (network.graph, network.variables) if isinstance(network, Quantized) else network
-    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4, integers=integers)
+    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4, integers=integers, float_bias=float_bias)
     write_atomically(path, model.SerializeToString())
 
 

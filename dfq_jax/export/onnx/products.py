@@ -63,22 +63,39 @@ class Kernel:
             return self.weights.moved(move).write(writer, axis, self.name, self.dtype, apart=apart)
         return writer.initializer(move(self.weights), self.name)
 
-    def write_bias(self, writer: Writer) -> list[str]:
-        """The bias as an optional input of the product; in int32 where both operands are quantized.
+    def with_bias_placed(self, *, after: bool, among_codes: bool) -> Kernel:
+        """With the bias inside the product where integer kernels take it, and after it elsewhere.
 
-        Integer kernels want it so, and ONNX Runtime rounds one in float to steps of the accumulator by itself. Half of
-        such a step moves some results to the next code of an activation; with fewer bits than 8, many. There, and
-        where no integer kernel can take the product because its result stays in float, the bias is added afterwards
-        (`add_bias`).
+        Integer kernels take it in int32, in steps of their accumulator. Half of such a step moves some results to the
+        next code of an activation; with fewer bits than 8, many. There, where the bias does not fit (a dead input has a
+        tiny scale), and where the result stays in float, it is added afterwards: ONNX Runtime would turn one in float
+        into int32 by itself, and saturate it.
+
+        Args:
+          after: whether to add it afterwards in any case.
+          among_codes: whether activations of the network are quantized.
         """
+        if not isinstance(self.weights, Codes) and among_codes:
+            # Between codes ONNX Runtime quantizes float weights, too, unless something stands after the product.
+            bias = np.zeros(len(self.weights)) if self.bias is None else self.bias
+            return dataclasses.replace(self, bias=bias, bias_after=True)
+        if self.bias is None or self.input_scale is None:
+            return self
+        after = after or self.bias_after or self._integer_bias() is None
+        return dataclasses.replace(self, bias_after=after)
+
+    def _integer_bias(self) -> np.ndarray | None:
+        return integer_bias(self.bias, self.weights.scale * self.input_scale)
+
+    def write_bias(self, writer: Writer) -> list[str]:
+        """The bias as an optional input of the product; in int32 where both operands are quantized."""
         if self.bias is None or self.bias_after:
             return []
         name = f"{self.name}/bias"
-        codes = None if self.input_scale is None else integer_bias(self.bias, self.weights.scale * self.input_scale)
-        if codes is None:
+        if self.input_scale is None:
             return [writer.initializer(self.bias.astype(np.float32), name)]
         scale = (self.weights.scale * self.input_scale).astype(np.float32)
-        inputs = [writer.initializer(codes, name), writer.initializer(scale, f"{name}/scale")]
+        inputs = [writer.initializer(self._integer_bias(), name), writer.initializer(scale, f"{name}/scale")]
         return [writer.node("DequantizeLinear", inputs, axis=0, name=f"{name}/dequantized")]
 
     def add_bias(self, writer: Writer, result: str, trailing: int = 0) -> str:

@@ -22,7 +22,8 @@ from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand
 
 LOGITS = "logits"
 MIN_OPSET, FOUR_BIT_OPSET = 18, 21
-_CLIPPING = frozenset({"max", "min", "clamp", "copy"})  # what ONNX Runtime's integer kernels have at their end
+# Before what follows these, ONNX Runtime lets an integer kernel end, which does the first ones itself.
+_BEFORE_CODES = frozenset({"max", "min", "clamp", "copy", "reduce_window_max", "reshape", "transpose", "squeeze"})
 
 
 def to_onnx(
@@ -33,6 +34,7 @@ def to_onnx(
     batch: int | None = None,
     int4: bool = False,
     integers: str = "u8u8",
+    float_bias: bool = False,
 ):
     """An ONNX model of a network, quantized where its variables are.
 
@@ -46,21 +48,21 @@ def to_onnx(
         raise ValueError(f"int4: 4-bit weights need opset={FOUR_BIT_OPSET}, found opset={opset}.")
     if integers not in INTEGER_TYPES:
         raise ValueError(f"integers: expected one of {', '.join(INTEGER_TYPES)}, found {integers!r}.")
-    translation = _Translation(onnx, batched_program(graph, batch), variables, int4, *INTEGER_TYPES[integers])
+    translation = _Translation(onnx, batched_program(graph, batch), variables, int4, integers, float_bias)
     return translation.model(opset)
 
 
 class _Translation:
     """Walks the program once; `env` holds the ONNX form of each value that depends on the input."""
 
-    def __init__(
-        self, onnx: Any, program: BatchedProgram, variables: Any, int4: bool, activations: np.dtype, weights: np.dtype
-    ):
-        self.activation_type, self.weight_type = activations, weights
+    def __init__(self, onnx: Any, program: BatchedProgram, variables: Any, int4: bool, integers: str, float_bias: bool):
+        self.activation_type, self.weight_type = INTEGER_TYPES[integers]
+        self.float_bias = float_bias
         self.onnx, self.program, self.graph, self.int4 = onnx, program, program.graph, int4
         self.leaves = self.graph.leaves(variables)
         collection = variables[QUANTIZATION] if is_quantized(variables) else {}
         self.for_all, self.for_layers = collection.get(TENSORS, {}), collection.get(OPERANDS, {})
+        self.among_codes = bool(self.for_all or self.for_layers)
         self.writer = Writer(onnx)
         self.env: dict[int, Value] = {}
         self.layers = {layer.op: layer for layer in self.graph.layers}
@@ -271,6 +273,7 @@ class _Translation:
         if layer is None:
             weights = products.channels_first(op, operands[side].array.astype(np.float64), side)
             kernel = products.Kernel(weights=weights, name=f"{op.scope or op.name}/kernel")
+            kernel = kernel.with_bias_placed(after=False, among_codes=self.among_codes)
         else:
             x, kernel, end = self._layer(op, x)
         if op.name == "conv_general_dilated":
@@ -309,15 +312,14 @@ class _Translation:
             if folded is not None:
                 self.done.add(bn.chain[-1])
                 kernel, end = folded, bn.output
-        if kernel.input_scale is not None and not self._is_requantized(end):
-            kernel = dataclasses.replace(kernel, bias_after=True)
-        return x, kernel, end
+        after = self.float_bias or not self._is_requantized(end)
+        return x, kernel.with_bias_placed(after=after, among_codes=self.among_codes), end
 
     def _is_requantized(self, value: int) -> bool:
-        """Whether a value is quantized for all its readers, at once or after an activation function that clips."""
+        """Whether a value is quantized for all its readers, at once or after what integer kernels can end with."""
         while value not in self.tensors or self.tensors[value].name not in self.for_all:
             readers = self.readers.get(value, ())
-            if len(readers) != 1 or readers[0].name not in _CLIPPING:
+            if len(readers) != 1 or readers[0].name not in _BEFORE_CODES:
                 return False
             (value,) = readers[0].outputs
         return True
