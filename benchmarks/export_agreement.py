@@ -9,7 +9,8 @@ W8A8, recipe `instant`. Prints, for one network:
   steps of the last layer (one code of its input times its largest weight): largest, in 99 % of the images, and in half;
 * for comparison the same of int8 products without folded requantization, and of the simulation itself with every
   BatchNorm parameter moved to the next float32 number: what rounding alone does where a value lies between two codes;
-* the ONNX file in ONNX Runtime and the LiteRT file in LiteRT: images with the same first choice, and SQNR in decibel;
+* the ONNX file in a plain session of ONNX Runtime, with biases in int32 and in float, and the LiteRT file in LiteRT:
+  images with the same first choice, and SQNR in decibel;
 * sizes as ratios of the float32 variables: the artifact with weights of 8 and of 4 bits, the ONNX and the LiteRT file.
 
 A format whose packages are missing, or that refuses the network, says so. `export_agreement.txt` has the output for
@@ -32,6 +33,9 @@ from served import Served, serve
 from dfq_jax import RECIPES, Quantized, SynthesisConfig, quantize, synthesize
 from dfq_jax.evaluation import sqnr
 from dfq_jax.export import get_exporter
+from dfq_jax.export.onnx import export_onnx
+
+FLOAT_BIAS = "-float-bias"
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def main() -> None:
         "--steps", type=int, default=0, help="of synthesis: images for LiteRT's ranges of sums; 0: noise"
     )
     parser.add_argument("--synthesized", type=int, default=64, help="number of synthesized images")
-    parser.add_argument("--formats", nargs="*", default=["onnx", "tflite"])
+    parser.add_argument("--formats", nargs="*", default=["onnx", f"onnx{FLOAT_BIAS}", "tflite"])
     arguments = parser.parse_args()
 
     served = serve(arguments.model, arguments.checkpoint)
@@ -127,7 +131,8 @@ def _print_steps(name: str, net: Quantized, simulated: np.ndarray, found: np.nda
     largest, most, half = np.quantile(steps, [1, 0.99, 0.5])
     agreement = _agreement(simulated, found)
     print(
-        f"  {name}: same class {agreement:.2f} %; logits within {largest:.2f} steps, 99 % {most:.2f}, half {half:.2f}"
+        f"  {name}: same class {agreement:.2f} %, {sqnr(simulated, found):.1f} dB; "
+        f"logits within {largest:.2f} steps, 99 % {most:.2f}, half {half:.2f}"
     )
 
 
@@ -147,9 +152,12 @@ def _artifacts(served: Served, net: Quantized, folder: Path) -> dict[str, int]:
 def _print_format(
     net: Quantized, name: str, path: Path, images: np.ndarray, simulated: np.ndarray, batch: int
 ) -> dict[str, int]:
-    exporter = get_exporter(name)
+    exporter = get_exporter(name.removesuffix(FLOAT_BIAS))
     try:
-        exporter.write(net, path)
+        if name.endswith(FLOAT_BIAS):
+            export_onnx(net, path, float_bias=True)
+        else:
+            exporter.write(net, path)
         run = exporter.open(path)
         found = run(images) if name == "tflite" else _batches(run, images, batch)  # each call of LiteRT is a process
     except (ImportError, ValueError, TimeoutError) as error:

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--no-tflite", action="store_true")
     arguments = parser.parse_args()
 
-    print(f"{_processor()}, {os.cpu_count()} cores, jax {jax.__version__}, load {os.getloadavg()[0]:.1f} at the start")
+    print(f"{processor()}, {os.cpu_count()} cores, jax {jax.__version__}, load {os.getloadavg()[0]:.1f} at the start")
     for name in arguments.models:
         served = serve(name)
         recipe = RECIPES["noise"].replace(synthesis_num_images=4)
@@ -55,10 +55,10 @@ def main() -> None:
                 turns = _xla(served, net, batch) | _onnxruntime(served, net, batch, Path(folder))
                 if not arguments.no_tflite:
                     turns |= _litert(served, net, batch, Path(folder))
-                _print(name, batch, _play(turns, arguments.rounds))
+                _print(name, batch, play(turns, arguments.rounds))
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = {f for line in lines if line.startswith("flags") for f in line.split()}
@@ -71,7 +71,7 @@ def _processor() -> str:
 # --- contestants ---
 
 
-def _in_process(function: Callable[[], Any]) -> Turn:
+def in_process(function: Callable[[], Any]) -> Turn:
     jax.block_until_ready(function())
 
     def turn() -> float:
@@ -96,9 +96,9 @@ def _xla(served: Served, net: Quantized, batch: int) -> dict[str, Turn]:
     runs = [layer.decision.runs for layer in measured.plan.layers]
     print(f"{served.name}, batch {batch}: {runs.count('int8')} of {len(runs)} layers in int8 under the measured policy")
     return {
-        REFERENCE: _in_process(lambda: floating(served.variables, x)),
-        "XLA integer": _in_process(lambda: default(x)),
-        "XLA integer, measured": _in_process(lambda: measured(x)),
+        REFERENCE: in_process(lambda: floating(served.variables, x)),
+        "XLA integer": in_process(lambda: default(x)),
+        "XLA integer, measured": in_process(lambda: measured(x)),
     }
 
 
@@ -108,7 +108,7 @@ def _onnxruntime(served: Served, net: Quantized, batch: int, folder: Path) -> di
         path = folder / f"{name}.onnx"
         export_onnx(network, path)
         run = open_onnx(path)
-        turns[f"ONNX Runtime {name}"] = _in_process(lambda run=run: run(x))
+        turns[f"ONNX Runtime {name}"] = in_process(lambda run=run: run(x))
     return turns
 
 
@@ -134,7 +134,7 @@ def _litert(served: Served, net: Quantized, batch: int, folder: Path) -> dict[st
 # --- rounds ---
 
 
-def _play(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
+def play(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():

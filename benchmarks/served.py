@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax import BatchNormConfig, Graph, Quantized, adapt_batch_norm, as_function, quantize, trace
+from dfq_jax import BatchNormConfig, Convention, Graph, Quantized, adapt_batch_norm, as_function, quantize, trace
 from dfq_jax.data import load_data
 from dfq_jax.zoo import load_model
 
@@ -36,12 +36,13 @@ class Served:
     graph: Graph
     preprocessing: Any
 
-    def quantize(self, bits: str, images: Any = None) -> Quantized:
+    def quantize(self, bits: str, images: Any = None, *, convention: Convention | None = None) -> Quantized:
         """By the recipe without images: given ones, or noise, serve to compare and for LiteRT's ranges of sums."""
         shape = self.graph.input.shape
         if images is None:
             images = noise(1, (32, *shape[1:]))
-        return quantize(self.module, self.variables, input_shape=shape, recipe="instant", bits=bits, images=images)
+        fields = {"bits": bits} if convention is None else {"convention": convention}
+        return quantize(self.module, self.variables, input_shape=shape, recipe="instant", images=images, **fields)
 
     def images(self, data: str | None, limit: int) -> tuple[np.ndarray, str]:
         """Preprocessed images `[N, H, W, C]`, and what they are."""

@@ -712,21 +712,119 @@ def transformer():
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise 7x7, LayerNorm, exact GELU, and a learned scale of the residual branch."""
+    """Depthwise 7x7, LayerNorm, exact GELU, and a learned scale of the residual branch, in two stages."""
 
     @nn.compact
     def __call__(self, x):
         x = nn.LayerNorm(name="norm_stem")(nn.Conv(6, (4, 4), (4, 4), name="stem")(x))
-        for i in range(2):
-            y = nn.Conv(6, (7, 7), feature_group_count=6, name=f"depthwise{i}")(x)
-            y = nn.Dense(12, name=f"expand{i}")(nn.LayerNorm(name=f"norm{i}")(y))
-            y = nn.Dense(6, name=f"project{i}")(nn.gelu(y, approximate=False))
-            x = x + y * self.param(f"gamma{i}", nn.initializers.ones, (6,))
+        for i, width in enumerate((6, 8)):
+            if i:
+                x = nn.Conv(width, (2, 2), (2, 2), padding="VALID", name="down")(nn.LayerNorm(name="norm_down")(x))
+            y = nn.Conv(width, (7, 7), feature_group_count=width, name=f"depthwise{i}")(x)
+            y = nn.Dense(2 * width, name=f"expand{i}")(nn.LayerNorm(name=f"norm{i}")(y))
+            y = nn.Dense(width, name=f"project{i}")(nn.gelu(y, approximate=False))
+            x = x + y * self.param(f"gamma{i}", nn.initializers.ones, (width,))
         return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x.mean(axis=(1, 2))))
 
 
 def convnext():
     return linen_case("convnext", ConvNeXt(), (2, 16, 16, 3))
+
+
+class ViT(nn.Module):
+    """ViT-Ti's form: patches, a class token, positions, pre-norm blocks of attention and GELU, the token's class."""
+
+    width: int = 8
+    depth: int = 2
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, x, deterministic: bool = False):
+        x = nn.Conv(self.width, (4, 4), (4, 4), padding="VALID", name="patches")(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        token = self.param("token", nn.initializers.normal(), (1, 1, self.width))
+        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
+        x = x + self.param("positions", nn.initializers.normal(), (1, x.shape[1], self.width))
+        x = nn.Dropout(0.1, deterministic=deterministic)(x)
+        for i in range(self.depth):
+            y = nn.LayerNorm(name=f"norm{i}a")(x)
+            y = nn.MultiHeadDotProductAttention(self.heads, deterministic=deterministic, name=f"attention{i}")(y)
+            x = x + y
+            y = nn.Dense(2 * self.width, name=f"expand{i}")(nn.LayerNorm(name=f"norm{i}b")(x))
+            x = x + nn.Dense(self.width, name=f"project{i}")(nn.gelu(y, approximate=i > 0))
+        return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x)[:, 0])
+
+
+def vit():
+    return linen_case("vit", ViT(), (2, 8, 8, 3), deterministic=True)
+
+
+class UNet(nn.Module):
+    """Down by max pooling, up by transposed convolutions, each level joined to what went down; scores of pixels."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        def unit(x, features, name):
+            for i in range(2):
+                x = nn.Conv(features, (3, 3), use_bias=False, name=f"{name}{i}")(x)
+                x = nn.relu(bn(train, name=f"bn_{name}{i}")(x))
+            return x
+
+        skips = []
+        for i, features in enumerate((4, 6)):
+            x = unit(x, features, f"down{i}_")
+            skips.append(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = unit(x, 8, "bottom")
+        for i, features in ((1, 6), (0, 4)):
+            x = nn.ConvTranspose(features, (2, 2), (2, 2), name=f"up{i}")(x)
+            x = unit(jnp.concatenate([skips[i], x], axis=-1), features, f"merge{i}_")
+        return nn.Conv(3, (1, 1), name="head")(x)
+
+
+def unet():
+    return linen_case("unet", UNet(), (2, 8, 8, 3))
+
+
+class AudioNet(nn.Module):
+    """A wide strided stem on the waveform, residual units of growing dilation (causal or not), pooling over time."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(4, (9,), (4,), use_bias=False, name="stem")(x)
+        x = nn.max_pool(nn.relu(bn(train, name="bn_stem")(x)), (2,), (2,), padding="SAME")
+        for i, padding in enumerate(("SAME", "CAUSAL", "CAUSAL")):
+            y = nn.Conv(4, (3,), kernel_dilation=2**i, padding=padding, use_bias=False, name=f"dilated{i}")(x)
+            y = nn.relu(bn(train, name=f"bn{i}a")(y))
+            x = nn.relu(x + bn(train, name=f"bn{i}b")(nn.Conv(4, (1,), use_bias=False, name=f"mix{i}")(y)))
+        x = nn.avg_pool(nn.Conv(6, (3,), feature_group_count=2, name="grouped")(x), (3,), (2,), padding="SAME")
+        x = jnp.concatenate([x.mean(axis=1), x.max(axis=1)], axis=-1)
+        return nn.Dense(5, name="head")(x)
+
+
+def audio():
+    return linen_case("audio", AudioNet(), (2, 96, 1))
+
+
+class VideoNet(nn.Module):
+    """Residual units of full, and of spatial then temporal, 3-D convolutions with pooling over space and time."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        def unit(x, features, size, name, strides=1):
+            x = nn.Conv(features, size, strides, use_bias=False, name=name)(x)
+            return bn(train, name=f"bn_{name}")(x)
+
+        x = nn.relu(unit(x, 4, (3, 5, 5), "stem", (1, 2, 2)))
+        x = nn.max_pool(x, (1, 3, 3), (1, 2, 2), padding="SAME")
+        x = nn.relu(x + unit(nn.relu(unit(x, 4, (1, 3, 3), "spatial")), 4, (3, 1, 1), "temporal"))
+        x = nn.relu(unit(x, 6, (3, 3, 3), "down", 2) + unit(x, 6, (1, 1, 1), "project", 2))
+        x = nn.avg_pool(x, (2, 1, 1), (2, 1, 1))
+        return nn.Dense(5, name="head")(x.mean(axis=(1, 2, 3)))
+
+
+def video():
+    return linen_case("video", VideoNet(), (2, 4, 12, 12, 3))
 
 
 # --- layers in a scan: one leaf holds the kernels of all of them ---
@@ -790,6 +888,6 @@ BUILDERS = (
     pre_activation_resnet, densenet, vgg, inception, conv_bias_bn, no_batch_norm, transposed_conv,
     dilated_grouped, conv_1d, conv_3d, mlp, general_dense, shared_kernel, dict_outputs, tuple_outputs,
     private_batch_norm, remat, custom_vjp, bfloat16, odd_sizes, frozen_dict, plain_function, channels_first,
-    weight_standardized, transformer, convnext, scanned_resnet, scanned_vit,
+    weight_standardized, transformer, convnext, vit, unet, audio, video, scanned_resnet, scanned_vit,
 )  # fmt: skip
 GRID = [pytest.param(functools.cache(build), id=build.__name__) for build in BUILDERS]

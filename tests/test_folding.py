@@ -54,7 +54,7 @@ def test_fold_keeps_tree_and_function(build):
         np.testing.assert_allclose(np.asarray(leaves[bn.var], np.float64) + bn.epsilon, 1, rtol=1e-6)
     if case.name in ALL_FOLD:
         assert len(done) == len(graph.batch_norms)
-    none = ("no_batch_norm", "weight_standardized", "transformer", "convnext", "scanned_vit")
+    none = ("no_batch_norm", "weight_standardized", "transformer", "vit", "convnext", "scanned_vit")
     assert bool(done) == (case.name not in none)
 
 

@@ -77,7 +77,11 @@ COUNTS = {
     "channels_first": Counts(3, 2, 3, 2),
     "weight_standardized": Counts(2, 0, 2, 1),
     "transformer": Counts(8, 0, 4, 3),
-    "convnext": Counts(8, 0, 4, 3),
+    "convnext": Counts(9, 0, 5, 4),
+    "vit": Counts(14, 0, 6, 5),
+    "unet": Counts(13, 10, 6),
+    "audio": Counts(9, 7, 6, 4),
+    "video": Counts(6, 5, 4, 4),
     "scanned_resnet": Counts(5, 3, 5),
     "scanned_vit": Counts(20, 0, 8, 7),
 }
@@ -248,7 +252,7 @@ def test_activations_of_layers():
     hard = ["hard_swish", "hard_swish", "relu", "hard_sigmoid", "none"]
     assert activations("mobilenet_v3") == ["hard_swish", *hard, *hard, "hard_swish", "none"]
     assert activations("conv_bias_bn") == ["leaky_relu", "elu", "gelu_tanh", "none"]
-    assert activations("convnext") == ["none", *["none", "gelu", "none"] * 2, "none"]
+    assert activations("convnext") == ["none", *["none", "gelu", "none", "none"] * 2]
     assert activations("bfloat16") == ["relu", "relu", "none", "relu", "none", "none", "none"]
 
 
@@ -361,7 +365,8 @@ def test_skipped_operations_are_listed_with_reasons():
     assert "weight standardization" in skipped.reason
     skipped = graph_of("transformer").skipped
     assert [s.reason for s in skipped] == ["both operands depend on the input (attention-like product)"] * 2
-    listed = {p.id for p in GRID if p.id not in ("weight_standardized", "transformer", "scanned_vit")}
+    assert len(graph_of("vit").skipped) == 5  # two products in each block, and the table of positions
+    listed = {p.id for p in GRID if p.id not in ("weight_standardized", "transformer", "vit", "scanned_vit")}
     assert all(graph_of(name).skipped == () for name in listed)
 
 

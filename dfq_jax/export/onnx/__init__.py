@@ -15,6 +15,8 @@ from dfq_jax.files import write_atomically
 from dfq_jax.graph import Graph
 from dfq_jax.quantized import Quantized
 
+FATAL = 4  # of ONNX Runtime's log levels
+
 __all__ = ["EXPORTER", "export_onnx", "open_onnx", "to_onnx"]
 
 
@@ -25,6 +27,8 @@ def export_onnx(
     opset: int = MIN_OPSET,
     batch: int | None = None,
     int4: bool = False,
+    integers: str = "u8u8",
+    float_bias: bool = False,
 ) -> None:
     """Write a network as an ONNX file.
 
@@ -32,11 +36,13 @@ def export_onnx(
     "logits". All floats are float32. BatchNorms that directly follow a layer are folded into it, the others are a
     multiplication and an addition.
 
-    A quantized network is written in the QDQ form and gives what `apply_quantized` gives, to float rounding and to the
-    rounding of biases to int32 accumulator steps. Activations are uint8 with one scale, fewer bits by clipping
-    beforehand; a tensor quantized for layers alone (`shortcuts="float"`) is so on their edges alone. Weights are int8
-    without zero point and with one scale for each channel, whatever their bits, except that asymmetric ones of 8 bits
-    are uint8 with zero points.
+    A quantized network is written in the QDQ form and gives what `apply_quantized` gives in a session with default
+    options, to float rounding and to the rounding of biases to int32 accumulator steps (`float_bias`). Codes are those
+    of the network, moved by 128 where the type of the file is another. Activations have one scale, fewer bits than 8
+    by clipping beforehand; a tensor quantized for layers alone (`shortcuts="float"`) is so on their edges alone.
+    Weights have one scale for each channel and are stored in 8 bits, whatever theirs are. The scale of weights beside
+    float activations stands in a multiplication of its own, because ONNX Runtime would otherwise round these
+    activations, too.
 
     Args:
       network: a quantized network, or a graph and its variables, float or quantized.
@@ -44,6 +50,12 @@ def export_onnx(
       opset: version of the ONNX operators, 18 or later.
       batch: the batch size of the file; None for any.
       int4: weights of at most 4 bits in ONNX's 4-bit types, which need opset 21 and few runtimes compute with.
+      integers: types of activations and weights, by the names of ONNX Runtime's integer kernels: "u8u8" is exact on
+        every processor. "u8s8" and "s8s8" are faster, but on x86 without VNNI sums of two products saturate in 16 bits
+        unless all weights are symmetric of at most 7 bits; some accelerators take int8 only.
+      float_bias: biases are added in float, so that the file differs from the simulation by float rounding alone.
+        Convolutions then run in float between quantized activations: deep networks, in which one changed code changes
+        many, are compared best this way.
 
     Raises:
       ImportError: onnx is not installed.
@@ -52,12 +64,12 @@ def export_onnx(
       OSError: the file cannot be written; nothing is left behind.
     """
     graph, variables = (network.graph, network.variables) if isinstance(network, Quantized) else network
-    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4)
+    model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4, integers=integers, float_bias=float_bias)
     write_atomically(path, model.SerializeToString())
 
 
 def open_onnx(path: str | os.PathLike[str]) -> Runner:
-    """A written file in ONNX Runtime on the CPU: a function of a batch `[N, H, W, C]` that gives the logits.
+    """A written file in a session of ONNX Runtime on the CPU, as it is by default: a function of a batch to logits.
 
     Raises:
       ImportError: onnxruntime is not installed.
@@ -67,7 +79,9 @@ def open_onnx(path: str | os.PathLike[str]) -> Runner:
     with open(path, "rb") as file:
         data = file.read()
     try:
-        session = _session(runtime, data)
+        options = runtime.SessionOptions()
+        options.log_severity_level = FATAL  # errors come as exceptions
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
         raise ValueError(f"{os.fspath(path)} is no ONNX file that ONNX Runtime can run: {error}") from error
     inputs = {argument.name: argument for argument in session.get_inputs()}
@@ -93,25 +107,3 @@ class _Onnx:
 
 
 EXPORTER = _Onnx()
-FATAL = 4  # of ONNX Runtime's log levels
-
-
-def _session(runtime: Any, data: bytes) -> Any:
-    """A session on the CPU whose integer sums are exact."""
-    providers = ["CPUExecutionProvider"]
-    options = runtime.SessionOptions()
-    # Without it, sums of uint8 x int8 products saturate in 16 bits on x86 processors that lack VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    # Float activations of weight-only networks stay in float32 (1), and are not quantized on the way (4, the default).
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = FATAL  # errors come as exceptions, and one of them is expected
-    try:
-        return runtime.InferenceSession(data, options, providers=providers)
-    except Exception as error:
-        if "AddInitializedOrtValue" not in str(error):
-            raise
-    # With several dense layers that setting fails inside ONNX Runtime (seen in 1.32); kernels that are not fused do not
-    # saturate either.
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return runtime.InferenceSession(data, options, providers=providers)

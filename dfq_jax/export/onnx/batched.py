@@ -6,7 +6,7 @@ A jaxpr has the batch size written into its shapes. Tracing at two batch sizes t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from dfq_jax.graph import Graph, GraphError
 from dfq_jax.tracing.program import CONTROL_FLOW, Constant, Op, Operand, Program, constant_bytes, sub_jaxprs
 
 _BATCHES = (2, 3)  # not 1, with which axes come and go
+_SIZES = frozenset({"shape", "new_sizes", "dimensions", "limit_indices", "slice_sizes", "reps", "sizes"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def batched_program(graph: Graph, batch: int | None) -> BatchedProgram:
     if [(op.name, op.outputs) for op in ops] != [(op.name, op.outputs) for op in other_ops]:
         raise GraphError(f"the network computes something else at batch size {_BATCHES[1]} than {_BATCHES[0]}. {hint}")
     for op, other in zip(ops, other_ops, strict=True):
-        if not all(map(_same_operand, op.inputs, other.inputs)):
+        if not all(map(_same_operand, op.inputs, other.inputs)) or not _same_params(op.params, other.params):
             raise GraphError(f"`{op.name}` at {op.scope or 'the top'} computes with the batch size. {hint}")
     shapes = {value: tuple(map(_size, aval.shape, other_avals[value].shape)) for value, aval in avals.items()}
     return BatchedProgram(graphs[0], tuple(ops), shapes, _dtypes(avals))
@@ -92,6 +93,14 @@ def _same_operand(operand: Operand, other: Operand) -> bool:
     if isinstance(operand, Constant) and isinstance(other, Constant):
         return operand.shape == other.shape and constant_bytes(operand.value) == constant_bytes(other.value)
     return operand == other
+
+
+def _same_params(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether numbers and tuples among the parameters of an operation are the same, but for sizes of its result."""
+    return all(
+        repr(value) == repr(other[name]) or name in _SIZES or not isinstance(value, (int, float, str, tuple))
+        for name, value in params.items()
+    )
 
 
 def _dtypes(avals: Mapping[int, Any]) -> dict[int, np.dtype]:
@@ -135,7 +144,18 @@ def _opened(program: Program) -> tuple[list[Op], dict[int, Any]]:
 
     for op in program.ops:
         append(op.primitive, op.params, op.inputs, op.outputs, op)
-    return ops, avals
+    return _needed(ops, program.output_values, avals), avals
+
+
+def _needed(ops: Sequence[Op], outputs: Collection[int], avals: Mapping[int, Any]) -> list[Op]:
+    """The operations that the outputs need; a value without elements, as of padding by nothing, needs none."""
+    needed, wanted = [], set(outputs)
+    for op in reversed(ops):
+        if wanted.intersection(op.outputs):
+            needed.append(op)
+            if any(0 not in avals[value].shape for value in op.outputs):
+                wanted.update(op.value_inputs)
+    return needed[::-1]
 
 
 def _is_var(atom: Any) -> bool:

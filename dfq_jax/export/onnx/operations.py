@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax import lax
 
-from dfq_jax.export.onnx.batched import Batch, Shape
+from dfq_jax.export.onnx.batched import Batch, Shape, Size
 from dfq_jax.export.onnx.writer import Value, Writer, constant, onnx_dtype
 
 _LAST = np.iinfo(np.int64).max
@@ -58,20 +59,49 @@ def emits(*primitives: str) -> Callable[[Emitter], Emitter]:
 # --- elementwise ---
 
 _ELEMENTWISE = {
-    "Abs": ["abs"], "Acos": ["acos"], "Add": ["add", "add_any"], "And": ["and"], "Asin": ["asin"], "Atan": ["atan"],
-    "Ceil": ["ceil"], "Cos": ["cos"], "Div": ["div"], "Equal": ["eq"], "Erf": ["erf"], "Exp": ["exp"],
-    "Floor": ["floor"], "Greater": ["gt"], "GreaterOrEqual": ["ge"], "Less": ["lt"], "LessOrEqual": ["le"],
-    "Log": ["log"], "Mul": ["mul"], "Neg": ["neg"], "Not": ["not"], "Or": ["or"], "Pow": ["pow"],
-    "Sigmoid": ["logistic"], "Sign": ["sign"], "Sin": ["sin"], "Sqrt": ["sqrt"], "Sub": ["sub"], "Tan": ["tan"],
-    "Tanh": ["tanh"], "Xor": ["xor"],
+    "Abs": ["abs"], "Acos": ["acos"], "Acosh": ["acosh"], "Add": ["add", "add_any"], "Asin": ["asin"],
+    "Asinh": ["asinh"], "Atan": ["atan"], "Atanh": ["atanh"], "Ceil": ["ceil"], "Cos": ["cos"], "Cosh": ["cosh"],
+    "Div": ["div"], "Equal": ["eq"], "Erf": ["erf"], "Exp": ["exp"], "Floor": ["floor"], "Greater": ["gt"],
+    "GreaterOrEqual": ["ge"], "Less": ["lt"], "LessOrEqual": ["le"], "Log": ["log"], "Mul": ["mul"], "Neg": ["neg"],
+    "Pow": ["pow"], "Sigmoid": ["logistic"], "Sign": ["sign"], "Sin": ["sin"], "Sinh": ["sinh"], "Sqrt": ["sqrt"],
+    "Sub": ["sub"], "Tan": ["tan"], "Tanh": ["tanh"],
 }  # fmt: skip
 for _kind, _names in _ELEMENTWISE.items():
     emits(*_names)(lambda call, kind=_kind: call.elementwise(kind))
 
 
-@emits("copy", "copy_p", "reduce_precision", "stop_gradient", "sharding_constraint")
+@emits("and")
+def _and(call: Call) -> Value:
+    return _logical(call, "And")
+
+
+@emits("or")
+def _or(call: Call) -> Value:
+    return _logical(call, "Or")
+
+
+@emits("xor")
+def _xor(call: Call) -> Value:
+    return _logical(call, "Xor")
+
+
+@emits("not")
+def _not(call: Call) -> Value:
+    return _logical(call, "Not")
+
+
+def _logical(call: Call, kind: str) -> Value:
+    return call.elementwise(kind if call.dtype == np.bool_ else f"Bitwise{kind}")
+
+
+@emits("copy", "copy_p", "reduce_precision", "stop_gradient", "sharding_constraint", "name")
 def _identity(call: Call) -> Value:
     return call.inputs[0]
+
+
+@emits("device_put", "optimization_barrier")
+def _identities(call: Call) -> list[Value]:
+    return list(call.inputs)
 
 
 @emits("convert_element_type")
@@ -177,7 +207,7 @@ def _is_finite(call: Call) -> Value:
 
 @emits("round")
 def _round(call: Call) -> Value:
-    if "EVEN" not in str(call.params["rounding_method"]):
+    if int(call.params["rounding_method"]) != lax.RoundingMethod.TO_NEAREST_EVEN:
         raise Unsupported("it rounds halves away from zero")
     return call.elementwise("Round")
 
@@ -194,6 +224,9 @@ def _select(call: Call) -> Value:
         raise Unsupported(f"it selects from {len(cases)} cases")
     if call.input_dtypes[0] != np.bool_:
         which = call.writer.elementwise("Cast", [which], which.shape, to=call.writer.element_type(np.bool_))
+    if call.dtype == np.bool_:  # for which ONNX Runtime has no Where
+        either = call.elementwise("And", which, cases[1])
+        return call.elementwise("Or", either, call.elementwise("And", call.elementwise("Not", which), cases[0]))
     return call.elementwise("Where", which, cases[1], cases[0])
 
 
@@ -259,11 +292,52 @@ def _broadcast(call: Call, places: Sequence[int]) -> Value:
     return Value(shape=call.shape, axes=axes, narrow=narrow, name=name)
 
 
+@emits("tile")
+def _tile(call: Call) -> Value:
+    (x,) = call.inputs
+    repeats = [_times(old, new) for old, new in zip(x.shape, call.shape, strict=True)]
+    whole = [a for a, times in enumerate(repeats) if times != 1 and x.shape[a] != 1]
+    if not whole:  # what has size 1 is merely repeated
+        narrow = x.narrow.union(a for a, times in enumerate(repeats) if times != 1)
+        return dataclasses.replace(x, shape=call.shape, narrow=narrow)
+    times = call.writer.shape([repeats[a] for a in x.axes])
+    return Value(shape=call.shape, axes=x.axes, name=call.writer.node("Tile", [call.writer.whole(x, x.axes), times]))
+
+
+def _times(size: Size, of: Size) -> Size:
+    """How often a size goes into another."""
+    if isinstance(of, Batch) and isinstance(size, Batch):
+        return of.times // size.times
+    return Batch(of.times // size) if isinstance(of, Batch) else of // size
+
+
+@emits("iota")
+def _iota(call: Call) -> Value:
+    """Of a shape with the batch size in it; others are constants."""
+    axis, shape = call.params["dimension"], call.shape
+    if isinstance(shape[axis], Batch):
+        raise Unsupported("it counts the examples of the batch")
+    count = np.arange(shape[axis], dtype=onnx_dtype(call.dtype))
+    return constant(count.reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape)
+
+
+@emits("stack")
+def _stack(call: Call) -> Value:
+    axis = call.params["axis"] % len(call.shape)
+    where = call.writer.integers([axis])
+    names = [call.writer.node("Unsqueeze", [call.writer.whole(x), where]) for x in call.inputs]
+    return _plain(call.writer.node("Concat", names, axis=axis), call.shape)
+
+
 @emits("concatenate")
 def _concatenate(call: Call) -> Value:
-    axes = next((x.axes for x in call.inputs if not x.is_constant), tuple(range(len(call.shape))))
-    names = [call.writer.whole(x, axes) for x in call.inputs]
-    name = call.writer.node("Concat", names, axis=axes.index(call.params["dimension"]))
+    axis = call.params["dimension"]
+    parts = [x for x in call.inputs if x.shape[axis] != 0]
+    if len(parts) == 1:
+        return parts[0]
+    axes = next((x.axes for x in parts if not x.is_constant), tuple(range(len(call.shape))))
+    names = [call.writer.whole(x, axes) for x in parts]
+    name = call.writer.node("Concat", names, axis=axes.index(axis))
     return Value(shape=call.shape, axes=axes, name=name)
 
 
@@ -280,13 +354,34 @@ def _split(call: Call) -> list[Value]:
 def _pad(call: Call) -> Value:
     x, padding = call.inputs
     config = call.params["padding_config"]
-    if any(interior for _, _, interior in config):
-        raise Unsupported("it pads between elements")
-    if not any(low or high for low, high, _ in config):
+    if all(numbers == (0, 0, 0) for numbers in config):
         return x
+    fill, sizes = call.writer.arranged(padding), [x.shape[a] for a in x.axes]
+    name = spread(call.writer, call.writer.whole(x, x.axes), sizes, [config[a][2] for a in x.axes], fill)
     pads = [config[a][0] for a in x.axes] + [config[a][1] for a in x.axes]
-    inputs = [call.writer.whole(x, x.axes), call.writer.integers(pads), call.writer.arranged(padding)]
-    return Value(shape=call.shape, axes=x.axes, name=call.writer.node("Pad", inputs, mode="constant"))
+    if any(pads):
+        name = call.writer.node("Pad", [name, call.writer.integers(pads), fill], mode="constant")
+    return Value(shape=call.shape, axes=x.axes, name=name)
+
+
+def spread(writer: Writer, name: str, sizes: Sequence[Size], between: Sequence[int], fill: str) -> str:
+    """A tensor with so many elements put between those along each axis: padded on an axis of its own, and merged."""
+    sizes = list(sizes)
+    for axis, count in enumerate(between):
+        if not count or sizes[axis] == 1:
+            continue
+        if isinstance(sizes[axis], Batch):
+            raise Unsupported("it pads between the examples of the batch")
+        apart = writer.node("Unsqueeze", [name, writer.integers([axis + 1])])
+        pads = [0] * (2 * len(sizes) + 2)
+        pads[len(sizes) + 1 + axis + 1] = count
+        apart = writer.node("Pad", [apart, writer.integers(pads), fill], mode="constant")
+        sizes[axis] *= count + 1
+        merged = writer.reshape(apart, sizes)
+        numbers = [writer.integers([n]) for n in (0, -count, axis)]
+        name = writer.node("Slice", [merged, *numbers])
+        sizes[axis] -= count
+    return name
 
 
 @emits("slice")
@@ -337,23 +432,42 @@ def _dynamic_slice(call: Call) -> Value:
 
 @emits("gather")
 def _gather(call: Call) -> Value:
-    """Elements of one axis by their numbers, as x[:, index] has it."""
+    """Elements of some axes by their numbers, as x[:, index] or x[:, rows, columns] has it."""
     x, indices = call.inputs
     numbers, sizes = call.params["dimension_numbers"], call.params["slice_sizes"]
-    (axis,) = numbers.start_index_map if len(numbers.start_index_map) == 1 else (None,)
+    chosen_axes = tuple(numbers.start_index_map)
     whole = all(size == call_size for size, call_size in zip(sizes, _static(x.shape, sizes), strict=True))
-    if axis is None or numbers.collapsed_slice_dims != (axis,) or numbers.operand_batching_dims or not whole:
-        raise Unsupported("it is no choice of elements along one axis")
-    if not indices.is_constant:
-        raise Unsupported("its indices depend on the input")
-    chosen = indices.array.squeeze(-1).astype(np.int64)
-    if chosen.size and (chosen.min() < 0 or chosen.max() >= x.shape[axis]):
-        raise Unsupported("its indices lie outside the array")
-    held = call.writer.whole(x)
-    name = call.writer.node("Gather", [held, call.writer.initializer(chosen)], axis=axis)
-    inserted = [i for i in range(len(call.shape)) if i not in numbers.offset_dims]
-    rest = list(numbers.offset_dims)
-    return Value(shape=call.shape, axes=(*rest[:axis], *inserted, *rest[axis:]), name=name)
+    if sorted(numbers.collapsed_slice_dims) != sorted(chosen_axes) or numbers.operand_batching_dims or not whole:
+        raise Unsupported("it is no choice of elements along axes")
+    if any(isinstance(x.shape[a], Batch) for a in chosen_axes):
+        raise Unsupported("it chooses from the examples of the batch")
+    offsets = list(numbers.offset_dims)
+    inserted = [i for i in range(len(call.shape)) if i not in offsets]
+    if len(chosen_axes) == 1:
+        (axis,) = chosen_axes
+        index = call.writer.reshape(_indices(call, chosen_axes), indices.shape[:-1])
+        name = call.writer.node("Gather", [call.writer.whole(x), index], axis=axis)
+        return Value(shape=call.shape, axes=(*offsets[:axis], *inserted, *offsets[axis:]), name=name)
+    rest = [a for a in range(len(x.shape)) if a not in chosen_axes]
+    held = call.writer.whole(x, (*chosen_axes, *rest))
+    name = call.writer.node("GatherND", [held, _indices(call, chosen_axes)])
+    return Value(shape=call.shape, axes=(*inserted, *offsets), name=name)
+
+
+def _indices(call: Call, axes: Sequence[int]) -> str:
+    """The numbers of the chosen elements, `[..., axes]`: outside the array clipped, or refused where JAX fills in."""
+    x, indices = call.inputs
+    largest = np.array([x.shape[a] - 1 for a in axes], np.int64)
+    if indices.is_constant:
+        chosen = np.broadcast_to(indices.array, indices.shape).astype(np.int64)
+        if np.any(chosen < 0) or np.any(chosen > largest):
+            raise Unsupported("its indices lie outside the array")
+        return call.writer.initializer(chosen)
+    if "CLIP" not in str(call.params["mode"]) and "PROMISE" not in str(call.params["mode"]):
+        raise Unsupported("its indices depend on the input and are filled in outside the array; pass mode='clip'")
+    found = call.writer.node("Cast", [call.writer.whole(indices)], to=call.writer.element_type(np.int64))
+    found = call.writer.node("Max", [found, call.writer.initializer(np.int64(0))])
+    return call.writer.node("Min", [found, call.writer.initializer(largest)])
 
 
 def _static(shape: Shape, sizes: Sequence[int]) -> list[int]:
@@ -393,9 +507,51 @@ for _primitive, _kind in {
     emits(_primitive)(reduction(_kind))
 
 
-@emits("argmax", "argmin")
-def _arg(call: Call) -> Value:
-    raise Unsupported("class indices are no scores; let the network return the scores")
+@emits("reduce_and")
+def _all(call: Call) -> Value:
+    return _of_booleans(call, "ReduceMin")
+
+
+@emits("reduce_or")
+def _any(call: Call) -> Value:
+    return _of_booleans(call, "ReduceMax")
+
+
+def _of_booleans(call: Call, kind: str) -> Value:
+    if call.dtype != np.bool_:
+        raise Unsupported("it is of bits")
+    (x,) = call.inputs
+    number = call.writer.elementwise("Cast", [x], x.shape, to=call.writer.element_type(np.int32))
+    result = reduction(kind)(dataclasses.replace(call, inputs=[number]))
+    return call.writer.elementwise("Cast", [result], call.shape, to=call.writer.element_type(np.bool_))
+
+
+@emits("argmax")
+def _argmax(call: Call) -> Value:
+    return _arg(call, "ArgMax")
+
+
+@emits("argmin")
+def _argmin(call: Call) -> Value:
+    return _arg(call, "ArgMin")
+
+
+def _arg(call: Call, kind: str) -> Value:
+    (x,), (axis,) = call.inputs, call.params["axes"]
+    name = call.writer.node(kind, [call.writer.whole(x, x.axes)], axis=x.axes.index(axis), keepdims=0)
+    name = call.writer.node("Cast", [name], to=call.writer.element_type(call.dtype))
+    kept = [a for a in range(len(x.shape)) if a != axis]
+    return Value(shape=call.shape, axes=tuple(kept.index(a) for a in x.axes if a != axis), name=name)
+
+
+@emits("top_k")
+def _top_k(call: Call) -> list[Value]:
+    (x,) = call.inputs
+    axis = call.params.get("axis", len(x.shape) - 1)
+    inputs = [call.writer.whole(x, x.axes), call.writer.integers([call.params["k"]])]
+    values, indices = call.writer.nodes_of("TopK", inputs, 2, axis=x.axes.index(axis))
+    indices = call.writer.node("Cast", [indices], to=call.writer.element_type(np.int32))
+    return [Value(shape=call.shape, axes=x.axes, name=name) for name in (values, indices)]
 
 
 @emits("cumsum")
@@ -439,6 +595,8 @@ def _pool(call: Call, x: Value, kind: str, **attributes: Any) -> Value:
     if any(d != 1 for d in params["base_dilation"]):
         raise Unsupported("its input is dilated")
     window, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
+    if any(low < 0 or high < 0 for low, high in padding):
+        raise Unsupported("it pads by less than nothing")
     idle = [a for a in range(rank) if window[a] == strides[a] == 1 and tuple(padding[a]) == (0, 0)]
     if len(idle) < 2 or rank < 3:
         raise Unsupported("its windows extend over more axes than there are in space")

@@ -12,8 +12,8 @@ import numpy as np
 
 from dfq_jax.execute import LayerCall, batch_norm_parameters
 from dfq_jax.export.onnx.batched import Shape
-from dfq_jax.export.onnx.operations import Unsupported
-from dfq_jax.export.onnx.quantization import Codes, integer_bias, scalar_params, stored_codes
+from dfq_jax.export.onnx.operations import Unsupported, spread
+from dfq_jax.export.onnx.quantization import INTEGER_TYPES, Codes, integer_bias, scalar_params, stored_codes
 from dfq_jax.export.onnx.writer import Value, Writer, constant
 from dfq_jax.graph import BatchNorm
 from dfq_jax.qtensor import MAX_BITS, QTensor, QuantizerParams
@@ -29,14 +29,16 @@ class Kernel:
       bias: added to each channel of the result, `[O]`, float64; None for nothing.
       name: of the weights.
       input_scale: of quantized activations; None for float ones.
-      narrow: whether activations and weights are quantized and one of them has less than 8 bits.
+      bias_after: whether the bias is added to the result in float; otherwise it is inside the product.
+      dtype: in which 8-bit codes are stored.
     """
 
     weights: np.ndarray | Codes
     name: str
     bias: np.ndarray | None = None
     input_scale: float | None = None
-    narrow: bool = False
+    bias_after: bool = False
+    dtype: np.dtype = INTEGER_TYPES["u8u8"][1]
 
     def times(self, factor: np.ndarray, offset: np.ndarray) -> Kernel | None:
         """With the result times a factor plus an offset for each channel; None where integer codes cannot have it."""
@@ -48,32 +50,57 @@ class Kernel:
         bias = offset if self.bias is None else self.bias * factor + offset
         return None if weights is None else dataclasses.replace(self, weights=weights, bias=bias)
 
-    def write(self, writer: Writer, move: Callable[[np.ndarray], np.ndarray] = np.asarray, axis: int = 0) -> str:
+    def write(
+        self,
+        writer: Writer,
+        move: Callable[[np.ndarray], np.ndarray] = np.asarray,
+        axis: int = 0,
+        *,
+        apart: bool = False,
+    ) -> str:
         """The tensor of the weights, rearranged so that `axis` holds the channels."""
         if isinstance(self.weights, Codes):
-            return self.weights.moved(move).write(writer, axis, self.name)
+            return self.weights.moved(move).write(writer, axis, self.name, self.dtype, apart=apart)
         return writer.initializer(move(self.weights), self.name)
 
-    def write_bias(self, writer: Writer) -> list[str]:
-        """The bias as an optional input of the product; in int32 where both operands are quantized.
+    def with_bias_placed(self, *, after: bool, among_codes: bool) -> Kernel:
+        """With the bias inside the product where integer kernels take it, and after it elsewhere.
 
-        Integer kernels want it so, and ONNX Runtime rounds one in float to steps of the accumulator by itself. With
-        fewer bits than 8 these steps are too coarse: half of one moves many results to the next code of a narrow
-        activation. There the bias is added afterwards (`add_bias`).
+        Integer kernels take it in int32, in steps of their accumulator. Half of such a step moves some results to the
+        next code of an activation; with fewer bits than 8, many. There, where the bias does not fit (a dead input has a
+        tiny scale), and where the result stays in float, it is added afterwards: ONNX Runtime would turn one in float
+        into int32 by itself, and saturate it.
+
+        Args:
+          after: whether to add it afterwards in any case.
+          among_codes: whether activations of the network are quantized.
         """
-        if self.bias is None or self.narrow:
+        if not isinstance(self.weights, Codes) and among_codes:
+            # Between codes ONNX Runtime quantizes float weights, too, unless something stands after the product.
+            bias = np.zeros(len(self.weights)) if self.bias is None else self.bias
+            return dataclasses.replace(self, bias=bias, bias_after=True)
+        if self.bias is None or self.input_scale is None:
+            return self
+        after = after or self.bias_after or self._integer_bias() is None
+        return dataclasses.replace(self, bias_after=after)
+
+    def _integer_bias(self) -> np.ndarray | None:
+        return integer_bias(self.bias, self.weights.scale * self.input_scale)
+
+    def write_bias(self, writer: Writer) -> list[str]:
+        """The bias as an optional input of the product; in int32 where both operands are quantized."""
+        if self.bias is None or self.bias_after:
             return []
         name = f"{self.name}/bias"
-        codes = None if self.input_scale is None else integer_bias(self.bias, self.weights.scale * self.input_scale)
-        if codes is None:
+        if self.input_scale is None:
             return [writer.initializer(self.bias.astype(np.float32), name)]
         scale = (self.weights.scale * self.input_scale).astype(np.float32)
-        inputs = [writer.initializer(codes, name), writer.initializer(scale, f"{name}/scale")]
+        inputs = [writer.initializer(self._integer_bias(), name), writer.initializer(scale, f"{name}/scale")]
         return [writer.node("DequantizeLinear", inputs, axis=0, name=f"{name}/dequantized")]
 
     def add_bias(self, writer: Writer, result: str, trailing: int = 0) -> str:
         """The product's tensor with a bias that is not inside; so many axes follow that of the channels."""
-        if self.bias is None or not self.narrow:
+        if self.bias is None or not self.bias_after:
             return result
         bias = -self.bias.astype(np.float32).reshape(-1, *[1] * trailing)
         # A subtraction, because ONNX Runtime would move an addition into the product and round it there.
@@ -91,7 +118,7 @@ def channels_first(op: Op, kernel: Any, side: int) -> np.ndarray:
     return kernel.transpose(*batch, *free, *contract).reshape(-1, inner)
 
 
-def layer_kernel(call: LayerCall, params: QuantizerParams | None, *, four_bit: bool) -> Kernel:
+def layer_kernel(call: LayerCall, params: QuantizerParams | None, *, four_bit: bool, dtype: np.dtype) -> Kernel:
     """The kernel of a layer that reads activations quantized so (None for float), without bias."""
     leaf, side, name = call.kernel, call.layer.kernel_operand, call.layer.kernel
     if not isinstance(leaf, QTensor):
@@ -111,9 +138,9 @@ def layer_kernel(call: LayerCall, params: QuantizerParams | None, *, four_bit: b
     )
     weights = weights.times(np.ones(len(weights.scale)))  # gives channels without weights a scale
     if params is None:
-        return Kernel(weights=weights, name=name)
+        return Kernel(weights=weights, name=name, dtype=dtype)
     narrow = min(params.bits, leaf.bits) < MAX_BITS
-    return Kernel(weights=weights, name=name, input_scale=scalar_params(params)[0], narrow=narrow)
+    return Kernel(weights=weights, name=name, input_scale=scalar_params(params)[0], bias_after=narrow, dtype=dtype)
 
 
 def batch_norm_affine(bn: BatchNorm, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +161,10 @@ def convolution(writer: Writer, op: Op, x: Value, kernel: Kernel, shape: Shape) 
         raise Unsupported("it groups the batch")
     inputs = [writer.whole(x, numbers.lhs_spec)]
     if any(d != 1 for d in params["lhs_dilation"]):
-        return _transposed_convolution(writer, op, inputs[0], kernel, shape)
+        if _is_transposed(op, kernel):
+            return _transposed_convolution(writer, op, inputs[0], kernel, shape)
+        sizes, zero = [x.shape[a] for a in numbers.lhs_spec], writer.initializer(np.float32(0))
+        inputs = [spread(writer, inputs[0], sizes, [0, 0, *(d - 1 for d in params["lhs_dilation"])], zero)]
     padding = params["padding"]
     if any(low < 0 or high < 0 for low, high in padding):
         pads = [0, 0, *(low for low, _ in padding), 0, 0, *(high for _, high in padding)]
@@ -158,18 +188,30 @@ def _spatial(kernel: Kernel) -> list[int]:
     return list((weights.array if isinstance(weights, Codes) else weights).shape[2:])
 
 
+def _output_padding(op: Op, kernel: Kernel) -> tuple[list[list[int]], list[int]]:
+    """Pads (low, high) of the transposed convolution, and what it computes more at the high end."""
+    reach = [(k - 1) * d for k, d in zip(_spatial(kernel), op.params["rhs_dilation"], strict=True)]
+    low, high = ([r - p for r, p in zip(reach, side, strict=True)] for side in zip(*op.params["padding"], strict=True))
+    return [low, [max(h, 0) for h in high]], [max(-h, 0) for h in high]
+
+
+def _is_transposed(op: Op, kernel: Kernel) -> bool:
+    """Whether ONNX's transposed convolution computes a convolution of a dilated input.
+
+    Scales of its weights lie on an axis that groups do not share.
+    """
+    params, ((low, _), more) = op.params, _output_padding(op, kernel)
+    grouped = params["feature_group_count"] > 1 and isinstance(kernel.weights, Codes)
+    fits = min(low) >= 0 and all(m < d for m, d in zip(more, params["lhs_dilation"], strict=True))
+    return fits and not grouped and all(s == 1 for s in params["window_strides"])
+
+
 def _transposed_convolution(writer: Writer, op: Op, x: str, kernel: Kernel, shape: Shape) -> Value:
     """A convolution of a dilated input is the transposed one by the flipped kernel, `[I, O / groups, ...]`."""
-    params = op.params
+    params, (pads, more) = op.params, _output_padding(op, kernel)
     groups, size = params["feature_group_count"], _spatial(kernel)
-    reach = [(k - 1) * d for k, d in zip(size, params["rhs_dilation"], strict=True)]
-    pads = [[r - p for r, p in zip(reach, side, strict=True)] for side in zip(*params["padding"], strict=True)]
-    if any(s != 1 for s in params["window_strides"]) or min(map(min, pads)) < 0:
-        raise Unsupported("its input is dilated, and it has strides or pads by more than the kernel's reach")
     flip = (..., *[slice(None, None, -1)] * len(size))
     if groups > 1:
-        if isinstance(kernel.weights, Codes):
-            raise Unsupported("it is a transposed convolution with groups and quantized weights")
 
         def move(w: np.ndarray) -> np.ndarray:
             grouped = w[flip].reshape(groups, w.shape[0] // groups, *w.shape[1:])
@@ -186,6 +228,7 @@ def _transposed_convolution(writer: Writer, op: Op, x: str, kernel: Kernel, shap
         strides=list(params["lhs_dilation"]),
         dilations=list(params["rhs_dilation"]),
         pads=[*pads[0], *pads[1]],
+        output_padding=more,
         kernel_shape=size,
     )
     name = kernel.add_bias(writer, name, trailing=len(size))
@@ -211,11 +254,11 @@ def matrix_product(writer: Writer, op: Op, x: Value, kernel: Kernel, kernel_shap
     if len(inner) != 1:
         size = math.prod(x.shape[a] for a in inner)
         tensor = writer.reshape(tensor, [*(x.shape[a] for a in order), size])
-    weights = kernel.write(writer, np.transpose, axis=1)
-    if len(order) == 1 and not kernel.narrow:
+    weights = kernel.write(writer, np.transpose, axis=1, apart=kernel.input_scale is None)
+    if len(order) == 1 and not kernel.bias_after:
         result = writer.node("Gemm", [tensor, weights, *kernel.write_bias(writer)])
     else:  # MatMul takes no bias
-        kernel = dataclasses.replace(kernel, narrow=True)
+        kernel = dataclasses.replace(kernel, bias_after=True)
         result = kernel.add_bias(writer, writer.node("MatMul", [tensor, weights]))
     if len(own_outer) != 1:
         result = writer.reshape(result, [*(x.shape[a] for a in order), *(kernel_shape[a] for a in own_outer)])

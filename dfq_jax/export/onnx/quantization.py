@@ -10,9 +10,24 @@ import numpy as np
 from dfq_jax.export.onnx.writer import Value, Writer
 from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack
 
+# Types of activations and weights in the file, named as ONNX Runtime names its integer kernels.
+INTEGER_TYPES = {
+    "u8u8": (np.dtype(np.uint8), np.dtype(np.uint8)),
+    "u8s8": (np.dtype(np.uint8), np.dtype(np.int8)),
+    "s8s8": (np.dtype(np.int8), np.dtype(np.int8)),
+}
 
-def quantize_dequantize(writer: Writer, value: Value, params: QuantizerParams, axes: Sequence[int], name: str) -> Value:
-    """An activation rounded to its codes, in uint8 (int8 if signed) with one scale.
+
+def retyped(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """8-bit codes, or their zero points, moved by half the range where signedness changes: the same real numbers."""
+    codes = np.asarray(codes)
+    return (codes.astype(np.int64) + np.iinfo(dtype).min - np.iinfo(codes.dtype).min).astype(dtype)
+
+
+def quantize_dequantize(
+    writer: Writer, value: Value, params: QuantizerParams, axes: Sequence[int], name: str, dtype: np.dtype
+) -> Value:
+    """An activation rounded to its codes, in an 8-bit type with one scale.
 
     QuantizeLinear saturates at 8 bits; fewer bits come from clipping to the represented range before it.
     """
@@ -23,7 +38,9 @@ def quantize_dequantize(writer: Writer, value: Value, params: QuantizerParams, a
         tensor = writer.node("Clip", [tensor, *map(writer.initializer, limits)], name=f"{name}/clipped")
     parameters = [
         writer.initializer(np.float32(scale), f"{name}/scale"),
-        writer.initializer(np.array(zero, np.int8 if params.signed else np.uint8), f"{name}/zero_point"),
+        writer.initializer(
+            retyped(np.array(zero, np.int8 if params.signed else np.uint8), dtype), f"{name}/zero_point"
+        ),
     ]
     codes = writer.node("QuantizeLinear", [tensor, *parameters], name=f"{name}/quantized")
     result = writer.node("DequantizeLinear", [codes, *parameters], name=f"{name}/dequantized")
@@ -84,20 +101,30 @@ class Codes:
         codes = np.where(_column(dead, codes), _column(base, codes), codes).astype(self.array.dtype)
         return dataclasses.replace(self, array=codes, scale=np.where(dead, 1.0, scale), zero_point=zero)
 
-    def write(self, writer: Writer, axis: int, name: str) -> str:
-        """The name of the dequantized weights, whose channels have come to lie on `axis`."""
+    def write(self, writer: Writer, axis: int, name: str, dtype: np.dtype, *, apart: bool = False) -> str:
+        """The name of the dequantized weights, with channels on `axis`; 8-bit codes in the type given.
+
+        The scale comes in a multiplication of its own if `apart`: so ONNX Runtime's product with packed weights
+        (MatMulNBits), which by default rounds float activations to 8 bits, does not take them.
+        """
 
         def tensor(array: np.ndarray, name: str) -> str:
             array = array.astype(self.array.dtype)
             if self.bits == 8:
-                return writer.initializer(array, name)
+                return writer.initializer(retyped(array, dtype), name)
             return writer.four_bits(pack(array, 4), array.shape, array.dtype == np.int8, name)
 
-        inputs = [tensor(self.array, name), writer.initializer(self.scale.astype(np.float32), f"{name}/scale")]
-        # Written out even where it is zero: ONNX Runtime's rewriting of int8 to uint8 weights fails without.
+        scale = writer.initializer(self.scale.astype(np.float32), f"{name}/scale")
+        inputs = [tensor(self.array, name), scale]
+        if apart:
+            inputs[1] = writer.initializer(np.ones(len(self.scale), np.float32), f"{name}/ones")
         zero = np.zeros(len(self.scale), np.int64) if self.zero_point is None else self.zero_point
         inputs.append(tensor(zero, f"{name}/zero_point"))
-        return writer.node("DequantizeLinear", inputs, axis=axis, name=f"{name}/dequantized")
+        if not apart:
+            return writer.node("DequantizeLinear", inputs, axis=axis, name=f"{name}/dequantized")
+        weights = writer.node("DequantizeLinear", inputs, axis=axis, name=f"{name}/centered")
+        trailing = writer.reshape(scale, [-1, *[1] * (self.array.ndim - 1 - axis)])
+        return writer.node("Mul", [weights, trailing], name=f"{name}/dequantized")
 
 
 def _column(vector: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from dfq_jax.export import require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
-from dfq_jax.export.onnx.quantization import quantize_dequantize
+from dfq_jax.export.onnx.quantization import INTEGER_TYPES, quantize_dequantize
 from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
 from dfq_jax.graph import OPERANDS, TENSORS, Graph, GraphError, flatten_with_paths, quantization
 from dfq_jax.qtensor import QTensor
@@ -22,9 +22,20 @@ from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand
 
 LOGITS = "logits"
 MIN_OPSET, FOUR_BIT_OPSET = 18, 21
+# Before what follows these, ONNX Runtime lets an integer kernel end, which does the first ones itself.
+_BEFORE_CODES = frozenset({"max", "min", "clamp", "copy", "reduce_window_max", "reshape", "transpose", "squeeze"})
 
 
-def to_onnx(graph: Graph, variables: Any, *, opset: int = MIN_OPSET, batch: int | None = None, int4: bool = False):
+def to_onnx(
+    graph: Graph,
+    variables: Any,
+    *,
+    opset: int = MIN_OPSET,
+    batch: int | None = None,
+    int4: bool = False,
+    integers: str = "u8u8",
+    float_bias: bool = False,
+):
     """An ONNX model of a network, quantized where its variables are.
 
     See `export_onnx` for the arguments and errors.
@@ -35,17 +46,22 @@ def to_onnx(graph: Graph, variables: Any, *, opset: int = MIN_OPSET, batch: int 
         raise ValueError(f"opset: expected an integer from {MIN_OPSET} to {newest} (onnx {onnx.__version__}).")
     if int4 and opset < FOUR_BIT_OPSET:
         raise ValueError(f"int4: 4-bit weights need opset={FOUR_BIT_OPSET}, found opset={opset}.")
-    translation = _Translation(onnx, batched_program(graph, batch), variables, int4)
+    if integers not in INTEGER_TYPES:
+        raise ValueError(f"integers: expected one of {', '.join(INTEGER_TYPES)}, found {integers!r}.")
+    translation = _Translation(onnx, batched_program(graph, batch), variables, int4, integers, float_bias)
     return translation.model(opset)
 
 
 class _Translation:
     """Walks the program once; `env` holds the ONNX form of each value that depends on the input."""
 
-    def __init__(self, onnx: Any, program: BatchedProgram, variables: Any, int4: bool):
+    def __init__(self, onnx: Any, program: BatchedProgram, variables: Any, int4: bool, integers: str, float_bias: bool):
+        self.activation_type, self.weight_type = INTEGER_TYPES[integers]
+        self.float_bias = float_bias
         self.onnx, self.program, self.graph, self.int4 = onnx, program, program.graph, int4
         self.leaves = self.graph.leaves(variables)
         self.for_all, self.for_layers = (quantization(variables)[kind] for kind in (TENSORS, OPERANDS))
+        self.among_codes = bool(self.for_all or self.for_layers)
         self.writer = Writer(onnx)
         self.env: dict[int, Value] = {}
         self.layers = {layer.op: layer for layer in self.graph.layers}
@@ -158,13 +174,16 @@ class _Translation:
         return result.axes
 
     def _quantized(self, value: Value, params: Any, name: str, axes: tuple[int, ...]) -> Value:
-        return quantize_dequantize(self.writer, value, params, axes, f"{name}/input")
+        return quantize_dequantize(self.writer, value, params, axes, f"{name}/input", self.activation_type)
 
     # --- operations ---
 
     def _translate(self, op: Op) -> None:
         try:
-            if op.index in self.norms:
+            if all(0 in self.program.shapes[value] for value in op.outputs):
+                for value in op.outputs:
+                    self._store(value, self._empty(value))
+            elif op.index in self.norms:
                 self._batch_norm(op)
             elif op.name in LAYER_PRIMITIVES:
                 self._product(op)
@@ -179,6 +198,12 @@ class _Translation:
                     self._store(value, result)
         except Unsupported as error:
             raise GraphError(f"`{op.name}` {self._place(op)} cannot be written to ONNX: {error}.") from error
+
+    def _empty(self, value: int) -> Value:
+        """A value without elements, as an edge padded by nothing is."""
+        shape = self.program.shapes[value]
+        sizes = [1 if isinstance(size, Batch) else size for size in shape]
+        return constant(np.zeros(sizes, self.program.dtypes[value]), shape)
 
     def _emitter(self, op: Op) -> Any:
         if op.name not in EMITTERS:
@@ -247,6 +272,7 @@ class _Translation:
         if layer is None:
             weights = products.channels_first(op, operands[side].array.astype(np.float64), side)
             kernel = products.Kernel(weights=weights, name=f"{op.scope or op.name}/kernel")
+            kernel = kernel.with_bias_placed(after=False, among_codes=self.among_codes)
         else:
             x, kernel, end = self._layer(op, x)
         if op.name == "conv_general_dilated":
@@ -272,7 +298,7 @@ class _Translation:
             axes = tuple(op.params["dimension_numbers"].lhs_spec) if conv else x.axes
             x = self._quantized(x, params, layer.tensor, axes)
         call = LayerCall(layer, op, self.graph, None, None, leaf)
-        kernel, end = products.layer_kernel(call, params, four_bit=self.int4), op.outputs[0]
+        kernel, end = products.layer_kernel(call, params, four_bit=self.int4, dtype=self.weight_type), op.outputs[0]
         if products.has_batch_axes(op):
             return x, kernel, end
         if layer.bias_index is not None:
@@ -284,8 +310,18 @@ class _Translation:
             folded = kernel.times(*products.batch_norm_affine(bn, self.leaves))
             if folded is not None:
                 self.done.add(bn.chain[-1])
-                return x, folded, bn.output
-        return x, kernel, end
+                kernel, end = folded, bn.output
+        after = self.float_bias or not self._is_requantized(end)
+        return x, kernel.with_bias_placed(after=after, among_codes=self.among_codes), end
+
+    def _is_requantized(self, value: int) -> bool:
+        """Whether a value is quantized for all its readers, at once or after what integer kernels can end with."""
+        while value not in self.tensors or self.tensors[value].name not in self.for_all:
+            readers = self.readers.get(value, ())
+            if len(readers) != 1 or readers[0].name not in _BEFORE_CODES:
+                return False
+            (value,) = readers[0].outputs
+        return True
 
     def _between(self, start: int, end: int) -> list[int]:
         """The operations from one value to another along a chain."""
