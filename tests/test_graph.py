@@ -484,7 +484,7 @@ def test_program_and_gradients_equal_apply_fn(build):
     for bn, (before, after) in zip(graph.batch_norms, norms, strict=True):
         truth = normalized(graph, variables, bn, before)
         np.testing.assert_allclose(after, truth, rtol=tolerance, atol=tolerance)
-    assert graph.logits(expected).shape[-1] == {"transposed_conv": 3, "cifar_resnet8": 10}.get(case.name, 5)
+    assert graph.logits(expected).shape[-1] == {"transposed_conv": 3, "unet": 3, "cifar_resnet8": 10}.get(case.name, 5)
 
 
 def normalized(graph, variables, bn, x):
