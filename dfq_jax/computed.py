@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from dfq_jax.graph import Graph, GraphError, trace
 from dfq_jax.precision import full_precision
+from dfq_jax.tracing.batch_norm_pattern import computed_statistics
 from dfq_jax.tracing.layout import LAYOUT
 from dfq_jax.tracing.products import computed_operands
 from dfq_jax.tracing.program import Constant, Op, Program
@@ -91,7 +92,7 @@ def computed_kernels(graph: Graph) -> tuple[str, ...]:
 
 def find_homes(program: Program) -> dict[int, int]:
     """The values that are computed kernels, and for each the leaf whose place it takes."""
-    chains = [_rearranged(operand, program) for operand in computed_operands(program)]
+    chains = [_rearranged(operand, program) for operand in (*computed_operands(program), *computed_statistics(program))]
     free = set(range(program.num_leaves)) - _leaves_read(program, {chain[0] for chain in chains})
     homes: dict[int, int] = {}
     for chain in chains:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dfq_jax.computed import compute_kernels
 from dfq_jax.graph import trace
 from dfq_jax.tracing.activations import ACTIVATIONS, GRID, classify
 from dfq_jax.tracing.batch_norm_pattern import computed_statistics
@@ -98,13 +99,22 @@ def test_statistics_computed_from_leaves_and_numbers():
 
     variables = {"w": jnp.ones((3, 4)), "head": jnp.ones((4, 5)), **NORM, "steps": jnp.ones((), jnp.int32)}
     graph = trace(apply_fn, {**variables, "temperature": jnp.ones(())}, (2, 3))
-    assert [item.batch_norm for item in graph.skipped] == [True]
+    assert graph.unrecognized_batch_norms == graph.skipped != ()
     mean, var = computed_statistics(graph.program)
     behind = [graph.program.leaves_behind[value] for value in (mean, var)]
     names = [{graph.leaf_paths[leaf] for leaf in leaves} for leaves in behind]
     assert names == [{"mean", "steps"}, {"var", "steps"}]
     assert {graph.program.producer(value).name for value in (mean, var)} == {"div"}
     assert computed_statistics(graph_of(FORMULAS["textbook"]).program) == []
+    rng = np.random.default_rng(0)
+    values = {k: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), v.dtype) for k, v in variables.items()}
+    values = {**values, "steps": jnp.asarray(7), "temperature": jnp.asarray(2.0)}
+    again, stored = compute_kernels(graph, values)
+    assert [(bn.mean, bn.var, bn.epsilon, bn.layer) for bn in again.batch_norms] == [("mean", "var", 1e-3, "w")]
+    assert again.skipped == ()
+    np.testing.assert_allclose(stored["var"], values["var"] / (1 - 0.99**7), rtol=1e-5)
+    x = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    np.testing.assert_allclose(again.apply_fn(stored, x), apply_fn(values, x), rtol=1e-4)
 
 
 OTHERS = {
