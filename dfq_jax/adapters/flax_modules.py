@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,13 +47,14 @@ def from_linen(module: Any, variables: Any) -> tuple[ApplyFn, Any]:
         variables = bound if variables is None else variables
     if variables is None:
         raise TypeError("variables: a Linen module needs its variables, as from module.init or training.")
-    call = linen_call(module)
+    linen_call(module)  # refuses what cannot be called
+    return functools.partial(_apply_linen, module), variables
 
-    def apply_fn(variables: Any, x: jax.Array) -> Any:
-        args, kwargs = call(x)
-        return module.apply(variables, *args, **kwargs)
 
-    return apply_fn, variables
+def _apply_linen(module: Any, variables: Any, x: jax.Array) -> Any:
+    # A function of this module with the user's bound to it: it can be pickled wherever theirs can.
+    args, kwargs = linen_call(module)(x)
+    return module.apply(variables, *args, **kwargs)
 
 
 def linen_call(module: Any) -> Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -89,7 +89,9 @@ def _quantized_together(
         if own and read is not None:
             products = [product for product in products if product not in own]
             reason = f"its kernel is stored in one leaf with {paths[read]}, which is no kernel and stays in float"
-            skipped += [Skipped(paths[product.kernel], reason) for product in own]
+            skipped += [
+                Skipped(paths[item.kernel], reason, kind="product", macs=count_macs(item.op, program)) for item in own
+            ]
     return products, skipped
 
 
