@@ -35,6 +35,7 @@ from dfq_jax.rounding.learned import BlockProgress
 from dfq_jax.synthesis import Progress, synthesize
 from dfq_jax.synthesis.checkpoint import remove_checkpoint
 from dfq_jax.synthesis.checks import check_variables, doubtful_statistics
+from dfq_jax.transfers import may_transfer
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8
@@ -46,6 +47,7 @@ LEAST_GAIN_ON_NOISE = 0.1
 ROUNDING_NAMES = {"squant": "SQuant", "gptq": "GPTQ"}
 
 
+@may_transfer
 def quantize(
     model: Any,
     variables: Any = None,
@@ -113,7 +115,7 @@ def quantize(
         check_variables(graph, variables)
     doubts = (*doubtful_statistics(graph, variables), *doubtful_structure(graph))
     for doubt in doubts:
-        warnings.warn(doubt, GraphWarning, stacklevel=2)
+        warnings.warn(doubt, GraphWarning, stacklevel=3)
     with clock("images"):
         found = _images(graph, variables, recipe, convention, keys, images, on_progress, checkpoint)
     images = found.images

@@ -22,6 +22,7 @@ from dfq_jax.graph import Graph, GraphError, quantization, trace, with_quantizat
 from dfq_jax.recipes import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
 from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
+from dfq_jax.transfers import may_transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class Quantized:
         save_quantized(path, self, **header)
 
 
+@may_transfer
 def save_quantized(path: str | Path, quantized: Quantized, **header: Any) -> None:
     """Write a quantized network to one safetensors file."""
     facts = {
@@ -107,6 +109,7 @@ def save_quantized(path: str | Path, quantized: Quantized, **header: Any) -> Non
     artifact.save(path, quantized.variables, header=facts)
 
 
+@may_transfer
 def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     """Read a quantized network back.
 

@@ -145,6 +145,22 @@ def test_layers_give_codes_where_nothing_reads_the_float_between():
     assert not ivariables["leaves"]  # nothing is left to read of BatchNorms and biases
 
 
+@pytest.mark.parametrize("between", ["batch norm", "multiple", "nothing"])
+def test_two_clips_are_one_only_where_nothing_is_between(between):
+    def apply_fn(v, x):
+        y = jax.nn.relu(x @ v["first"]["kernel"])
+        if between == "batch norm":
+            y = (y - v["bn"]["mean"]) * jax.lax.rsqrt(v["bn"]["var"] + 1e-5) + v["bn"]["bias"]
+        elif between == "multiple":
+            y = 2 * y - 1
+        return jax.nn.relu(y) @ v["second"]["kernel"]
+
+    norm = {name: (6,) for name in ("mean", "var", "bias")} if between == "batch norm" else {}
+    shapes = {"first": {"kernel": (5, 6)}, "bn": norm, "second": {"kernel": (6, 4)}}
+    plan = check(lambda: function_case(between, apply_fn, shapes, (16, 5)), "w8a8", "quantized")
+    assert (plan.layers[0].requantizes is not None) == (between == "nothing")
+
+
 def test_multiplier_and_offset_in_float64():
     """One layer, worked out by hand: s_x s_w gamma / sqrt(var + eps) / s_y, and what is left for the offset."""
     graph, qvariables, _, _ = quantized(model_grid.mobilenet_v2, "w8a8", "quantized")

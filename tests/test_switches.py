@@ -78,7 +78,7 @@ def outputs(recipe: str, path: Any) -> list[np.ndarray]:
     q = dfq_jax.quantize(own.model, own.variables, input_shape=own.input_shape, recipe=RECIPES[recipe])
     q.save(path / "q.safetensors")
     loaded = dfq_jax.load(path / "q.safetensors", own.model, own.variables)
-    results = [q(x), q.apply_integer(q.variables, x), q.integer()(x), loaded(x)]
+    results = [q(x), jax.jit(q.apply_integer)(q.variables, x), q.integer()(x), loaded(x)]
     assert all(result.dtype == jnp.float32 for result in results)
     for name in ("stablehlo", "onnx"):
         with contextlib.suppress(ImportError):
@@ -96,6 +96,7 @@ def without(recipe: str, path: Any) -> np.ndarray:
     "recipe", [pytest.param(r, marks=[] if r in FAST_RECIPES else pytest.mark.slow) for r in RECIPES]
 )
 def test_switch(recipe, switch, tmp_path, tmp_path_factory):
+    case()  # what the user has, made without the switch
     with switched(switch, SWITCHES[switch]):
         results = outputs(recipe, tmp_path)
     expected = results[0]

@@ -21,6 +21,7 @@ from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.files import write_atomically
 from dfq_jax.graph import GraphError
 from dfq_jax.runtime import Policy, apply_integer, compile_integer, default_policy
+from dfq_jax.transfers import may_transfer
 
 if TYPE_CHECKING:
     from dfq_jax.quantized import Quantized
@@ -64,6 +65,7 @@ class StableHLOExporter:
         require("flatbuffers", self.extra)
         write_atomically(path, self.export(quantized).serialize())
 
+    @may_transfer
     def export(self, quantized: Quantized) -> jax.export.Exported:
         """The program `x [b, ...] -> logits [b, classes]`."""
         graph = quantized.graph

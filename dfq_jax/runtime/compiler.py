@@ -27,8 +27,10 @@ from dfq_jax.runtime.policy import (
     default_policy,
 )
 from dfq_jax.runtime.self_test import self_test
+from dfq_jax.transfers import may_transfer
 
 
+@may_transfer
 def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None) -> tuple[IntegerPlan, dict[str, Any]]:
     """Decide how every layer runs, and fold what follows it.
 

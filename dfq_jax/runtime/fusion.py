@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterable, Mapping
 
 from dfq_jax.graph import Graph, Layer, Tensor
+from dfq_jax.tracing.batch_norm_pattern import ChannelAlgebra
+from dfq_jax.tracing.regions import Activations
 
 CLIPS = ("relu", "relu6")  # activations that a quantizer's clip can do
 
@@ -90,7 +92,9 @@ def _producer(graph: Graph, tensor: Tensor, ends: Mapping[int, Layer]) -> Layer 
         if _narrow(graph, (value,)):
             return None
     layer = ends[value]
-    return layer if layer.activation == tensor.activation else None
+    # A BatchNorm or another function may stand between the layer's own activation and one of the same name.
+    activation = Activations(program, ChannelAlgebra(program)).after(value)
+    return layer if activation == (tensor.activation, tensor.value) else None
 
 
 def _live(graph: Graph, results: Mapping[str, int]) -> tuple[frozenset[int], frozenset[int]]:

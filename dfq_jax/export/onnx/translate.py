@@ -19,6 +19,7 @@ from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtyp
 from dfq_jax.graph import OPERANDS, TENSORS, Graph, GraphError, flatten_with_paths, quantization
 from dfq_jax.qtensor import QTensor
 from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand
+from dfq_jax.transfers import may_transfer
 
 LOGITS = "logits"
 MIN_OPSET, FOUR_BIT_OPSET = 18, 21
@@ -26,6 +27,7 @@ MIN_OPSET, FOUR_BIT_OPSET = 18, 21
 _BEFORE_CODES = frozenset({"max", "min", "clamp", "copy", "reduce_window_max", "reshape", "transpose", "squeeze"})
 
 
+@may_transfer
 def to_onnx(
     graph: Graph,
     variables: Any,
