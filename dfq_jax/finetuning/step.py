@@ -21,7 +21,7 @@ from dfq_jax.finetuning.student import (
     soft_variables,
 )
 from dfq_jax.graph import Graph
-from dfq_jax.schedules import cosine_decay, of_steps
+from dfq_jax.optimization import descend
 from dfq_jax.synthesis.augment import random_crop, random_flip
 from dfq_jax.synthesis.checks import num_classes
 
@@ -46,10 +46,10 @@ def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
 
     def make(rate: float) -> optax.GradientTransformation:
         if config.schedule == "cosine":
-            rate = cosine_decay(rate, config.steps)
+            rate = optax.cosine_decay_schedule(rate, config.steps)
         elif config.schedule == "step":
             quarters = {round(i * config.steps / 4): 0.1 for i in (1, 2, 3)}
-            rate = of_steps(optax.piecewise_constant_schedule(rate, quarters))
+            rate = optax.piecewise_constant_schedule(rate, quarters)
         if config.optimizer == "sgd":
             return optax.sgd(rate, momentum=MOMENTUM, nesterov=True)
         return optax.adam(rate, eps=ADAM_EPSILON)
@@ -119,8 +119,8 @@ def advance(
             return losses.total, losses
 
         gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
-        parameters = project(optax.apply_updates(state.parameters, updates), graph, qvariables)
+        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters)
+        parameters = project(parameters, graph, qvariables)
         return State(parameters, optimizer_state, state.step + 1), losses
 
     if steps == 1:

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dfq_jax.execute import LayerCall, quantized_rules, run
 from dfq_jax.graph import Graph, quantization, with_quantization
+from dfq_jax.optimization import descend
 from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant
 from dfq_jax.rounding.config import ReconstructionConfig
 from dfq_jax.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
-from dfq_jax.schedules import cosine_decay
 from dfq_jax.synthesis.layer_rules import loop_friendly
 
 Variables = dict[str, Any]  # of a block: leaves by name, and the collection "quantization"
@@ -177,7 +177,7 @@ def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation
     """Adam for each kind of parameter; cached, since compilation is keyed on it."""
 
     def decayed(rate: float) -> optax.GradientTransformation:
-        return optax.adam(cosine_decay(rate, config.steps))
+        return optax.adam(optax.cosine_decay_schedule(rate, config.steps))
 
     makers = {
         "rounding": optax.adam(config.rounding_rate),
@@ -257,8 +257,7 @@ def advance(
             return total, Losses(error, regularizer)
 
         gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters)
         return State(parameters, optimizer_state, state.step + 1), losses
 
     if steps == 1:

@@ -28,9 +28,9 @@ from dfq_jax.backend import platform_of
 from dfq_jax.execute import apply_quantized
 from dfq_jax.fields import check_field, is_non_negative
 from dfq_jax.graph import Graph, is_quantized
+from dfq_jax.optimization import descend
 from dfq_jax.precision import full_precision
 from dfq_jax.ranges import check_images
-from dfq_jax.schedules import cosine_decay
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.loop import SynthesisError, default_chunk, largest_divisor
@@ -141,7 +141,7 @@ def refine(
 
 @functools.cache
 def refine_optimizer(config: RefineConfig) -> optax.GradientTransformation:
-    return optax.adam(cosine_decay(config.learning_rate, config.steps))
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
@@ -163,8 +163,8 @@ def _advance(
             return seen.loss, seen
 
         gradient, seen = jax.grad(loss, has_aux=True)(images)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, images)
-        return (optax.apply_updates(images, updates), optimizer_state, count + 1), seen
+        images, optimizer_state = descend(optimizer, gradient, optimizer_state, images)
+        return (images, optimizer_state, count + 1), seen
 
     return repeat(step, state, steps)
 

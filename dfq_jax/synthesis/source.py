@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.schedules import cosine_decay, of_steps
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.generator import generate, init_generator
 
@@ -46,8 +45,8 @@ def make_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
     rate = config.learning_rate
     schedules = {
         "constant": lambda: optax.constant_schedule(rate),
-        "cosine": lambda: cosine_decay(rate, config.steps),
-        "exponential": lambda: of_steps(optax.exponential_decay(rate, config.steps, 0.05)),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, config.steps),
+        "exponential": lambda: optax.exponential_decay(rate, config.steps, 0.05),
         "plateau": lambda: optax.constant_schedule(rate),
     }
     makers = {"adam": optax.adam, "radam": optax.radam, "sgd": functools.partial(optax.sgd, momentum=0.9)}
@@ -59,5 +58,5 @@ def make_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
         optimizer = optax.chain(optimizer, plateau)
     if config.source == "pixels":
         return optimizer
-    weights = make(of_steps(optax.exponential_decay(config.generator_learning_rate, 100, 0.95, staircase=True)))
+    weights = make(optax.exponential_decay(config.generator_learning_rate, 100, 0.95, staircase=True))
     return optax.partition({"latent": optimizer, "generator": weights}, {"latent": "latent", "generator": "generator"})

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.graph import Graph
+from dfq_jax.optimization import descend
 from dfq_jax.synthesis.augment import augment, finish
 from dfq_jax.synthesis.checks import num_classes
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -77,7 +78,6 @@ def advance(
     """
 
     source = make_source(config, graph.input.shape)
-    update = optax.with_extra_args_support(optimizer).update  # schedules that watch the loss take its value
 
     def step(state: BatchState, _: None = None) -> tuple[BatchState, Evaluation]:
         augment_key, swing_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -88,8 +88,8 @@ def advance(
             return result.loss, result
 
         gradient, result = jax.grad(loss, has_aux=True)(state.parameters)
-        updates, optimizer_state = update(gradient, state.optimizer, state.parameters, value=result.loss)
-        new = BatchState(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1)
+        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters, value=result.loss)
+        new = BatchState(parameters, optimizer_state, state.step + 1)
         # Images whose loss is not finite stay as they are: NaN everywhere would hide the layer that it began at.
         finite = jnp.isfinite(result.loss)
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state), result
