@@ -14,11 +14,12 @@ from jax import lax
 from model_grid import GRID
 
 import dfq_jax
-from dfq_jax.execute import run
+from dfq_jax.execute import normalize, run
 from dfq_jax.graph import trace
 from dfq_jax.qtensor import QTensor
 
 BATCHES = (1, 2, 3, 8)
+rng = np.random.default_rng(0)
 
 
 # --- no recognition depends on the batch ---
@@ -443,3 +444,42 @@ def test_a_network_that_the_interpreter_ran_is_found_again():
     again = trace(lambda v, x: run(graph, v, x), variables, case.input_shape)
     assert again.layers == graph.layers
     assert (again.digest, again.skipped) == (graph.digest, ())
+
+
+def offset_norm(p, x):
+    return (x - p["mean"]) / jnp.sqrt(p["var"] + 1e-3) * p["scale"] + p["bias"]
+
+
+def kernels_by_position(v, x):
+    """A kernel for each row, and one bias for all of them: it is not the layer's, which has rows times features."""
+    y = jnp.einsum("nabi,aio->nabo", x, v["k"]) + v["b"]
+    return jax.nn.relu(offset_norm(v, y)).mean((1, 2)) @ v["d"]
+
+
+def positions(v, x):
+    return jax.nn.relu(offset_norm(v, x @ v["k"] + v["b"])).mean((1, 2)) @ v["d"]
+
+
+@pytest.mark.parametrize(
+    ("network", "kernel", "offset"),
+    [(kernels_by_position, (3, 4, 6), (6,)), (positions, (4, 6), (3, 5, 6))],
+    ids=["one bias for all rows", "a table of positions"],
+)
+def test_a_batch_norm_behind_a_sum_with_a_leaf(network, kernel, offset):
+    shapes = dict.fromkeys(("mean", "var", "scale", "bias"), (6,)) | {"k": kernel, "b": offset, "d": (6, 2)}
+    variables = {name: jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32) for name, shape in shapes.items()}
+    graph = trace(network, variables, (2, 3, 5, 4))
+    (bn,) = graph.batch_norms
+    assert (bn.mean, bn.var, bn.scale, bn.bias, bn.layer) == ("mean", "var", "scale", "bias", None)
+    x = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+    seen = {}
+
+    def keep(bn, x, parameters):
+        seen[bn.name] = x
+        return normalize(bn, x, parameters)
+
+    np.testing.assert_allclose(run(graph, variables, x, batch_norm=keep), network(variables, x), rtol=1e-5, atol=1e-5)
+    product = jnp.einsum("nabi,aio->nabo" if len(kernel) == 3 else "nabi,io->nabo", x, variables["k"])
+    expected = np.asarray(product + variables["b"], np.float64).reshape(-1, 6)
+    moments = seen[bn.name].mean([a for a in range(4) if a != bn.channel_axis])
+    np.testing.assert_allclose(moments, expected.mean(0), rtol=1e-5)

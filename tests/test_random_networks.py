@@ -28,16 +28,6 @@ FAST = range(30)
 SLOW = range(30, 330)
 SEEDS = [*FAST, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)]
 
-# What is known not to hold yet: by check, words of features. A check of a network that has the feature may fail.
-KNOWN: dict[str, tuple[str, ...]] = {
-    # A BatchNorm behind a product whose kernels are one for each position, as its result comes transposed.
-    "traced": ("dense over channels: batched",),
-    "weights_only": ("read along other axes",),
-    "quantized": ("read along other axes",),
-    "compiled": ("read along other axes",),
-    "onnx": ("read along other axes",),
-}
-
 BATCH = 8
 BITS = ("w8a8", "w4a8", "w4a4", "w8a8")
 EVERYTHING = Policy(self_test=False)  # all that can run as int8 does
@@ -286,7 +276,4 @@ def test_random_network(seed, check, request):
     try:
         CHECKS[check](seed, **arguments)
     except Exception as error:
-        known = [word for word in KNOWN.get(check, ()) if word in network.features]
-        if known:
-            pytest.xfail(f"{', '.join(known)}: {error}")
         raise AssertionError(f"{check}: {type(error).__name__}: {error}\n{network}") from error

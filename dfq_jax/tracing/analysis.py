@@ -121,8 +121,8 @@ class _Analysis:
                 biases[form.base] = _Bias(bias, out)  # the sum is what a BatchNorm normalizes: a new base
                 self.result_axes[out] = self.result_axes[form.base]
                 continue
-            if extended is None:
-                continue
+            if extended is None or self._adds_a_leaf(op, form):
+                continue  # what comes next starts from here
             complete = [i for i in form.chain if program.ops[i].outputs[0] in norms]
             if op.name not in CASTS:
                 roles = self.algebra.match(extended)
@@ -134,6 +134,13 @@ class _Analysis:
                     extended = self.algebra.extend(op, Affine(value))
             forms[out] = extended
         return biases, list(norms.values())
+
+    def _adds_a_leaf(self, op: Op, form: Affine) -> bool:
+        """Whether a chain begins with the sum of its base and a leaf, with which no BatchNorm begins."""
+        if op.name not in ("add", "add_any") or any(self.program.ops[i].name not in CASTS for i in form.chain):
+            return False
+        static = [v for v in op.value_inputs if v in self.program.parameter_only]
+        return bool(static) and rearranged_leaf(static[0], self.program, repeated=True) is not None
 
     def _bias_leaf(self, op: Op, form: Affine, product: Product | None) -> int | None:
         """The leaf that the operation adds to the channels of a product's result, if it is that."""
