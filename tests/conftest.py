@@ -1,5 +1,7 @@
 """Options of the test suite."""
 
+import itertools
+import pathlib
 import sys
 
 import jax
@@ -57,3 +59,16 @@ def full_precision(request):
         return
     with jax.default_matmul_precision("highest"):
         yield
+
+
+# Compiled programs are mapped into memory piece by piece, and Linux allows a process 65,530 maps: beyond, it aborts.
+MAPS, MANY_MAPS = pathlib.Path("/proc/self/maps"), 30_000
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_programs():
+    """Let go of compiled programs before there are too many for one process."""
+    yield
+    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
