@@ -90,10 +90,17 @@ class LayerCall:
     def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """The program's own primitive on other operands of the same types."""
 
-        def own(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-            return self.op(*self._ordered(operand, kernel))[0]
+        call = self._without_values
 
-        return by_platform(self._shifted_product, own, operand, kernel) if self.shifted else own(operand, kernel)
+        def own(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            return call.op(*call._ordered(operand, kernel))[0]
+
+        return by_platform(call._shifted_product, own, operand, kernel) if self.shifted else own(operand, kernel)
+
+    @property
+    def _without_values(self) -> LayerCall:
+        """What custom derivatives may hold: their functions outlive the trace that the values belong to."""
+        return dataclasses.replace(self, source=None, operand=None, kernel=None)
 
     @property
     def shifted(self) -> bool:
@@ -185,12 +192,12 @@ class LayerCall:
         return depthwise_product(operand, kernel, tuple(params["window_strides"]), tuple(map(tuple, padding)))
 
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padding: Any) -> jax.Array:
-        params = self.op.params
+        call, params = self._without_values, self.op.params
 
         def plain(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-            lhs, rhs = self._ordered(operand, kernel)
+            lhs, rhs = call._ordered(operand, kernel)
             precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
-            if self.layer.kind == "dense":
+            if call.layer.kind == "dense":
                 return lax.dot_general(
                     lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
                 )
@@ -209,7 +216,7 @@ class LayerCall:
             )
 
         def shifted(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
+            return call._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
 
         return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
 

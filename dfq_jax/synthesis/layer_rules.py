@@ -47,23 +47,25 @@ def loop_friendly(call: LayerCall) -> jax.Array:
     if call.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
         return call.default()
 
+    op = call.op  # the derivative outlives the trace, to which the call's values belong
+
     @jax.custom_vjp
     def product(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-        return call.op(operand, kernel)[0]
+        return op(operand, kernel)[0]
 
     def forward(operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return product(operand, kernel), (operand, kernel)
 
     def backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         operand, kernel = saved
-        numbers = call.op.params["dimension_numbers"]
+        numbers = op.params["dimension_numbers"]
         out_axis, in_axis, *spatial = numbers.rhs_spec
         # The same convolution of a transposed kernel: its labels are unusual, those of its gradient are not.
         numbers = numbers._replace(rhs_spec=(in_axis, out_axis, *spatial))
-        same = dataclasses.replace(call.op, params={**call.op.params, "dimension_numbers": numbers})
+        same = dataclasses.replace(op, params={**op.params, "dimension_numbers": numbers})
         transposed = jnp.swapaxes(kernel, out_axis, in_axis)
         _, to_operand = jax.vjp(lambda x: same(x, transposed)[0], operand)
-        _, to_kernel = jax.vjp(lambda k: call.op(operand, k)[0], kernel)  # unused, so not compiled, in synthesis
+        _, to_kernel = jax.vjp(lambda k: op(operand, k)[0], kernel)  # unused, so not compiled, in synthesis
         return *to_operand(gradient), *to_kernel(gradient)
 
     product.defvjp(forward, backward)
