@@ -34,10 +34,10 @@ SWITCHES: dict[str, Any] = {
     "jax_default_matmul_precision": "bfloat16",
     "jax_threefry_partitionable": not jax.config.jax_threefry_partitionable,
 }
-FAST_RECIPES = ("noise", "instant")
+FAST_RECIPES = ("instant",)
 SIZES = {"synthesis_num_images": 16, "synthesis_batch_size": 8, "synthesis_steps": 2}
 RECIPES = {
-    **{name: dfq_jax.RECIPES[name].replace(**SIZES) for name in (*FAST_RECIPES, "paper", "fast")},
+    **{name: dfq_jax.RECIPES[name].replace(**SIZES) for name in (*FAST_RECIPES, "noise", "paper", "fast")},
     "gptq": dfq_jax.RECIPES["fast"].replace(**SIZES, rounding="gptq"),
     "best": dfq_jax.RECIPES["best"].replace(**SIZES, reconstruction_steps=2),
     "finetune": dfq_jax.RECIPES["finetune"].replace(**SIZES, finetune_steps=2),
