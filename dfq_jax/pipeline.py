@@ -448,15 +448,17 @@ def _images(
     if recipe.source != "synthesis" or not needed:
         noise = jax.random.normal(keys.images, (count, *graph.input.shape[1:]), jnp.float32)
         return _Images(noise, f"{count} of Gaussian noise", "Gaussian noise, unlike any image")
-    result = synthesize(
-        graph,
-        variables,
-        keys.images,
-        recipe.synthesis,
-        on_progress=on_progress,
-        checkpoint=checkpoint,
-        keep_checkpoint=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
+        result = synthesize(
+            graph,
+            variables,
+            keys.images,
+            recipe.synthesis,
+            on_progress=on_progress,
+            checkpoint=checkpoint,
+            keep_checkpoint=True,
+        )
     if not result.completed:
         raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
     loss = np.mean(result.losses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from dfq_jax.cli.output import (
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.convention import Convention
 from dfq_jax.evaluation import accuracy
+from dfq_jax.graph import GraphWarning
 from dfq_jax.pipeline import quantize as quantize_network
 from dfq_jax.quantized import Quantized, load
 from dfq_jax.recipes import Recipe, get_recipe
@@ -106,7 +108,8 @@ def quantize(
     )
     target = resolve(model, checkpoint)
     data = None if evaluate is None else target.load_data(evaluate, limit)
-    with open_display() as display:
+    with open_display() as display, warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphWarning)  # the table begins with it
         reporter = Reporter(display)
         try:
             quantized = quantize_network(
