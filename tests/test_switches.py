@@ -34,10 +34,10 @@ SWITCHES: dict[str, Any] = {
     "jax_default_matmul_precision": "bfloat16",
     "jax_threefry_partitionable": not jax.config.jax_threefry_partitionable,
 }
-FAST_RECIPES = ("instant",)
+SLOW_SWITCHES = ("jax_disable_jit",)  # but with "noise", the recipe of the fewest operations
 SIZES = {"synthesis_num_images": 16, "synthesis_batch_size": 8, "synthesis_steps": 2}
 RECIPES = {
-    **{name: dfq_jax.RECIPES[name].replace(**SIZES) for name in (*FAST_RECIPES, "noise", "paper", "fast")},
+    **{name: dfq_jax.RECIPES[name].replace(**SIZES) for name in ("noise", "instant", "paper", "fast")},
     "gptq": dfq_jax.RECIPES["fast"].replace(**SIZES, rounding="gptq"),
     "best": dfq_jax.RECIPES["best"].replace(**SIZES, reconstruction_steps=2),
     "finetune": dfq_jax.RECIPES["finetune"].replace(**SIZES, finetune_steps=2),
@@ -91,10 +91,13 @@ def without(recipe: str, path: Any) -> np.ndarray:
     return outputs(recipe, path)[0]
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(r, marks=[] if r in FAST_RECIPES else pytest.mark.slow) for r in RECIPES]
-)
+def cases():
+    for switch in SWITCHES:
+        fast = "noise" if switch in SLOW_SWITCHES else "instant"
+        yield from (pytest.param(r, switch, marks=[] if r == fast else pytest.mark.slow) for r in RECIPES)
+
+
+@pytest.mark.parametrize(("recipe", "switch"), list(cases()))
 def test_switch(recipe, switch, tmp_path, tmp_path_factory):
     case()  # what the user has, made without the switch
     with switched(switch, SWITCHES[switch]):
