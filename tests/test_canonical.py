@@ -460,6 +460,23 @@ def positions(v, x):
     return jax.nn.relu(offset_norm(v, x @ v["k"] + v["b"])).mean((1, 2)) @ v["d"]
 
 
+def test_a_batch_norm_behind_an_average():
+    def network(v, x):
+        y = nn.avg_pool(x @ v["k"], (2, 3), (1, 1))  # a sum, divided by a number
+        return jax.nn.relu(offset_norm(v, y)).mean((1, 2)) @ v["d"]
+
+    shapes = dict.fromkeys(("mean", "var", "scale", "bias"), (6,)) | {"k": (4, 6), "d": (6, 2)}
+    variables = {name: jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32) for name, shape in shapes.items()}
+    graph = trace(network, variables, (2, 3, 5, 4))
+    (bn,) = graph.batch_norms
+    assert (bn.mean, bn.var, bn.scale, bn.bias, bn.activation) == ("mean", "var", "scale", "bias", "relu")
+    x = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+    moments = dfq_jax.batch_norm_moments(graph, variables, x)[bn.name]
+    pooled = np.asarray(nn.avg_pool(x @ variables["k"], (2, 3), (1, 1)), np.float64).reshape(-1, 6)
+    np.testing.assert_allclose(moments[0], pooled.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(moments[1], pooled.var(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("network", "kernel", "offset"),
     [(kernels_by_position, (3, 4, 6), (6,)), (positions, (4, 6), (3, 5, 6))],

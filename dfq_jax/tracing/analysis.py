@@ -15,7 +15,7 @@ from dfq_jax.tracing.canonical import keeps_elements
 from dfq_jax.tracing.elementwise import CASTS, NotElementwise, scalar
 from dfq_jax.tracing.naming import inner_paths, unique_names
 from dfq_jax.tracing.products import Product, computed_operands, count_macs, find_products, rearranged_leaf
-from dfq_jax.tracing.program import Op, Program
+from dfq_jax.tracing.program import Constant, Op, Program
 from dfq_jax.tracing.refusals import refuse_nested_layers, refuse_training_mode
 from dfq_jax.tracing.regions import Activations, origins
 from dfq_jax.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
@@ -121,7 +121,7 @@ class _Analysis:
                 biases[form.base] = _Bias(bias, out)  # the sum is what a BatchNorm normalizes: a new base
                 self.result_axes[out] = self.result_axes[form.base]
                 continue
-            if extended is None or self._adds_a_leaf(op, form):
+            if extended is None or self._comes_before(op, form):
                 continue  # what comes next starts from here
             complete = [i for i in form.chain if program.ops[i].outputs[0] in norms]
             if op.name not in CASTS:
@@ -135,12 +135,16 @@ class _Analysis:
             forms[out] = extended
         return biases, list(norms.values())
 
-    def _adds_a_leaf(self, op: Op, form: Affine) -> bool:
-        """Whether a chain begins with the sum of its base and a leaf, with which no BatchNorm begins."""
-        if op.name not in ("add", "add_any") or any(self.program.ops[i].name not in CASTS for i in form.chain):
+    def _comes_before(self, op: Op, form: Affine) -> bool:
+        """Whether a chain begins as no BatchNorm does: with the sum with a leaf, or with a number, as averages end."""
+        if any(self.program.ops[i].name not in CASTS for i in form.chain):
             return False
-        static = [v for v in op.value_inputs if v in self.program.parameter_only]
-        return bool(static) and rearranged_leaf(static[0], self.program, repeated=True) is not None
+        for other in (operand for operand in op.inputs if operand not in self.program.data_inputs(op)):
+            if isinstance(other, Constant):
+                value = self.algebra.value(other)
+                return value is not None and value.samples[0] != (1 if op.name in ("mul", "div") else 0)
+            return op.name in ("add", "add_any") and rearranged_leaf(other, self.program, repeated=True) is not None
+        return False
 
     def _bias_leaf(self, op: Op, form: Affine, product: Product | None) -> int | None:
         """The leaf that the operation adds to the channels of a product's result, if it is that."""
