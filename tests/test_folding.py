@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from model_grid import GRID, linen_case
 
+import dfq_jax
 from dfq_jax.folding import fold_batch_norm, foldable
 from dfq_jax.graph import trace
 
@@ -123,3 +124,27 @@ def test_folding_twice_changes_nothing_more():
     once = fold(variables)
     for a, b in zip(jax.tree.leaves(fold(once)), jax.tree.leaves(once), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_a_batch_norm_along_another_axis_is_not_folded(kind, axis):
+    """All sizes are equal, so that nothing but the axis tells."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8) if kind == "dense" else (8, 8, 8, 8)), jnp.float32)
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8)(x) if kind == "dense" else nn.Conv(8, (3, 3))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=True, axis=axis)(x))
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+    case = linen_case("axes", Network(), x.shape)
+    function, variables = case.function()
+    graph = trace(function, variables, x.shape)
+    assert (graph.batch_norms[0].layer is not None) == (axis in (-1, x.ndim - 1))
+    folded = fold_batch_norm(graph, variables)
+    expected = np.asarray(function(variables, x))
+    np.testing.assert_allclose(function(folded, x), expected, atol=1e-5 * np.abs(expected).max())
+    equalized = dfq_jax.equalize(graph, variables)
+    np.testing.assert_allclose(function(equalized, x), expected, atol=1e-4 * np.abs(expected).max())

@@ -181,7 +181,9 @@ class _Analysis:
         names = unique_names([self.inner[norm.roles.mean] for norm in self.norms])
         result = []
         for name, (form, roles, output) in zip(names, self.norms, strict=True):
-            sole_reader = self.program.readers(form.base) == 1
+            axis = self._channel_axis(form, roles)
+            # One along another axis, of as many channels as it may have, is no BatchNorm of the layer.
+            joined = self.program.readers(form.base) == 1 and axis in self.result_axes.get(form.base, ())
             result.append(
                 BatchNorm(
                     name=name,
@@ -191,9 +193,9 @@ class _Analysis:
                     bias=self._path(roles.bias),
                     epsilon=roles.epsilon,
                     channels=math.prod(self.program.avals[roles.mean].shape),
-                    layer=layer_of.get(form.base) if sole_reader else None,
+                    layer=layer_of.get(form.base) if joined else None,
                     activation=self.activations.after(output)[0],
-                    channel_axis=self._channel_axis(form, roles),
+                    channel_axis=axis,
                     indices=roles,
                     input=form.base,
                     output=output,

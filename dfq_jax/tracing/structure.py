@@ -34,7 +34,7 @@ class Layer:
     strides: tuple[int, ...]
     transposed: bool
     tensor: str  # name of the quantized tensor it reads
-    batch_norm: str | None  # the BatchNorm that directly follows; nothing else reads the layer's result
+    batch_norm: str | None  # the one that directly follows, over its channels; nothing else reads the layer's result
     activation: str  # after the BatchNorm if there is one: "relu", "relu6", ..., "none"
     consumers: tuple[str, ...]  # layers that read its result, "add" for a residual sum, "output"
     macs: int  # multiply-accumulates for one example
@@ -79,7 +79,7 @@ class BatchNorm:
     bias: str | None
     epsilon: float
     channels: int
-    layer: str | None  # the layer whose result it normalizes as the only reader; that layer's `batch_norm` is this
+    layer: str | None  # the layer whose channels it normalizes as the only reader; that layer's `batch_norm` is this
     activation: str
     channel_axis: int = dataclasses.field(compare=False)
     indices: Roles = dataclasses.field(compare=False)  # leaf numbers
