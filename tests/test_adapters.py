@@ -370,9 +370,10 @@ def test_haiku_functions(tmp_path):
     params, state = model.init(jax.random.key(0), x, True)
     _, state = model.apply(params, state, None, x, True)
     expected = model.apply(params, state, None, x, False)[0]
-    for given in ((params, state), {"params": params, "state": state}):
-        apply_fn, variables = as_function(model, given)
-        np.testing.assert_allclose(apply_fn(variables, x), expected, rtol=1e-6)
+    for own in (model, hk.without_apply_rng(model)):
+        for given in ((params, state), {"params": params, "state": state}):
+            apply_fn, variables = as_function(own, given)
+            np.testing.assert_allclose(apply_fn(variables, x), expected, rtol=1e-6)
     quantized = dfq_jax.quantize(model, (params, state), input_shape=(1, 8, 8, 3), recipe="instant")
     assert len(quantized.graph.layers) == 2
     quantized.save(tmp_path / "q.safetensors")
@@ -380,8 +381,9 @@ def test_haiku_functions(tmp_path):
 
     plain = hk.transform(lambda x: hk.Linear(5, with_bias=False)(x))
     params = plain.init(jax.random.key(0), jnp.zeros((1, 3)))
-    apply_fn, variables = as_function(plain, params)
-    assert trace(apply_fn, variables, (1, 3)).layers[0].kernel == "linear/w"
+    for own in (plain, hk.without_apply_rng(plain)):
+        apply_fn, variables = as_function(own, params)
+        assert trace(apply_fn, variables, (1, 3)).layers[0].kernel == "linear/w"
     with pytest.raises(TypeError, match=r"a Haiku function needs its \(params, state\)"):
         as_function(model)
     with pytest.raises(TypeError, match=r"expected \(params, state\) of hk.transform_with_state"):
@@ -389,6 +391,8 @@ def test_haiku_functions(tmp_path):
     masked = hk.transform(lambda x, mask: hk.Linear(5)(x) * mask)
     with pytest.raises(TypeError, match=r"needs the argument 'mask'.*model.apply\(params, None, x, mask="):
         as_function(masked, params)
+    with pytest.raises(TypeError, match=r"needs the argument 'mask'.*model.apply\(params, x, mask="):
+        as_function(hk.without_apply_rng(masked), params)
 
 
 def test_equinox_modules():

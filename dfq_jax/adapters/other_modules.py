@@ -81,24 +81,31 @@ def from_haiku(model: Any, variables: Any) -> tuple[ApplyFn, Any]:
     if variables is None:
         what = "(params, state)" if with_state else "params"
         raise TypeError(f"variables: a Haiku function needs its {what}, as from model.init(key, x) or training.")
+    names = list(inspect.signature(model.apply).parameters)
+    # hk.without_apply_rng takes the key away.
+    no_key = (None,) if names[1 + with_state : 2 + with_state] == ["rng"] else ()
+    skipped, between = 1 + with_state + len(no_key), "None, " * len(no_key)
     if not with_state:
         call = inference_call(
-            model.apply, 2, "the transformed function", "lambda params, x: model.apply(params, None, x{})"
+            model.apply, skipped, "the transformed function", f"lambda params, x: model.apply(params, {between}x{{}})"
         )
 
         def apply_fn(params: Any, x: jax.Array) -> Any:
             args, kwargs = call(x)
-            return model.apply(params, None, *args, **kwargs)
+            return model.apply(params, *no_key, *args, **kwargs)
 
         return apply_fn, variables
 
     call = inference_call(
-        model.apply, 3, "the transformed function", "lambda v, x: model.apply(v['params'], v['state'], None, x{})[0]"
+        model.apply,
+        skipped,
+        "the transformed function",
+        f"lambda v, x: model.apply(v['params'], v['state'], {between}x{{}})[0]",
     )
 
     def apply_with_state(variables: Any, x: jax.Array) -> Any:
         args, kwargs = call(x)
-        return model.apply(variables["params"], variables["state"], None, *args, **kwargs)[0]
+        return model.apply(variables["params"], variables["state"], *no_key, *args, **kwargs)[0]
 
     if isinstance(variables, (tuple, list)) and len(variables) == 2:
         variables = {"params": variables[0], "state": variables[1]}
