@@ -368,7 +368,7 @@ class Compilations(Counter):
     ids=["batch", "set", "everything", "generator"],
 )
 def test_chunks_give_the_same_images_and_compile_once(fields):
-    results = {}
+    results, other_key = {}, jax.random.key(7)
     for chunk in (1, 5):
         # A learning rate of its own: nothing is compiled yet.
         config = dataclasses.replace(CONFIG, **{"num_images": 12, "chunk": chunk, "learning_rate": 0.0999} | fields)
@@ -378,7 +378,7 @@ def test_chunks_give_the_same_images_and_compile_once(fields):
         assert compiled["init_batch"] == 1
         assert compiled["response_targets"] <= 1
         with Compilations() as compiled:
-            make(config, jax.random.key(7))
+            make(config, other_key)
         assert not compiled
     # Batches that share statistics take turns after each chunk; rounding errors grow through a generator.
     if config.statistics != "set" and config.source == "pixels":

@@ -106,7 +106,7 @@ class _Analysis:
         """
         program = self.program
         by_output = {p.op.outputs[0]: p for p in self.products}
-        forms: dict[int, Affine] = {}
+        forms: dict[int, tuple[Affine, ...]] = {}  # of a value from each base that a BatchNorm may begin at
         biases: dict[int, _Bias] = {}
         norms: dict[int, _Norm] = {}
         for op in program.ops:
@@ -114,43 +114,55 @@ class _Analysis:
             if len(data) != 1:
                 continue
             (value,), out = data, op.outputs[0]
-            form = forms.get(value, Affine(value)) if program.readers(value) == 1 else Affine(value)
-            extended = self.algebra.extend(op, form)
+            starts = forms.get(value, ()) if program.readers(value) == 1 else ()
+            form, *others = starts or (Affine(value),)
             bias = self._bias_leaf(op, form, by_output.get(form.base))
             if bias is not None:
                 biases[form.base] = _Bias(bias, out)  # the sum is what a BatchNorm normalizes: a new base
                 self.result_axes[out] = self.result_axes[form.base]
                 continue
-            if extended is None or self._comes_before(op, form):
+            extended = [longer for start in (form, *others) if (longer := self.algebra.extend(op, start))]
+            if not extended or self._adds_a_leaf(op, form):
                 continue  # what comes next starts from here
-            complete = [i for i in form.chain if program.ops[i].outputs[0] in norms]
+            if self._begins_with_a_number(op, form):
+                extended.append(Affine(out))  # what ends an average, or the first step of a BatchNorm
             if op.name not in CASTS:
-                roles = self.algebra.match(extended)
-                if roles is not None and self._channel_axis(extended, roles) is not None:
+                complete = [i for i in form.chain if program.ops[i].outputs[0] in norms]
+                norm = next((n for longer in extended if (n := self._norm(longer, out))), None)
+                if norm is not None:
                     for i in complete:
                         del norms[program.ops[i].outputs[0]]
-                    norms[out] = _Norm(extended, roles, out)
+                    norms[out] = norm
+                    extended = [norm.form]
                 elif complete:  # something else per channel after a complete BatchNorm starts anew
-                    extended = self.algebra.extend(op, Affine(value))
-            forms[out] = extended
+                    anew = self.algebra.extend(op, Affine(value))
+                    extended = [anew] if anew else []
+            forms[out] = tuple(extended)
         return biases, list(norms.values())
 
-    def _comes_before(self, op: Op, form: Affine) -> bool:
-        """Whether a chain begins as no BatchNorm does: with the sum with a leaf, or with a number, as averages end."""
-        if any(self.program.ops[i].name not in CASTS for i in form.chain):
+    def _norm(self, form: Affine, output: int) -> _Norm | None:
+        roles = self.algebra.match(form)
+        return _Norm(form, roles, output) if roles and self._channel_axis(form, roles) is not None else None
+
+    def _only_casts(self, form: Affine) -> bool:
+        return all(self.program.ops[i].name in CASTS for i in form.chain)
+
+    def _adds_a_leaf(self, op: Op, form: Affine) -> bool:
+        """Whether a chain begins with the sum of its base and a leaf, with which no BatchNorm begins."""
+        static = [v for v in op.value_inputs if v in self.program.parameter_only]
+        if not static or op.name not in ("add", "add_any") or not self._only_casts(form):
             return False
-        for other in (operand for operand in op.inputs if operand not in self.program.data_inputs(op)):
-            if isinstance(other, Constant):
-                value = self.algebra.value(other)
-                return value is not None and value.samples[0] != (1 if op.name in ("mul", "div") else 0)
-            return op.name in ("add", "add_any") and rearranged_leaf(other, self.program, repeated=True) is not None
-        return False
+        return rearranged_leaf(static[0], self.program, repeated=True) is not None
+
+    def _begins_with_a_number(self, op: Op, form: Affine) -> bool:
+        constant = any(isinstance(operand, Constant) for operand in op.inputs)
+        return constant and op.name not in CASTS and self._only_casts(form)
 
     def _bias_leaf(self, op: Op, form: Affine, product: Product | None) -> int | None:
         """The leaf that the operation adds to the channels of a product's result, if it is that."""
         if product is None or op.name not in ("add", "add_any") or self.program.readers(form.base) != 1:
             return None
-        if any(self.program.ops[i].name not in CASTS for i in form.chain):
+        if not self._only_casts(form):
             return None
         static = [v for v in op.value_inputs if v in self.program.parameter_only]
         found = rearranged_leaf(static[0], self.program, repeated=True) if static else None
