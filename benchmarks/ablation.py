@@ -28,8 +28,8 @@ from dfq_jax import (
     summarize,
     synthesize,
 )
-from dfq_jax.ranges import ESTIMATORS, apply_estimator
-from dfq_jax.recipes import RECIPES
+from dfq_jax.recipes.recipe import RECIPES
+from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator
 
 # Name of the row, which images, which estimator.
 RANGES = (

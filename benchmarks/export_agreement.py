@@ -31,9 +31,9 @@ import numpy as np
 from served import Served, serve
 
 from dfq_jax import RECIPES, Quantized, SynthesisConfig, quantize, synthesize
-from dfq_jax.evaluation import sqnr
 from dfq_jax.export import get_exporter
 from dfq_jax.export.onnx import export_onnx
+from dfq_jax.stages.comparison import sqnr
 
 FLOAT_BIAS = "-float-bias"
 

@@ -24,8 +24,8 @@ from latency import in_process, play, processor
 from served import serve
 
 from dfq_jax import Convention
-from dfq_jax.evaluation import sqnr
 from dfq_jax.export.onnx import export_onnx, open_onnx
+from dfq_jax.stages.comparison import sqnr
 
 FORMS = {
     "u8u8": {},

@@ -18,7 +18,7 @@ from network import EDGES, Network, add_arguments
 from recipes import Images, cell, run
 
 from dfq_jax import RECIPES, Convention
-from dfq_jax.comparison import compare
+from dfq_jax.stages.comparison import compare
 
 # Images to judge by: like those that are learned from, by GENIE's generator, and smooth ones as Sony's DGH makes.
 UNSEEN: dict[str, dict[str, Any]] = {

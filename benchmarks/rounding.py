@@ -34,8 +34,8 @@ from dfq_jax import (
     summarize,
     synthesize,
 )
-from dfq_jax.ranges import apply_estimator
-from dfq_jax.recipes import RECIPES
+from dfq_jax.recipes.recipe import RECIPES
+from dfq_jax.stages.ranges import apply_estimator
 
 ROUNDINGS = ("nearest", "squant", "gptq")
 Score = tuple[float, float]

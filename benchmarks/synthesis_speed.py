@@ -34,7 +34,7 @@ from torch import nn
 from torch_reference import TorchLoss, efficientnet_lite0, moments_by_var_mean, moments_of_offset, resnet20, stepper
 
 from dfq_jax import as_function, synthesize, trace
-from dfq_jax.graph import Graph
+from dfq_jax.graph.graph import Graph
 from dfq_jax.synthesis import SynthesisConfig, advance, init_batch
 from dfq_jax.synthesis.objective import Targets, evaluate
 from dfq_jax.synthesis.source import make_optimizer

@@ -11,11 +11,11 @@ import pytest
 # Functions of these modules are checked against their jaxtyping signatures by `pytest --typecheck`. It is an option
 # because these checks come before the library's own: tests of bad input (marked `untyped`) would see other errors.
 TYPECHECKED = (
-    "dfq_jax.analytic",
-    "dfq_jax.batch_norm",
-    "dfq_jax.evaluation",
-    "dfq_jax.execute",
-    "dfq_jax.ranges",
+    "dfq_jax.stages.analytic",
+    "dfq_jax.stages.batch_norm",
+    "dfq_jax.data.evaluation",
+    "dfq_jax.graph.execution",
+    "dfq_jax.stages.ranges",
     "dfq_jax.synthesis",
 )
 

@@ -26,8 +26,8 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from dfq_jax.adapters import as_function
-from dfq_jax.graph import path_string
+from dfq_jax.graph.adapters import as_function
+from dfq_jax.quantizers.trees import path_string
 from dfq_jax.zoo.cifar_resnet import CifarResNet
 
 

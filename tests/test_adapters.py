@@ -16,8 +16,9 @@ import pytest
 from flax import nnx
 
 import dfq_jax
-from dfq_jax.adapters import INFERENCE_ARGUMENTS, as_function, inference_arguments, is_module, variable_shapes
-from dfq_jax.graph import GraphError, trace
+from dfq_jax.graph.adapters import INFERENCE_ARGUMENTS, as_function, inference_arguments, is_module, variable_shapes
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.structure import GraphError
 
 
 class Net(nn.Module):

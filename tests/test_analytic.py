@@ -11,10 +11,11 @@ import pytest
 from model_grid import linen_case
 from scipy.stats import norm
 
-from dfq_jax.analytic import _noise, analytic_comparison, analytic_correction, gptq_from_noise
-from dfq_jax.batch_norm import BatchNormConfig
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.graph import GraphError, trace
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.stages.analytic import _noise, analytic_comparison, analytic_correction, gptq_from_noise
+from dfq_jax.stages.batch_norm import BatchNormConfig
+from dfq_jax.stages.convention import Convention, quantize_params
 
 
 class TwoLayers(nn.Module):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dfq_jax import artifact
-from dfq_jax.artifact import ArtifactError, load, restore, save
-from dfq_jax.qtensor import QTensor, params_from_range, quantize_tensor
+from dfq_jax.export import artifact
+from dfq_jax.export.artifact import ArtifactError, load, restore, save
+from dfq_jax.quantizers.qtensor import QTensor, params_from_range, quantize_tensor
 
 rng = np.random.default_rng(0)
 HEADER = {"model": "toy", "graph": "abc123", "recipe": {"bits": 4, "rates": [0.1, 1e-3]}, "key": None}

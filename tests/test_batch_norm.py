@@ -8,12 +8,13 @@ import model_grid
 import numpy as np
 import pytest
 
-from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.execute import apply_quantized
-from dfq_jax.graph import QUANTIZATION, trace
-from dfq_jax.qtensor import QTensor
-from dfq_jax.ranges import estimate_ranges
+from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph.graph import trace
+from dfq_jax.quantizers.collection import QUANTIZATION
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.ranges import estimate_ranges
 
 SHAPE = (1, 8, 8, 3)
 UNITS = ("unit1", "unit2")

@@ -14,9 +14,9 @@ from jax import lax
 from model_grid import GRID
 
 import dfq_jax
-from dfq_jax.execute import normalize, run
-from dfq_jax.graph import trace
-from dfq_jax.qtensor import QTensor
+from dfq_jax.graph.execution import normalize, run
+from dfq_jax.graph.graph import trace
+from dfq_jax.quantizers.qtensor import QTensor
 
 BATCHES = (1, 2, 3, 8)
 rng = np.random.default_rng(0)
@@ -195,7 +195,7 @@ def test_forms_compute_what_they_did(form):
     variables = jax.tree.map(jnp.asarray, _variables(4, 3))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4, 4)), jnp.float32)
     graph = trace(form, variables, x.shape)
-    found = jax.jit(lambda v, x: run(graph, v, x, batch_norm=dfq_jax.execute.normalize))(variables, x)
+    found = jax.jit(lambda v, x: run(graph, v, x, batch_norm=dfq_jax.graph.execution.normalize))(variables, x)
     np.testing.assert_allclose(found, jax.jit(form)(variables, x), rtol=1e-4, atol=1e-5)
 
 
@@ -417,7 +417,7 @@ def test_layers_in_a_choice_by_platform():
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=4)
 
     def shifted(x, kernel):
-        return dfq_jax.depthwise.depthwise_product(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        return dfq_jax.graph.depthwise.depthwise_product(x, kernel, (1, 1), ((1, 1), (1, 1)))
 
     @jax.jit
     def apply_fn(v, x):

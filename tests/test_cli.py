@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import dfq_jax.cli
-from dfq_jax import artifact, recipes, zoo
+from dfq_jax import RECIPES, zoo
 from dfq_jax.cli import commands, output, progress
+from dfq_jax.export import artifact
 
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
@@ -367,11 +368,11 @@ def test_lossless_layers_are_valid_json(tmp_path):
 
 
 def test_batch_is_no_larger_than_the_number_of_images():
-    recipe = commands._adjusted(recipes.RECIPES["fast"], 8, None, None)
+    recipe = commands._adjusted(RECIPES["fast"], 8, None, None)
     assert recipe.synthesis.batch_size == 8
-    recipe = commands._adjusted(recipes.RECIPES["fast"], 1000, 7, 50)
+    recipe = commands._adjusted(RECIPES["fast"], 1000, 7, 50)
     assert (recipe.synthesis.num_images, recipe.synthesis.steps, recipe.synthesis.batch_size) == (1000, 7, 50)
-    assert commands._adjusted(recipes.RECIPES["fast"], None, None, None) == recipes.RECIPES["fast"]
+    assert commands._adjusted(RECIPES["fast"], None, None, None) == RECIPES["fast"]
 
 
 @pytest.mark.slow

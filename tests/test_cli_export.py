@@ -150,7 +150,7 @@ def test_an_operation_that_a_format_lacks_is_named(tmp_path, capsys, monkeypatch
 
 
 def test_a_folder_that_cannot_be_written_to(saved, tmp_path, capsys, monkeypatch):
-    from dfq_jax import files
+    from dfq_jax.base import files
 
     def denied(*_):
         raise PermissionError(13, "Permission denied")

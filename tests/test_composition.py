@@ -21,13 +21,13 @@ import numpy as np
 import optax
 import pytest
 
-from dfq_jax.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.execute import apply_quantized
-from dfq_jax.folding import fold_batch_norm
-from dfq_jax.graph import Graph, trace
-from dfq_jax.qtensor import QTensor
-from dfq_jax.ranges import estimate_ranges, summarize
+from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.folding import fold_batch_norm
+from dfq_jax.stages.ranges import estimate_ranges, summarize
 from dfq_jax.synthesis import SynthesisConfig, advance, init_batch, synthesize
 from dfq_jax.synthesis.source import make_optimizer
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import dfq_jax
-from dfq_jax.adapters import as_function
-from dfq_jax.computed import computed_kernels
-from dfq_jax.graph import GraphError, dequantized, trace
-from dfq_jax.qtensor import QTensor
+from dfq_jax.graph.adapters import as_function
+from dfq_jax.graph.computed import computed_kernels
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers.collection import dequantized
+from dfq_jax.quantizers.qtensor import QTensor
 
 SHAPE = (2, 8, 8, 3)
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from model_grid import GRID
 
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import apply_quantized
-from dfq_jax.graph import Graph, trace
-from dfq_jax.qtensor import QTensor
-from dfq_jax.ranges import BINS, ESTIMATORS, Summary, apply_estimator, summarize
-from dfq_jax.weights import WEIGHT_RANGES, quantize_kernel
+from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.quantizers.weights import WEIGHT_RANGES, quantize_kernel
+from dfq_jax.stages.comparison import sqnr
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.ranges import BINS, ESTIMATORS, Summary, apply_estimator, summarize
 
 # --- range estimators on one tensor ---
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dfq_jax.backend import platform_of
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.depthwise import depthwise_product, is_supported
-from dfq_jax.execute import apply_quantized, run
-from dfq_jax.graph import trace
-from dfq_jax.ranges import estimate_ranges
+from dfq_jax.base.backend import platform_of
+from dfq_jax.graph.depthwise import depthwise_product, is_supported
+from dfq_jax.graph.execution import apply_quantized, run
+from dfq_jax.graph.gradients import loop_friendly
+from dfq_jax.graph.graph import trace
 from dfq_jax.runtime import apply_integer, compile_integer
-from dfq_jax.synthesis.layer_rules import loop_friendly
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.ranges import estimate_ranges
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from model_grid import linen_case
 
-from dfq_jax.equalization import absorb_high_bias, equalize, find_pairs
-from dfq_jax.graph import trace
+from dfq_jax.graph.graph import trace
+from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
 
 
 def prepared(case):

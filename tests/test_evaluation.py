@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dfq_jax.evaluation import accuracy, predict
+from dfq_jax.data.evaluation import accuracy, predict
 
 rng = np.random.default_rng(0)
 

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from model_grid import GRID, function_case, linen_case
 
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized, normalize, record_tensors, run
-from dfq_jax.graph import QUANTIZATION, Graph, GraphError, trace, with_quantization
-from dfq_jax.qtensor import QTensor, QuantizerParams, fake_quant, params_from_range
-from dfq_jax.tracing.program import sub_jaxprs
-from dfq_jax.weights import quantize_kernel
+from dfq_jax.graph.execution import OPERANDS, TENSORS, apply_quantized, normalize, record_tensors, run
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.graph.tracing.program import sub_jaxprs
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers.collection import QUANTIZATION, with_quantization
+from dfq_jax.quantizers.qtensor import QTensor, QuantizerParams, fake_quant, params_from_range
+from dfq_jax.quantizers.weights import quantize_kernel
+from dfq_jax.stages.comparison import sqnr
+from dfq_jax.stages.convention import Convention, quantize_params
 
 # --- the grid: one compiled program tells everything about a network ---
 

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from test_runtime import quantized
 
-from dfq_jax.convention import Convention
-from dfq_jax.execute import apply_quantized
 from dfq_jax.export import get_exporter
 from dfq_jax.export.qwix import QwixExporter, to_qwix
 from dfq_jax.export.stablehlo import StableHLOExporter
 from dfq_jax.export.tflite import PYTHON_VARIABLE, TFLiteExporter
-from dfq_jax.quantized import Quantized
+from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.recipes.quantized import Quantized
+from dfq_jax.stages.convention import Convention
 
 
 @functools.cache

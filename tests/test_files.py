@@ -6,8 +6,8 @@ import os
 import jax.numpy as jnp
 import pytest
 
-from dfq_jax import artifact
-from dfq_jax.files import write_atomically
+from dfq_jax.base.files import write_atomically
+from dfq_jax.export import artifact
 from dfq_jax.synthesis.checkpoint import Checkpoint
 
 WRITERS = {

@@ -24,9 +24,13 @@ from dfq_jax import (
     squant,
     trace,
 )
-from dfq_jax.comparison import Comparison, compare
-from dfq_jax.finetuning import loop
-from dfq_jax.finetuning.losses import (
+from dfq_jax.quantizers.collection import QUANTIZATION
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.quantizers.weights import quantize_kernel
+from dfq_jax.recipes.recipe import Recipe, recipe_from
+from dfq_jax.stages.comparison import Comparison, compare
+from dfq_jax.stages.finetuning import loop
+from dfq_jax.stages.finetuning.losses import (
     Observation,
     attention_distance,
     channel_attention,
@@ -35,8 +39,8 @@ from dfq_jax.finetuning.losses import (
     relative_error,
     restricted_cross_entropy,
 )
-from dfq_jax.finetuning.step import advance, augment, init_state, make_optimizer
-from dfq_jax.finetuning.student import (
+from dfq_jax.stages.finetuning.step import advance, augment, init_state, make_optimizer
+from dfq_jax.stages.finetuning.student import (
     Parameters,
     hard_variables,
     init_codes,
@@ -48,10 +52,6 @@ from dfq_jax.finetuning.student import (
     soft_kernels,
     soft_variables,
 )
-from dfq_jax.graph import QUANTIZATION
-from dfq_jax.qtensor import QTensor
-from dfq_jax.recipes import Recipe, recipe_from
-from dfq_jax.weights import quantize_kernel
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(2, 6, 5)) * 3

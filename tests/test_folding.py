@@ -13,8 +13,8 @@ import pytest
 from model_grid import GRID, linen_case
 
 import dfq_jax
-from dfq_jax.folding import fold_batch_norm, foldable
-from dfq_jax.graph import trace
+from dfq_jax.graph.graph import trace
+from dfq_jax.stages.folding import fold_batch_norm, foldable
 
 LARGE = ("resnet50", "resnet18", "densenet", "odd_sizes", "efficientnet")  # much like others here, and slow to compile
 GRID = [

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import dfq_jax
-from dfq_jax.batch_norm import batch_norm_moments
-from dfq_jax.execute import LayerCall, run
+from dfq_jax.graph.execution import LayerCall, run
+from dfq_jax.stages.batch_norm import batch_norm_moments
 
 COLUMNS = (32_769, 33_000, 40_001)
 rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 import test_synthesis
 from test_synthesis import CONFIG, GRAPH, KEY, VARIABLES, statistics
 
-from dfq_jax.graph import trace
+from dfq_jax.graph.graph import trace
 from dfq_jax.synthesis import generator, source, synthesize
 
 GENERATOR = dataclasses.replace(

@@ -19,20 +19,12 @@ import pytest
 from flax import nnx
 from model_grid import GRID
 
-from dfq_jax.adapters import as_function
-from dfq_jax.graph import (
-    OPERANDS,
-    QUANTIZATION,
-    TENSORS,
-    Graph,
-    GraphError,
-    Skipped,
-    trace,
-    with_quantization,
-    without_quantization,
-)
-from dfq_jax.qtensor import QTensor, params_from_range
-from dfq_jax.tracing.program import Constant, Program
+from dfq_jax.graph.adapters import as_function
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.graph.tracing.program import Constant, Program
+from dfq_jax.graph.tracing.structure import GraphError, Skipped
+from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, with_quantization, without_quantization
+from dfq_jax.quantizers.qtensor import QTensor, params_from_range
 
 
 class Counts(NamedTuple):
@@ -642,7 +634,7 @@ def test_digest_is_that_of_other_versions(name):
 
 def test_digest_does_not_depend_on_the_process():
     code = (
-        "import model_grid; from dfq_jax.graph import trace; case = model_grid.shared_kernel();"
+        "import model_grid; from dfq_jax.graph.graph import trace; case = model_grid.shared_kernel();"
         "graph = trace(*case.function(), case.input_shape); print(graph.digest)"
     )
     path = os.pathsep.join([os.path.dirname(model_grid.__file__), *sys.path])

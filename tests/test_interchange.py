@@ -12,7 +12,7 @@ import pytest
 from test_export_formats import litert, needs_litert, network
 
 import dfq_jax
-from dfq_jax.interchange import from_aimet, onnx_names, ranges_of, to_aimet, to_litert, to_onnxruntime, to_qwix
+from dfq_jax.export.interchange import from_aimet, onnx_names, ranges_of, to_aimet, to_litert, to_onnxruntime, to_qwix
 
 RANGES = {"a": (-1.0, 3.0), "b": (0.0, 6.0)}
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 
-from dfq_jax.execute import run
-from dfq_jax.graph import trace
-from dfq_jax.synthesis.layer_rules import loop_friendly, swing
+from dfq_jax.graph.execution import run
+from dfq_jax.graph.gradients import loop_friendly
+from dfq_jax.graph.graph import trace
+from dfq_jax.synthesis.swing import swing
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SHAPE = (2, 6, 8, 3)

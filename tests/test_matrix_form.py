@@ -7,9 +7,9 @@ import model_grid
 import numpy as np
 import pytest
 
-from dfq_jax.execute import run
-from dfq_jax.graph import trace
-from dfq_jax.matrix_form import input_channels, kernel_form, patches
+from dfq_jax.graph.execution import run
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.matrix_form import input_channels, kernel_form, patches
 
 NAMES = ("dilated_grouped", "transposed_conv", "general_dense", "conv_1d", "conv_3d", "channels_first", "odd_sizes")
 

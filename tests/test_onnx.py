@@ -24,8 +24,8 @@ from model_grid import (
 )
 
 import dfq_jax
-from dfq_jax.evaluation import sqnr
 from dfq_jax.export import get_exporter
+from dfq_jax.stages.comparison import sqnr
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -7,16 +7,17 @@ import pytest
 from jax import lax
 from model_grid import function_case
 
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.execute import OPERANDS, TENSORS, apply_quantized
-from dfq_jax.finetuning import FinetuneConfig
-from dfq_jax.finetuning import student as finetuning
-from dfq_jax.graph import QUANTIZATION, trace, with_quantization
-from dfq_jax.qtensor import QTensor, fake_quant
-from dfq_jax.ranges import estimate_ranges
-from dfq_jax.rounding import ReconstructionConfig
-from dfq_jax.rounding.block import apply_soft, init_parameters, soft_variables
+from dfq_jax.graph.execution import OPERANDS, TENSORS, apply_quantized
+from dfq_jax.graph.graph import trace
+from dfq_jax.quantizers.collection import QUANTIZATION, with_quantization
+from dfq_jax.quantizers.qtensor import QTensor, fake_quant
 from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.finetuning import FinetuneConfig
+from dfq_jax.stages.finetuning import student as finetuning
+from dfq_jax.stages.ranges import estimate_ranges
+from dfq_jax.stages.rounding import ReconstructionConfig
+from dfq_jax.stages.rounding.block import apply_soft, init_parameters, soft_variables
 
 KEY = jax.random.key(0)
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfq_jax.computed import compute_kernels
-from dfq_jax.graph import trace
-from dfq_jax.tracing.activations import ACTIVATIONS, GRID, classify
-from dfq_jax.tracing.batch_norm_pattern import computed_statistics
-from dfq_jax.tracing.elementwise import NotElementwise, evaluate
-from dfq_jax.tracing.flattening import flatten
-from dfq_jax.tracing.layout import follow_axis, move_labels
-from dfq_jax.tracing.naming import inner_paths, unique_names
-from dfq_jax.tracing.program import Op
+from dfq_jax.graph.computed import compute_kernels
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.activations import ACTIVATIONS, GRID, classify
+from dfq_jax.graph.tracing.batch_norm_pattern import computed_statistics
+from dfq_jax.graph.tracing.elementwise import NotElementwise, evaluate
+from dfq_jax.graph.tracing.flattening import flatten
+from dfq_jax.graph.tracing.layout import follow_axis, move_labels
+from dfq_jax.graph.tracing.naming import inner_paths, unique_names
+from dfq_jax.graph.tracing.program import Op
 
 NORM = {k: jnp.ones(4) for k in ("mean", "var", "scale", "bias")}
 

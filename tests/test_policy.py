@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from test_runtime import EVERYTHING, quantized
 
-from dfq_jax.graph import dequantized
-from dfq_jax.qtensor import params_from_range, quantize_tensor
-from dfq_jax.quantized import Quantized
+from dfq_jax.quantizers.collection import dequantized
+from dfq_jax.quantizers.qtensor import params_from_range, quantize_tensor
+from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.runtime import apply_integer, compile_integer, kernel_table, measure_policy, policy, timing
 from dfq_jax.runtime import self_test as testing
 from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED, WEIGHT_ONLY, Policy, decide, default_policy, largest_sum

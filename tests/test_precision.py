@@ -15,8 +15,8 @@ import pytest
 from conftest import rounds_products
 
 import dfq_jax
-from dfq_jax.comparison import compare
-from dfq_jax.convention import Convention
+from dfq_jax.stages.comparison import compare
+from dfq_jax.stages.convention import Convention
 from dfq_jax.synthesis.refine import RefineConfig, refine
 
 pytestmark = pytest.mark.default_precision
@@ -57,9 +57,9 @@ DECIDING = {
     "SQuant": lambda graph, v, q, x: dfq_jax.squant(graph, v, q),
     "GPTQ": lambda graph, v, q, x: dfq_jax.gptq(graph, v, q, x),
     "comparison": lambda graph, v, q, x: dataclasses.astuple(compare(graph, v, q, x)),
-    "synthesis": lambda graph, v, q, x: dfq_jax.synthesize(
-        graph, v, jax.random.key(0), dataclasses.replace(SMALL, precision="highest")
-    ).images,
+    "synthesis": lambda graph, v, q, x: (
+        dfq_jax.synthesize(graph, v, jax.random.key(0), dataclasses.replace(SMALL, precision="highest")).images
+    ),
     "refinement": lambda graph, v, q, x: refine(
         graph, v, q, x, jax.random.key(0), RefineConfig(steps=2, batch_size=4, statistics=SMALL)
     ),

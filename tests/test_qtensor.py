@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfq_jax.qtensor import (
+from dfq_jax.quantizers.qtensor import (
     SCALE_FLOOR,
     QTensor,
     QuantizerParams,
@@ -22,7 +22,7 @@ from dfq_jax.qtensor import (
     storage_bits,
     unpack,
 )
-from dfq_jax.weights import WEIGHT_RANGES, lp, min_max, mse, quantize_kernel
+from dfq_jax.quantizers.weights import WEIGHT_RANGES, lp, min_max, mse, quantize_kernel
 
 ALL_BITS = range(2, 9)
 rng = np.random.default_rng(0)

@@ -15,14 +15,16 @@ import pytest
 from random_networks import ACTIVATIONS, CONVOLUTIONS, NORMS, UNITS, RandomNetwork, random_network
 
 import dfq_jax
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import apply_quantized, record_tensors, run
-from dfq_jax.graph import Graph, GraphError, dequantized, trace
-from dfq_jax.quantized import Quantized
-from dfq_jax.report import Report, packed_size
+from dfq_jax.graph.execution import apply_quantized, record_tensors, run
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers.collection import dequantized
+from dfq_jax.recipes.quantized import Quantized
+from dfq_jax.report.report import Report, packed_size
 from dfq_jax.runtime import apply_integer, compile_integer
 from dfq_jax.runtime.policy import Policy
+from dfq_jax.stages.comparison import sqnr
+from dfq_jax.stages.convention import Convention, quantize_params
 
 FAST = range(30)
 SLOW = range(30, 330)

@@ -8,12 +8,13 @@ import model_grid
 import numpy as np
 import pytest
 
-from dfq_jax import ranges
-from dfq_jax.analytic import analytic_summaries
-from dfq_jax.convention import Convention
-from dfq_jax.graph import GraphError, trace
-from dfq_jax.qtensor import fake_quant, params_from_range
-from dfq_jax.ranges import ESTIMATORS, estimate_ranges, optimal_clip, summarize
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers.qtensor import fake_quant, params_from_range
+from dfq_jax.stages import ranges
+from dfq_jax.stages.analytic import analytic_summaries
+from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.ranges import ESTIMATORS, estimate_ranges, optimal_clip, summarize
 
 WIDTH = 64
 

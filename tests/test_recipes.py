@@ -19,24 +19,25 @@ import pytest
 from flax import nnx
 
 import dfq_jax
-from dfq_jax import artifact
-from dfq_jax.artifact import ArtifactError
-from dfq_jax.batch_norm import BatchNormConfig
-from dfq_jax.comparison import compare
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.equalization import equalize, find_pairs
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import OPERANDS, TENSORS
-from dfq_jax.execute import run as trace_run
-from dfq_jax.finetuning import FinetuneConfig
-from dfq_jax.finetuning import loop as finetuning_loop
-from dfq_jax.graph import QUANTIZATION, GraphError, GraphWarning, trace
-from dfq_jax.pipeline import quantize
-from dfq_jax.qtensor import QTensor
-from dfq_jax.quantized import load
-from dfq_jax.recipes import RECIPES, Recipe, recipe_from
-from dfq_jax.report import LayerReport, Report, report_from
-from dfq_jax.rounding import ReconstructionConfig, learned
+from dfq_jax.export import artifact
+from dfq_jax.export.artifact import ArtifactError
+from dfq_jax.graph.execution import OPERANDS, TENSORS
+from dfq_jax.graph.execution import run as trace_run
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.structure import GraphError, GraphWarning
+from dfq_jax.quantizers.collection import QUANTIZATION
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.recipes.pipeline import quantize
+from dfq_jax.recipes.quantized import load
+from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
+from dfq_jax.report.report import LayerReport, Report, report_from
+from dfq_jax.stages.batch_norm import BatchNormConfig
+from dfq_jax.stages.comparison import compare, sqnr
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.equalization import equalize, find_pairs
+from dfq_jax.stages.finetuning import FinetuneConfig
+from dfq_jax.stages.finetuning import loop as finetuning_loop
+from dfq_jax.stages.rounding import ReconstructionConfig, learned
 from dfq_jax.synthesis import SynthesisConfig, loop
 
 SHAPE = (2, 8, 8, 3)

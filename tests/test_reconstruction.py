@@ -8,12 +8,12 @@ from flax import linen as nn
 from model_grid import cifar_resnet8, mlp, transposed_conv
 
 from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params, trace
-from dfq_jax.comparison import compare
-from dfq_jax.qtensor import QTensor
-from dfq_jax.rounding.block import advance, prediction_difference, random_mask
-from dfq_jax.rounding.learned import reconstruct
-from dfq_jax.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
-from dfq_jax.weights import quantize_kernel
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.quantizers.weights import quantize_kernel
+from dfq_jax.stages.comparison import compare
+from dfq_jax.stages.rounding.block import advance, prediction_difference, random_mask
+from dfq_jax.stages.rounding.learned import reconstruct
+from dfq_jax.stages.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, False), (8, True)])

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from model_grid import linen_case
 
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.execute import run
-from dfq_jax.graph import trace
-from dfq_jax.matrix_form import Codes, kernel_codes, kernel_form
-from dfq_jax.qtensor import QTensor
-from dfq_jax.rounding import GPTQConfig, gptq, squant, squant_codes
-from dfq_jax.rounding.gptq import Moments, nearest_plane, round_kernel
+from dfq_jax.graph.execution import run
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.matrix_form import Codes, kernel_codes, kernel_form
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.rounding import GPTQConfig, gptq, squant, squant_codes
+from dfq_jax.stages.rounding.gptq import Moments, nearest_plane, round_kernel
 
 # --- references ---
 

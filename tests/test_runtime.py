@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from model_grid import GRID, function_case
 
-from dfq_jax import qtensor
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.execute import apply_quantized, record_tensors
-from dfq_jax.graph import Graph, GraphError, trace
+from dfq_jax.graph.execution import apply_quantized, record_tensors
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.graph.tracing.program import sub_jaxprs
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers import qtensor
 from dfq_jax.runtime import IntegerPlan, apply_integer, compile_integer
 from dfq_jax.runtime.execution import unpack
 from dfq_jax.runtime.policy import FLOAT, INT8, WEIGHT_ONLY, Policy, default_policy
-from dfq_jax.tracing.program import sub_jaxprs
+from dfq_jax.stages.convention import Convention, quantize_params
 
 # All that can run as int8 does, and nothing is compiled to find out whether it should.
 EVERYTHING = Policy(self_test=False)

@@ -14,15 +14,18 @@ import pytest
 from flax import nnx
 
 import dfq_jax
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import apply_quantized, run
-from dfq_jax.graph import Graph, GraphError, flatten_with_paths, trace
-from dfq_jax.qtensor import QTensor
-from dfq_jax.ranges import estimate_ranges
-from dfq_jax.recipes import RECIPES
-from dfq_jax.report import layer_reports
+from dfq_jax.graph.execution import apply_quantized, run
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers.collection import dequantized, without_quantization
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.quantizers.trees import flatten_with_paths
+from dfq_jax.recipes.recipe import RECIPES
+from dfq_jax.report.report import layer_reports
 from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.stages.comparison import sqnr
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.ranges import estimate_ranges
 
 TINY = {"synthesis_steps": 4, "synthesis_num_images": 8, "synthesis_batch_size": 8}
 
@@ -137,7 +140,7 @@ def test_instant(name, tmp_path):
     assert sqnr(plain(net.images), q(net.images)) > 20  # its noise depends on the names of BatchNorms
     assert sqnr(q(net.images), q.integer()(net.images)) > 40
     # The tree is the user's, with codes for kernels.
-    own, given = flatten_with_paths(dfq_jax.graph.without_quantization(q.variables)), flatten_with_paths(net.variables)
+    own, given = flatten_with_paths(without_quantization(q.variables)), flatten_with_paths(net.variables)
     assert own[0] == given[0] and [leaf.shape for leaf in own[1]] == [leaf.shape for leaf in given[1]]
     q.save(tmp_path / "q.safetensors")
     loaded = dfq_jax.load(tmp_path / "q.safetensors", net.model, net.variables)
@@ -165,7 +168,7 @@ def test_learned_recipes(recipe):
     small = RECIPES[recipe].replace(**TINY, **steps)
     quantize = functools.partial(dfq_jax.quantize, input_shape=net.shape, recipe=small, key=jax.random.key(0))
     q, plain = quantize(net.model, net.variables), quantize(net.plain_model, net.plain_variables)
-    assert jax.tree.structure(dfq_jax.graph.dequantized(q.variables)) == jax.tree.structure(net.variables)
+    assert jax.tree.structure(dequantized(q.variables)) == jax.tree.structure(net.variables)
     assert sqnr(plain(net.images), q(net.images)) > 10
 
 
@@ -374,7 +377,7 @@ def test_quantized_slices_are_those_of_single_kernels(name):
     assert all(isinstance(leaf, QTensor) for leaf in graph.leaves(qvariables))
     x = random(2, 4)
     found = jax.tree.leaves(apply_quantized(graph, qvariables, x))
-    for one, other in zip(found, jax.tree.leaves(function(dfq_jax.graph.dequantized(qvariables), x)), strict=True):
+    for one, other in zip(found, jax.tree.leaves(function(dequantized(qvariables), x)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 

@@ -6,9 +6,9 @@ import pytest
 from model_grid import GRID, cifar_resnet8, resnet50, vgg
 
 from dfq_jax import run_block, trace
-from dfq_jax.graph import GraphError
-from dfq_jax.subnetwork import subnetwork
-from dfq_jax.tracing.blocks import merge_blocks
+from dfq_jax.graph.subnetwork import subnetwork
+from dfq_jax.graph.tracing.blocks import merge_blocks
+from dfq_jax.graph.tracing.structure import GraphError
 
 FAST = ("cifar_resnet8", "vgg", "inception", "shared_kernel", "remat", "general_dense", "dict_outputs")
 PARAMS = [

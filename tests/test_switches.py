@@ -19,8 +19,8 @@ import pytest
 from model_grid import linen_case
 
 import dfq_jax
-from dfq_jax.evaluation import sqnr
 from dfq_jax.export import get_exporter
+from dfq_jax.stages.comparison import sqnr
 
 SWITCHES: dict[str, Any] = {
     "jax_numpy_rank_promotion": "raise",

@@ -18,8 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from dfq_jax.batch_norm import batch_norm_moments
-from dfq_jax.graph import GraphError, trace
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.stages.batch_norm import batch_norm_moments
 from dfq_jax.synthesis import (
     SynthesisConfig,
     SynthesisError,

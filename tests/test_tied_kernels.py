@@ -8,19 +8,21 @@ from jax import lax
 from model_grid import function_case
 
 import dfq_jax
-from dfq_jax.convention import Convention, quantize_params
-from dfq_jax.equalization import equalize, find_pairs
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import apply_quantized, run
-from dfq_jax.finetuning import FinetuneConfig, finetune
-from dfq_jax.folding import fold_batch_norm, foldable
-from dfq_jax.graph import GraphError, dequantized, trace
-from dfq_jax.matrix_form import common_form
-from dfq_jax.qtensor import QTensor
-from dfq_jax.ranges import estimate_ranges
-from dfq_jax.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
+from dfq_jax.graph.execution import apply_quantized, run
+from dfq_jax.graph.graph import trace
+from dfq_jax.graph.matrix_form import common_form
+from dfq_jax.graph.tracing.structure import GraphError
+from dfq_jax.quantizers.collection import dequantized
+from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.quantizers.weights import quantize_kernel
 from dfq_jax.runtime import apply_integer, compile_integer
-from dfq_jax.weights import quantize_kernel
+from dfq_jax.stages.comparison import sqnr
+from dfq_jax.stages.convention import Convention, quantize_params
+from dfq_jax.stages.equalization import equalize, find_pairs
+from dfq_jax.stages.finetuning import FinetuneConfig, finetune
+from dfq_jax.stages.folding import fold_batch_norm, foldable
+from dfq_jax.stages.ranges import estimate_ranges
+from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 
 NORM = {"scale": (8,), "bias": (8,), "mean": (8,), "var": (8,)}
 

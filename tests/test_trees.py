@@ -12,17 +12,17 @@ from flax import nnx
 
 import dfq_jax
 from dfq_jax.export.onnx import export_onnx
-from dfq_jax.graph import (
+from dfq_jax.graph.graph import trace
+from dfq_jax.quantizers.collection import (
     QuantizedVariables,
     dequantized,
-    flatten_with_paths,
     is_quantized,
     quantization,
-    trace,
     with_quantization,
     without_quantization,
 )
-from dfq_jax.qtensor import QTensor, params_from_range
+from dfq_jax.quantizers.qtensor import QTensor, params_from_range
+from dfq_jax.quantizers.trees import flatten_with_paths
 
 SHAPE = (2, 8, 8, 3)
 EPSILON = 1e-3

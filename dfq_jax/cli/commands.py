@@ -26,14 +26,13 @@ from dfq_jax.cli.output import (
     write_json,
 )
 from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.convention import Convention
-from dfq_jax.evaluation import accuracy
+from dfq_jax.data import accuracy
 from dfq_jax.graph import GraphWarning
-from dfq_jax.pipeline import quantize as quantize_network
-from dfq_jax.quantized import Quantized, load
-from dfq_jax.recipes import Recipe, get_recipe
+from dfq_jax.recipes import Quantized, Recipe, get_recipe, load
+from dfq_jax.recipes import quantize as quantize_network
+from dfq_jax.stages import Convention
 from dfq_jax.synthesis import SynthesisError
-from dfq_jax.zoo.packaged import PackagedWeights
+from dfq_jax.zoo import PackagedWeights
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
 DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."

@@ -20,9 +20,8 @@ from dfq_jax.cli.output import (
     write_json,
 )
 from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.evaluation import accuracy
-from dfq_jax.pipeline import quantize
-from dfq_jax.recipes import RECIPES, Recipe
+from dfq_jax.data import accuracy
+from dfq_jax.recipes import RECIPES, Recipe, quantize
 
 MODEL = "fashion_resnet20"
 DATA = "bundled"

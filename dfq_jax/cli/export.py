@@ -16,12 +16,12 @@ from dfq_jax.cli.models import Model, Progress, model_of, resolve
 from dfq_jax.cli.output import check_targets, environment, print_table, write_json
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
-from dfq_jax.evaluation import sqnr
-from dfq_jax.execute import activation_quantizers
 from dfq_jax.export import Runner, get_exporter
 from dfq_jax.export.tflite import check_expressible
-from dfq_jax.graph import dequantized
-from dfq_jax.quantized import Quantized, load
+from dfq_jax.graph import activation_quantizers
+from dfq_jax.quantizers import dequantized
+from dfq_jax.recipes import Quantized, load
+from dfq_jax.stages import sqnr
 from dfq_jax.synthesis import synthesize
 
 RANGE_IMAGES = 64

@@ -15,15 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from dfq_jax import artifact, zoo
-from dfq_jax.adapters import ApplyFn, as_function
-from dfq_jax.data import Dataset, load_data
-from dfq_jax.evaluation import predict
-from dfq_jax.execute import run
-from dfq_jax.graph import Graph, trace
-from dfq_jax.synthesis.checks import num_classes
-from dfq_jax.tracing.failures import where
-from dfq_jax.zoo.registry import abstract_model
+from dfq_jax import zoo
+from dfq_jax.data import Dataset, load_data, predict
+from dfq_jax.export import artifact
+from dfq_jax.graph import ApplyFn, Graph, as_function, run, trace, where
+from dfq_jax.zoo import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.
 EVALUATION_BATCH = 100
@@ -74,7 +70,7 @@ class Model:
         Raises:
           ValueError: they do not, or cannot be read; before anything is computed on them.
         """
-        classes = num_classes(self.graph)
+        classes = self.graph.num_classes
         if not classes:
             raise ValueError(f"{self.name} gives no class scores [N, classes]: accuracy is not defined")
         shape = None if self.resizes else self.input_shape

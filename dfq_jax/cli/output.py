@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dfq_jax.convention import Convention
-from dfq_jax.evaluation import Accuracy
-from dfq_jax.files import write_atomically
+from dfq_jax.base import write_atomically
+from dfq_jax.data import Accuracy
+from dfq_jax.stages import Convention
 
 PACKAGES = ("dfq_jax", "jax", "jaxlib", "flax", "numpy", "optax", "safetensors")
 # Rich breaks lines at 80 characters where it knows no terminal; files and pipes have no such limit.

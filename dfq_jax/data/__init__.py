@@ -22,11 +22,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from dfq_jax.data.dataset import Dataset
+from dfq_jax.data.evaluation import Accuracy, accuracy, predict
 from dfq_jax.data.folder import open_folder
 from dfq_jax.data.tfds import open_tfds
-from dfq_jax.zoo.arrays import read_npz
+from dfq_jax.zoo import read_npz
 
-__all__ = ["Dataset", "load_data"]
+__all__ = ["Accuracy", "Dataset", "accuracy", "load_data", "predict"]
 
 _SCHEMES = "bundled, npz:FILE, folder:DIR, tfds:NAME/SPLIT"
 

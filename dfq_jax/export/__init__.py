@@ -17,9 +17,11 @@ import numpy as np
 from jaxtyping import Float
 
 if TYPE_CHECKING:
-    from dfq_jax.quantized import Quantized
+    from dfq_jax.recipes import Quantized
 
-__all__ = ["FORMATS", "Exporter", "Runner", "as_batch", "get_exporter", "require"]
+from dfq_jax.export.artifact import ArtifactError
+
+__all__ = ["FORMATS", "ArtifactError", "Exporter", "Runner", "as_batch", "get_exporter", "require"]
 
 FORMATS = ("onnx", "qwix", "stablehlo", "tflite")
 

@@ -25,17 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.adapters import as_function, linen_shapes
-from dfq_jax.computed import computed_kernels
-from dfq_jax.execute import activation_quantizers
+from dfq_jax.base import write_atomically
 from dfq_jax.export import Runner, as_batch, require
-from dfq_jax.files import write_atomically
-from dfq_jax.graph import TENSORS, Graph, Layer, quantization, without_quantization
-from dfq_jax.qtensor import QTensor, QuantizerParams
-from dfq_jax.runtime.policy import centered
+from dfq_jax.graph import Graph, Layer, activation_quantizers, as_function, computed_kernels, linen_shapes
+from dfq_jax.quantizers import TENSORS, QTensor, QuantizerParams, quantization, without_quantization
+from dfq_jax.runtime import centered
 
 if TYPE_CHECKING:
-    from dfq_jax.quantized import Quantized
+    from dfq_jax.recipes import Quantized
 
 FORMAT = "qwix-ptq"
 

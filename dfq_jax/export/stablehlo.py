@@ -17,14 +17,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from dfq_jax.base import may_transfer, write_atomically
 from dfq_jax.export import Runner, as_batch, require
-from dfq_jax.files import write_atomically
 from dfq_jax.graph import GraphError
 from dfq_jax.runtime import Policy, apply_integer, compile_integer, default_policy
-from dfq_jax.transfers import may_transfer
 
 if TYPE_CHECKING:
-    from dfq_jax.quantized import Quantized
+    from dfq_jax.recipes import Quantized
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

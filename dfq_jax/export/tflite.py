@@ -31,16 +31,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.execute import LayerCall, activation_quantizers, record_tensors, run
+from dfq_jax.base import check_field, is_non_negative, write_atomically
 from dfq_jax.export import Runner
-from dfq_jax.fields import check_field, is_non_negative
-from dfq_jax.files import write_atomically
-from dfq_jax.folding import fold_batch_norm
-from dfq_jax.graph import Graph, dequantized
-from dfq_jax.qtensor import QuantizerParams
+from dfq_jax.graph import Graph, LayerCall, activation_quantizers, record_tensors, run
+from dfq_jax.quantizers import QuantizerParams, dequantized
+from dfq_jax.stages import fold_batch_norm
 
 if TYPE_CHECKING:
-    from dfq_jax.quantized import Quantized
+    from dfq_jax.recipes import Quantized
 
 PYTHON_VARIABLE = "DFQ_JAX_TFLITE_PYTHON"
 WORKER = Path(__file__).with_name("tflite_worker.py")

@@ -23,7 +23,7 @@ from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_integer
 from dfq_jax.runtime.network import IntegerNetwork
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
-from dfq_jax.runtime.policy import Decision, Policy, default_policy
+from dfq_jax.runtime.policy import Decision, Policy, centered, default_policy
 from dfq_jax.runtime.table import kernel_table
 from dfq_jax.runtime.timing import measure_policy
 
@@ -34,6 +34,7 @@ __all__ = [
     "LayerPlan",
     "Policy",
     "apply_integer",
+    "centered",
     "compile_integer",
     "default_policy",
     "kernel_table",

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.backend import platform_of
-from dfq_jax.execute import LayerCall, activation_quantizers
-from dfq_jax.graph import TENSORS, Graph, Layer, is_quantized, quantization
-from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack, storage_bits
+from dfq_jax.base import may_transfer, platform_of
+from dfq_jax.graph import Graph, Layer, LayerCall, activation_quantizers
+from dfq_jax.quantizers import TENSORS, QTensor, QuantizerParams, bounds, is_quantized, pack, quantization, storage_bits
 from dfq_jax.runtime.fusion import Fusion, fuse
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
 from dfq_jax.runtime.policy import (
@@ -27,7 +26,6 @@ from dfq_jax.runtime.policy import (
     default_policy,
 )
 from dfq_jax.runtime.self_test import self_test
-from dfq_jax.transfers import may_transfer
 
 
 @may_transfer

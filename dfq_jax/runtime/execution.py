@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.execute import LayerCall, run_leaves
-from dfq_jax.graph import Layer, Tensor
-from dfq_jax.qtensor import storage_bits
+from dfq_jax.graph import Layer, LayerCall, Tensor, run_leaves
+from dfq_jax.quantizers import storage_bits
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
 from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED
 

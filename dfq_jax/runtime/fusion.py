@@ -6,9 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 
-from dfq_jax.graph import Graph, Layer, Tensor
-from dfq_jax.tracing.batch_norm_pattern import ChannelAlgebra
-from dfq_jax.tracing.regions import Activations
+from dfq_jax.graph import Activations, ChannelAlgebra, Graph, Layer, Tensor
 
 CLIPS = ("relu", "relu6")  # activations that a quantizer's clip can do
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dfq_jax.graph import Graph, Layer
-from dfq_jax.qtensor import QTensor, QuantizerParams, bounds
+from dfq_jax.quantizers import QTensor, QuantizerParams, bounds
 
 BACKENDS = ("cpu", "cuda", "tpu")
 ACCUMULATORS = ("int32", "float32")

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.execute import LayerCall
-from dfq_jax.graph import Graph
+from dfq_jax.graph import Graph, LayerCall
 from dfq_jax.runtime.policy import Policy
 
 _PASSED: dict[tuple[Any, ...], bool] = {}

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.backend import platform_of
-from dfq_jax.graph import Graph, dequantized, is_quantized
+from dfq_jax.base import platform_of
+from dfq_jax.graph import Graph
+from dfq_jax.quantizers import dequantized, is_quantized
 from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_integer
 from dfq_jax.runtime.plan import IntegerPlan

@@ -2,8 +2,9 @@
 a `generator`), how they change from step to step (`augment`), one step of the optimizer (`step`), the loop around it
 (`loop`), and a second pass for one quantized network (`refine`)."""
 
+from dfq_jax.synthesis.checkpoint import remove_checkpoint
 from dfq_jax.synthesis.config import DGH, GENIE, SynthesisConfig
-from dfq_jax.synthesis.loop import Progress, Synthesis, SynthesisError, synthesize
+from dfq_jax.synthesis.loop import Progress, Synthesis, SynthesisError, largest_divisor, synthesize
 from dfq_jax.synthesis.refine import RefineConfig, refine
 from dfq_jax.synthesis.step import advance, init_batch
 
@@ -17,6 +18,8 @@ __all__ = [
     "SynthesisError",
     "advance",
     "init_batch",
+    "largest_divisor",
     "refine",
+    "remove_checkpoint",
     "synthesize",
 ]

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.files import replacing
-from dfq_jax.graph import flatten_with_paths
+from dfq_jax.base import replacing
+from dfq_jax.quantizers import flatten_with_paths
 
 
 class Checkpoint:

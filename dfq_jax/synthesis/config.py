@@ -6,8 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dfq_jax.fields import check_field, is_non_negative
-from dfq_jax.precision import check_precision
+from dfq_jax.base import check_field, check_precision, is_non_negative
 
 SOURCES = ("pixels", "generator")
 STATISTICS = ("batch", "image", "set")

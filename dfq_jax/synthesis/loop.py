@@ -20,12 +20,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.backend import platform_of
-from dfq_jax.graph import Graph, GraphWarning
-from dfq_jax.interrupt import catch_interrupt
-from dfq_jax.precision import products
+from dfq_jax.base import catch_interrupt, platform_of, products
+from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checkpoint import Checkpoint
-from dfq_jax.synthesis.checks import check_synthesizable, doubtful_statistics
+from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.objective import Evaluation, Moments, Targets
 from dfq_jax.synthesis.source import make_optimizer

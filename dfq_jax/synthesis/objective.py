@@ -15,10 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.execute import BatchNormParameters, LayerCall, along_channels, normalize, run
-from dfq_jax.graph import BatchNorm, Graph
+from dfq_jax.graph import (
+    BatchNorm,
+    BatchNormParameters,
+    Graph,
+    LayerCall,
+    along_channels,
+    loop_friendly,
+    normalize,
+    run,
+)
 from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.layer_rules import loop_friendly, swing
+from dfq_jax.synthesis.swing import swing
 
 # Keeps the gradient of a standard deviation finite where a channel is constant.
 STD_EPSILON = 1e-6

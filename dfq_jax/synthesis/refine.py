@@ -24,13 +24,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.backend import platform_of
-from dfq_jax.execute import apply_quantized
-from dfq_jax.fields import check_field, is_non_negative
-from dfq_jax.graph import Graph, is_quantized
-from dfq_jax.optimization import descend
-from dfq_jax.precision import full_precision
-from dfq_jax.ranges import check_images
+from dfq_jax.base import check_field, descend, full_precision, is_non_negative, platform_of
+from dfq_jax.graph import Graph, apply_quantized, check_images
+from dfq_jax.quantizers import is_quantized
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.loop import SynthesisError, default_chunk, largest_divisor

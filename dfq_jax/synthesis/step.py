@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from dfq_jax.base import descend
 from dfq_jax.graph import Graph
-from dfq_jax.optimization import descend
 from dfq_jax.synthesis.augment import augment, finish
-from dfq_jax.synthesis.checks import num_classes
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.objective import Evaluation, Moments, Targets, class_margin, evaluate
 from dfq_jax.synthesis.source import make_source
@@ -37,7 +36,7 @@ def init_batch(
     """A fresh source and balanced random labels for one batch; the key is consumed."""
     source_key, label_key = jax.random.split(key)
     parameters = make_source(config, graph.input.shape).init(source_key)
-    classes = max(num_classes(graph), 1)
+    classes = max(graph.num_classes, 1)
     order = jax.random.permutation(label_key, classes).astype(jnp.int32)
     labels = order[jnp.arange(config.batch_size) % classes]  # other classes in each batch where there are many
     state = BatchState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))

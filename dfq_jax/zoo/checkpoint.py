@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dfq_jax.adapters import linen_shapes
+from dfq_jax.graph import linen_shapes
 from dfq_jax.zoo import hub
 from dfq_jax.zoo.arrays import Readers, open_arrays
 from dfq_jax.zoo.layouts import FLAX, LAYOUTS, TRANSFORMS, Layout, Rule

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from dfq_jax.base import write_atomically
 from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.export.onnx.translate import LOGITS, MIN_OPSET, to_onnx
 from dfq_jax.export.onnx.writer import INPUT
-from dfq_jax.files import write_atomically
 from dfq_jax.graph import Graph
-from dfq_jax.quantized import Quantized
+from dfq_jax.recipes import Quantized
 
 FATAL = 4  # of ONNX Runtime's log levels
 

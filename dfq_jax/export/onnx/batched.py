@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from dfq_jax.graph import Graph, GraphError
-from dfq_jax.tracing.program import CONTROL_FLOW, Constant, Op, Operand, Program, constant_bytes, sub_jaxprs
+from dfq_jax.graph import CONTROL_FLOW, Constant, Graph, GraphError, Op, Operand, Program, constant_bytes, sub_jaxprs
 
 _BATCHES = (2, 3)  # not 1, with which axes come and go
 _SIZES = frozenset({"shape", "new_sizes", "dimensions", "limit_indices", "slice_sizes", "reps", "sizes"})

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dfq_jax.execute import LayerCall, batch_norm_parameters
 from dfq_jax.export.onnx.batched import Shape
 from dfq_jax.export.onnx.operations import Unsupported, spread
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, Codes, integer_bias, scalar_params, stored_codes
 from dfq_jax.export.onnx.writer import Value, Writer, constant
-from dfq_jax.graph import BatchNorm
-from dfq_jax.qtensor import MAX_BITS, QTensor, QuantizerParams
-from dfq_jax.tracing.program import Op
+from dfq_jax.graph import BatchNorm, LayerCall, Op, batch_norm_parameters
+from dfq_jax.quantizers import MAX_BITS, QTensor, QuantizerParams
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dfq_jax.export.onnx.writer import Value, Writer
-from dfq_jax.qtensor import QTensor, QuantizerParams, bounds, pack
+from dfq_jax.quantizers import QTensor, QuantizerParams, bounds, pack
 
 # Types of activations and weights in the file, named as ONNX Runtime names its integer kernels.
 INTEGER_TYPES = {

@@ -9,17 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.execute import LayerCall
+from dfq_jax.base import may_transfer
 from dfq_jax.export import require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, quantize_dequantize
 from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
-from dfq_jax.graph import OPERANDS, TENSORS, Graph, GraphError, flatten_with_paths, quantization
-from dfq_jax.qtensor import QTensor
-from dfq_jax.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand
-from dfq_jax.transfers import may_transfer
+from dfq_jax.graph import LAYER_PRIMITIVES, Constant, Graph, GraphError, LayerCall, Op, Operand
+from dfq_jax.quantizers import OPERANDS, TENSORS, QTensor, flatten_with_paths, quantization
 
 LOGITS = "logits"
 MIN_OPSET, FOUR_BIT_OPSET = 18, 21

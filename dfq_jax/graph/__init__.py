@@ -1,0 +1,115 @@
+"""What a network computes, found in its jaxpr (`trace`), and running it by rules (`run`, `apply_quantized`)."""
+
+from dfq_jax.graph.adapters import ApplyFn, as_function, linen_shapes, on_device, variable_shapes
+from dfq_jax.graph.checks import check_images, check_variables, doubtful_statistics
+from dfq_jax.graph.computed import compute_kernels, computed_kernels
+from dfq_jax.graph.execution import (
+    BatchNormParameters,
+    BatchNormRule,
+    LayerCall,
+    LayerRule,
+    TensorRule,
+    activation_quantizers,
+    along_channels,
+    apply_quantized,
+    as_argument,
+    batch_norm_parameters,
+    channel_moments,
+    normalize,
+    quantized_rules,
+    record_tensors,
+    run,
+    run_block,
+    run_leaves,
+)
+from dfq_jax.graph.gradients import loop_friendly
+from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.graph.matrix_form import (
+    Codes,
+    KernelForm,
+    common_form,
+    input_channels,
+    kernel_codes,
+    kernel_form,
+    patches,
+    quantized_kernels,
+    with_codes,
+)
+from dfq_jax.graph.subnetwork import Subnetwork, subnetwork
+from dfq_jax.graph.tracing.batch_norm_pattern import ChannelAlgebra
+from dfq_jax.graph.tracing.blocks import merge_blocks
+from dfq_jax.graph.tracing.failures import where
+from dfq_jax.graph.tracing.program import (
+    CONTROL_FLOW,
+    LAYER_PRIMITIVES,
+    Constant,
+    Op,
+    Operand,
+    Program,
+    constant_bytes,
+    sub_jaxprs,
+)
+from dfq_jax.graph.tracing.regions import Activations
+from dfq_jax.graph.tracing.structure import BatchNorm, GraphError, GraphWarning, Layer, Skipped, Tensor
+
+__all__ = [
+    "CONTROL_FLOW",
+    "LAYER_PRIMITIVES",
+    "Activations",
+    "ApplyFn",
+    "BatchNorm",
+    "BatchNormParameters",
+    "BatchNormRule",
+    "ChannelAlgebra",
+    "Codes",
+    "Constant",
+    "Graph",
+    "GraphError",
+    "GraphWarning",
+    "KernelForm",
+    "Layer",
+    "LayerCall",
+    "LayerRule",
+    "Op",
+    "Operand",
+    "Program",
+    "Skipped",
+    "Subnetwork",
+    "Tensor",
+    "TensorRule",
+    "activation_quantizers",
+    "along_channels",
+    "apply_quantized",
+    "as_argument",
+    "as_function",
+    "batch_norm_parameters",
+    "channel_moments",
+    "check_images",
+    "check_variables",
+    "common_form",
+    "compute_kernels",
+    "computed_kernels",
+    "constant_bytes",
+    "doubtful_statistics",
+    "input_channels",
+    "kernel_codes",
+    "kernel_form",
+    "linen_shapes",
+    "loop_friendly",
+    "merge_blocks",
+    "normalize",
+    "on_device",
+    "patches",
+    "quantized_kernels",
+    "quantized_rules",
+    "record_tensors",
+    "run",
+    "run_block",
+    "run_leaves",
+    "sub_jaxprs",
+    "subnetwork",
+    "trace",
+    "variable_shapes",
+    "where",
+    "with_codes",
+]

@@ -1,0 +1,25 @@
+"""Trees of variables, whose leaves are arrays and quantized tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dfq_jax.quantizers.qtensor import QTensor
+
+
+def is_qtensor(node: Any) -> bool:
+    return isinstance(node, QTensor)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """A key path as 'params/conv1/kernel'."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any]]:
+    """Paths and leaves of a tree, `QTensor` nodes kept whole."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    return [path_string(path) for path, _ in flat], [leaf for _, leaf in flat]

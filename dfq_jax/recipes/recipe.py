@@ -1,0 +1,176 @@
+"""Named recipes: every choice on the way from a float network to a quantized one, as a frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dfq_jax.base import check_field, known_fields
+from dfq_jax.quantizers import WEIGHT_RANGES
+from dfq_jax.stages import ESTIMATORS, BatchNormConfig, FinetuneConfig, GPTQConfig, ReconstructionConfig
+from dfq_jax.synthesis import SynthesisConfig
+
+SOURCES = ("synthesis", "noise", "analytic")
+ROUNDINGS = ("nearest", "squant", "gptq")
+# Fields that are records of their own, by type: `Recipe.replace` reaches into them by prefix.
+NESTED = {
+    "synthesis": SynthesisConfig,
+    "gptq": GPTQConfig,
+    "reconstruction": ReconstructionConfig,
+    "batch_norm": BatchNormConfig,
+    "finetune": FinetuneConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way from a float network to a quantized one.
+
+    Attributes:
+      name: of the recipe.
+      source: where images come from: "synthesis", "noise" (standard Gaussian, as many as `synthesis.num_images`), or
+        "analytic": none at all, ranges and corrections come from BatchNorm parameters.
+      synthesis: how images are made.
+      equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
+        function, judged as the other steps are.
+      estimator: of activation ranges, a name in `ranges.ESTIMATORS`.
+      weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`; what a `Convention` takes that names none.
+      rounding: of weights: "nearest", "squant" or "gptq".
+      gptq: settings of that rounding.
+      reconstruction: learned rounding on top of it, block by block; None for none.
+      bias_correction: correct the means of layer outputs that no BatchNorm follows (all, if `batch_norm` is None).
+      batch_norm: adaptation of BatchNorm statistics; None for none.
+      finetune: distillation of the float network into the quantized one, after all else; None for none.
+      held_out: share of the images that adaptation is not fitted to; each step is kept only if it lowers the divergence
+        from the float network on them. 0 keeps every step unseen.
+      batch_size: images in one pass of the network.
+    """
+
+    name: str
+    source: str = "synthesis"
+    synthesis: SynthesisConfig = SynthesisConfig()
+    equalize: bool = False
+    estimator: str = "lp"
+    weight_range: str = "lp"
+    rounding: str = "nearest"
+    gptq: GPTQConfig = GPTQConfig()
+    reconstruction: ReconstructionConfig | None = None
+    bias_correction: bool = False
+    batch_norm: BatchNormConfig | None = None
+    finetune: FinetuneConfig | None = None
+    held_out: float = 0.0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source: expected one of {SOURCES}, found {self.source!r}.")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator: expected one of {sorted(ESTIMATORS)}, found {self.estimator!r}.")
+        if self.weight_range not in WEIGHT_RANGES:
+            raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {ROUNDINGS}, found {self.rounding!r}.")
+        check_field("equalize", self.equalize, "True or False", lambda v: isinstance(v, bool))
+        for name in ("reconstruction", "finetune"):
+            if self.source == "analytic" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
+        check_field(
+            "held_out",
+            self.held_out,
+            "a share of at least 0 and below 1",
+            lambda v: isinstance(v, (int, float)) and 0 <= v < 1,
+        )
+        check_field("batch_size", self.batch_size, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+
+    def replace(self, **fields: Any) -> Recipe:
+        """A copy with other fields; those of records in it by a prefix: `synthesis_steps=500`."""
+        own = {f.name for f in dataclasses.fields(self)}
+        nested: dict[str, dict[str, Any]] = {}
+        for name in [n for n in fields if n not in own]:
+            prefix = next((p for p in NESTED if name.startswith(p + "_")), None)
+            if prefix is None or fields.get(prefix, getattr(self, prefix)) is None:
+                raise ValueError(f"{name}: recipe {self.name!r} has no such field; it has {sorted(own)}.")
+            nested.setdefault(prefix, {})[name[len(prefix) + 1 :]] = fields.pop(name)
+        for prefix, values in nested.items():
+            base = fields.get(prefix, getattr(self, prefix))
+            known = {f.name for f in dataclasses.fields(base)}
+            if unknown := set(values) - known:
+                raise ValueError(f"{prefix}_{sorted(unknown)[0]}: no such field; {prefix} has {sorted(known)}.")
+            fields[prefix] = dataclasses.replace(base, **values)
+        return dataclasses.replace(self, **fields)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        # The baseline that everyone starts from: ranges of the largest activation on Gaussian noise.
+        Recipe(name="noise", source="noise", estimator="max", weight_range="min_max"),
+        # AAC and ABN as published, where the publication is recoverable.
+        Recipe(
+            name="paper",
+            synthesis=SynthesisConfig(response_weight=0.1),
+            estimator="mean_peak",
+            weight_range="min_max",
+            batch_norm=BatchNormConfig(method="absolute"),
+        ),
+        # No images: what BatchNorm parameters tell is enough for many networks, and takes seconds.
+        Recipe(
+            name="instant",
+            source="analytic",
+            equalize=True,
+            rounding="squant",
+            batch_norm=BatchNormConfig(),
+            bias_correction=True,
+        ),
+        # The winners of the ablation tables; each step stays only where it helps on images held out.
+        Recipe(
+            name="fast",
+            rounding="squant",
+            batch_norm=BatchNormConfig(method="differential"),
+            bias_correction=True,
+            held_out=0.25,
+        ),
+        # Rounding learned block by block, on twice the images. Biases are learned with it, on the same images; adapting
+        # statistics or biases afterwards raised the error on held-out images more often than not.
+        Recipe(
+            name="best",
+            synthesis=SynthesisConfig(num_images=256),
+            rounding="squant",
+            reconstruction=ReconstructionConfig(),
+            held_out=0.125,
+        ),
+        # The whole network taught by the float one, from where `fast` ends; for the lowest bits in all layers.
+        Recipe(
+            name="finetune",
+            synthesis=SynthesisConfig(num_images=256),
+            rounding="squant",
+            batch_norm=BatchNormConfig(method="differential"),
+            bias_correction=True,
+            finetune=FinetuneConfig(),
+            held_out=0.125,
+        ),
+    )
+}
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise ValueError(f"recipe: expected a Recipe or one of {sorted(RECIPES)}, found {recipe!r}.")
+    return RECIPES[recipe]
+
+
+def recipe_from(fields: Mapping[str, Any]) -> Recipe:
+    """The recipe that `dataclasses.asdict` made these fields of.
+
+    Raises:
+      ValueError: there are fields that a recipe does not have.
+    """
+    nested = {
+        name: None if fields[name] is None else kind(**known_fields(kind, fields[name]))
+        for name, kind in NESTED.items()
+        if name in fields
+    }
+    return Recipe(**{**known_fields(Recipe, fields), **nested})

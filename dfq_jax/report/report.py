@@ -1,0 +1,202 @@
+"""What was done to a network, for people (`table`, notebooks) and for machines (`to_json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dfq_jax.base import known_fields
+from dfq_jax.graph import Graph, activation_quantizers
+from dfq_jax.quantizers import QTensor
+from dfq_jax.stages import sqnr
+
+# From this share of the multiply-accumulates on, what stays in float is said at the head of the report.
+FLOAT_SHARE = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer after quantization."""
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int | None
+    weight_sqnr: float | None  # decibel
+    low: float | None  # clipping range of its input
+    high: float | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The choices made and how the quantized network compares with the float one.
+
+    Attributes:
+      recipe: name of the recipe, and its fields.
+      convention: one line with bits, granularity and ranges.
+      key: data of the JAX key.
+      images: where the images came from, and how many.
+      compared_on: what `agreement` and `sqnr` were measured on, in words.
+      warnings: what may not be as it was meant: lost or untrained BatchNorms, much of the network in float.
+      seconds: wall time of each stage, compilation included.
+      agreement: percent of the examples that both networks put in the same class; None without classes, and on noise,
+        which is of no class.
+      sqnr: of the outputs on the same, decibel.
+      layers: one entry for each layer.
+      skipped: what was left in float, and why.
+      steps: what was decided on the way, in order.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    convention: str
+    key: list[int]
+    images: str
+    seconds: dict[str, float]
+    agreement: float | None
+    sqnr: float | None
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[tuple[str, str], ...]
+    steps: tuple[str, ...]
+    size: dict[str, int]
+    compared_on: str = "these images"
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
+        return _finite(dataclasses.asdict(self))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The facts above the table of layers."""
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        rows = [("WARNING", warning) for warning in self.warnings]
+        rows += [("recipe", self.recipe), ("convention", self.convention), ("images", self.images), ("time", stages)]
+        compared = [] if self.agreement is None else [f"agreement {self.agreement:.1f} %"]
+        compared += [] if self.sqnr is None else [f"output SQNR {self.sqnr:.1f} dB"]
+        if compared:
+            rows.append(("compared", f"{', '.join(compared)} (on {self.compared_on})"))
+        ratio = self.size["quantized"] / self.size["float"]
+        rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
+        rows += [("", step) for step in self.steps]
+        return rows
+
+    def rows(self) -> list[tuple[str, ...]]:
+        def text(value: Any, form: str = "") -> str:
+            return "float" if value is None else format(value, form)
+
+        return [
+            (
+                layer.name,
+                layer.kind,
+                text(layer.weight_bits),
+                text(layer.activation_bits),
+                "-" if layer.weight_sqnr is None else f"{layer.weight_sqnr:.1f}",
+                "-" if layer.low is None else f"[{layer.low:.3g}, {layer.high:.3g}]",
+            )
+            for layer in self.layers
+        ]
+
+    HEADER = ("layer", "kind", "weight bits", "input bits", "weight SQNR dB", "input range")
+
+    def table(self) -> str:
+        """Plain text."""
+        lines = [f"{name:<16}{value}" for name, value in self.summary()]
+        rows = [self.HEADER, *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.HEADER))]
+        lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"not quantized: {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+    __str__ = table
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        facts = "".join(row(pair, "td") for pair in self.summary())
+        layers = row(self.HEADER, "th") + "".join(row(r, "td") for r in self.rows())
+        return f"<table>{facts}</table><table>{layers}</table>"
+
+
+def report_from(fields: Mapping[str, Any]) -> Report:
+    """The report that `Report.to_dict` made these fields of.
+
+    Raises:
+      ValueError: there are fields that a report does not have.
+    """
+    fields = known_fields(Report, fields)
+    layers = tuple(LayerReport(**known_fields(LayerReport, layer)) for layer in fields["layers"])
+    skipped = tuple((name, reason) for name, reason in fields["skipped"])
+    tuples = {name: tuple(fields.get(name, ())) for name in ("steps", "warnings")}
+    return Report(**{**fields, **tuples, "layers": layers, "skipped": skipped})
+
+
+def doubtful_structure(graph: Graph) -> tuple[str, ...]:
+    """What tracing left out that matters to the whole network, in words: lost BatchNorms, products in float."""
+    doubts = []
+    lost = [item.name for item in graph.unrecognized_batch_norms]
+    if lost:
+        doubts.append(
+            f"{len(lost)} of {len(lost) + len(graph.batch_norms)} BatchNorms were not recognized ({_some(lost)}): "
+            "nothing is synthesized from their statistics, and nothing adapts them."
+        )
+    products = [item for item in graph.skipped if item.kind == "product"]
+    left = sum(item.macs for item in products)
+    share = left / max(left + sum(layer.macs for layer in graph.layers), 1)
+    if share > FLOAT_SHARE:
+        doubts.append(
+            f"{len(products)} of {len(products) + len(graph.layers)} products, with {100 * share:.0f} % of the "
+            f"multiply-accumulates, stay in float ({_some([item.name for item in products])}): "
+            f"{'; '.join(dict.fromkeys(item.reason for item in products))}."
+        )
+    return tuple(doubts)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerReport, ...]:
+    """One entry for each layer, from the float and the quantized variables."""
+    before = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    after = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    quantizers = activation_quantizers(qvariables)
+    reports = []
+    for layer in graph.layers:
+        kernel, params = after[layer.kernel], quantizers.get(layer.tensor)
+        quantized = isinstance(kernel, QTensor)
+        reports.append(
+            LayerReport(
+                name=layer.name,
+                kind=layer.kind,
+                weight_bits=kernel.bits if quantized else None,
+                activation_bits=None if params is None else params.bits,
+                weight_sqnr=sqnr(before[layer.kernel], kernel.dequantize()) if quantized else None,
+                low=None if params is None else float(params.lo),
+                high=None if params is None else float(params.hi),
+            )
+        )
+    return tuple(reports)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_finite(item) for item in value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def packed_size(leaves: list[Any]) -> dict[str, int]:
+    """Bytes of all leaves in float32 and as stored."""
+    as_float = sum(4 * leaf.size for leaf in leaves)
+    stored = sum(leaf.nbytes_packed if isinstance(leaf, QTensor) else 4 * leaf.size for leaf in leaves)
+    return {"float": int(as_float), "quantized": int(stored)}

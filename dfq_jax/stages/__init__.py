@@ -1,0 +1,47 @@
+"""The methods, one a file: pure functions of a graph, variables and images that give ranges or better variables."""
+
+from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.comparison import Comparison, apply_jitted, compare, sqnr
+from dfq_jax.stages.convention import Convention, Ranges, quantize_params
+from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
+from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
+from dfq_jax.stages.folding import fold_batch_norm
+from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
+from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
+from dfq_jax.stages.rounding.learned import BlockProgress
+
+__all__ = [
+    "ESTIMATORS",
+    "BatchNormConfig",
+    "BlockProgress",
+    "Comparison",
+    "Convention",
+    "FinetuneConfig",
+    "Finetuning",
+    "GPTQConfig",
+    "Ranges",
+    "ReconstructionConfig",
+    "absorb_high_bias",
+    "adapt_batch_norm",
+    "analytic_comparison",
+    "analytic_correction",
+    "analytic_summaries",
+    "apply_estimator",
+    "apply_jitted",
+    "batch_norm_moments",
+    "compare",
+    "correct_bias",
+    "equalize",
+    "estimate_ranges",
+    "find_pairs",
+    "finetune",
+    "fold_batch_norm",
+    "gptq",
+    "gptq_from_noise",
+    "quantize_params",
+    "reconstruct",
+    "sqnr",
+    "squant",
+    "summarize",
+]

@@ -1,0 +1,194 @@
+"""What BatchNorm parameters alone tell about activations: no images, no optimization.
+
+Behind a BatchNorm each channel has mean `bias` and standard deviation `|scale| sqrt(var / (var + epsilon))` by
+construction (Nagel et al., DFQ, arXiv 1906.04721, who leave out the epsilon). So the network is run with every
+BatchNorm's output replaced by Gaussian noise of just these moments; what follows up to the next BatchNorm (activations,
+residual sums, pooling, gates) acts on the noise as it would on data. Layers in front of a BatchNorm do not matter then,
+and the compiler drops them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from dfq_jax.base import full_precision
+from dfq_jax.graph import (
+    BatchNorm,
+    BatchNormParameters,
+    BatchNormRule,
+    Graph,
+    along_channels,
+    apply_quantized,
+    batch_norm_parameters,
+    normalize,
+    run,
+)
+from dfq_jax.stages.batch_norm import BatchNormConfig, Moments, adapt_batch_norm, correct_bias, output_moments
+from dfq_jax.stages.comparison import Comparison, compare_outputs
+from dfq_jax.stages.ranges import Summary, summarize
+from dfq_jax.stages.rounding import GPTQConfig, gptq
+
+# Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
+# pooling) would have no spread. Natural images have some; the exact value matters little.
+SPATIAL_CORRELATION = 0.25
+# Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
+# takes the compiler minutes. The number is prime, so that where samples repeat, they do at other channels.
+POOL = 4_194_301
+
+
+def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -> dict[str, Summary]:
+    """Summaries of every tensor for `ranges.apply_estimator`, from BatchNorm parameters.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      num_samples: samples of noise of the input's shape; the input itself is taken as standard Gaussian, as
+        preprocessed images are on average.
+
+    Returns:
+      `{tensor name: Summary}`; the same every time.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+    """
+    images, rule = _noise(graph, variables, num_samples)
+    return summarize(graph, variables, images, batch_size=num_samples, batch_norm=rule)
+
+
+def analytic_correction(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    config: BatchNormConfig = BatchNormConfig(),
+    *,
+    num_samples: int = 32,
+) -> Any:
+    """BatchNorm statistics and biases of the quantized network, corrected for what quantization does on average.
+
+    The data-free counterpart of `adapt_batch_norm` and `correct_bias`: float and quantized layers get the same noise of
+    the moments that the BatchNorms in front of them promise, and the shift of the mean, `(W' - W) E[x]` and what
+    clipping and rounding of x add, and the ratio of variances go into the BatchNorm behind the layer, or the shift into
+    the layer's bias where there is none (Nagel et al., DFQ, arXiv 1906.04721, which corrects means).
+
+    Each layer is taken by itself, with inputs as the float network's. Channels of one BatchNorm count as independent,
+    and pixels as correlated to `SPATIAL_CORRELATION`: means do not depend on that, ratios of variances do.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`, with final codes.
+      config: as for `adapt_batch_norm`; `max_ratio=1` keeps variances.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      `qvariables` with new mean, variance and bias leaves.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+    """
+    noise, rule = _noise(graph, variables, num_samples)
+    adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
+    return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=rule)
+
+
+def gptq_from_noise(
+    graph: Graph, variables: Any, qvariables: Any, config: GPTQConfig = GPTQConfig(), *, num_samples: int = 32
+) -> Any:
+    """GPTQ without images: the layers' inputs are noise of the moments that the BatchNorms in front promise.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`.
+      config: as for `gptq`.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      `qvariables` with other codes.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+      ValueError: as `gptq`.
+    """
+    noise, rule = _noise(graph, variables, num_samples)
+    return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
+
+
+@full_precision
+def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_samples: int = 32) -> Comparison:
+    """The quantized network against the float one without images, for who has none.
+
+    Behind each BatchNorm the float network gets noise of the moments that it promises, and the quantized network the
+    same noise with its own error up to there added: errors travel to the outputs through activations as they are on
+    data, not as they are on noise at the input, which no layer has seen in training.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: quantized ones of the same function.
+      num_samples: samples of noise of the input's shape.
+
+    Returns:
+      As `compare`; the same every time.
+
+    Raises:
+      GraphError: the network has no BatchNorm.
+    """
+    noise, rule = _noise(graph, variables, num_samples)
+    return compare_outputs(graph, [_apply_both(graph, variables, qvariables, noise, rule)])
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noise: BatchNormRule) -> tuple[Any, Any]:
+    normalized: dict[str, jax.Array] = {}
+
+    def reference(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        normalized[bn.name] = normalize(bn, x, parameters)
+        return noise(bn, x, parameters)
+
+    def with_error(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        return noise(bn, x, parameters) + normalize(bn, x, parameters) - normalized[bn.name]
+
+    outputs = run(graph, variables, x, batch_norm=reference)
+    return outputs, apply_quantized(graph, qvariables, x, batch_norm=with_error)
+
+
+def _noise(graph: Graph, variables: Any, num_samples: int) -> tuple[jax.Array, Partial]:
+    """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
+    graph.require_batch_norms("so nothing is known of its activations without images.")
+    leaves = graph.leaves(variables)
+    moments = {bn.name: output_moments(bn, batch_norm_parameters(bn, leaves)) for bn in graph.batch_norms}
+    pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
+    return _take(pool, 0, (num_samples, *graph.input.shape[1:])), Partial(_noise_of_moments, pool, moments)
+
+
+def _noise_of_moments(
+    pool: Float[Array, " n"],
+    moments: Moments,
+    bn: BatchNorm,
+    x: Float[Array, "..."],
+    parameters: BatchNormParameters,
+) -> Float[Array, "..."]:
+    """Noise of the float network's moments, in the float and the quantized network alike."""
+    # The places follow from the name: independent between BatchNorms, the same in every run and for every batch.
+    place = zlib.crc32(bn.name.encode())
+    per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
+    common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
+    noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
+    center, spread = (along_channels(bn, x, moment) for moment in moments[bn.name])
+    return center + spread * noise
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _take(pool: Float[Array, " n"], place: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Samples from a place on, around and around."""
+    begin, size = place % POOL, math.prod(shape)
+    return jnp.tile(pool, -(-(begin + size) // POOL))[begin : begin + size].reshape(shape)

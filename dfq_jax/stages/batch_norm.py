@@ -1,0 +1,332 @@
+"""Adapting a quantized network without training: BatchNorm statistics and biases.
+
+Quantization shifts and stretches the result of every layer, so the BatchNorm behind it normalizes by the wrong
+statistics. Adaptive BatchNorm (ABN; He et al., arXiv 2204.04215) measures them anew on synthetic images. *Absolute*
+adaptation stores what the quantized network shows. *Differential* adaptation measures the float and the quantized
+network on the same images and moves the stored statistics by the difference of means and the ratio of variances, so
+that the error of the images cancels to first order; it equals the absolute form when the images are perfect.
+
+Statistics change a per-channel scale and offset only: integer weights stay as they are, inference costs nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dfq_jax.base import batches, full_precision
+from dfq_jax.graph import (
+    BatchNorm,
+    BatchNormParameters,
+    BatchNormRule,
+    Graph,
+    LayerCall,
+    apply_quantized,
+    as_argument,
+    channel_moments,
+    check_images,
+    normalize,
+    run,
+)
+
+METHODS = ("absolute", "differential")
+ORDERS = ("layer_by_layer", "all_at_once")
+Moments = dict[str, tuple[Float[Array, " c"], Float[Array, " c"]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNormConfig:
+    """How statistics are adapted.
+
+    Attributes:
+      method: "differential" or "absolute".
+      order: "layer_by_layer" measures each BatchNorm on all images together, behind those already adapted;
+        "all_at_once" does so within each batch by itself and averages the batches, in constant memory.
+      prior_images: weight of the stored statistics, in images: with n images the change is shrunk by n / (n + prior).
+      max_ratio: the variance changes by at most this factor either way (differential).
+    """
+
+    method: str = "differential"
+    order: str = "layer_by_layer"
+    prior_images: float = 0.0
+    max_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, found {self.method!r}.")
+        if self.order not in ORDERS:
+            raise ValueError(f"order: expected one of {ORDERS}, found {self.order!r}.")
+        for name, least in (("prior_images", 0), ("max_ratio", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
+                raise ValueError(f"{name}: expected a finite number of at least {least}, found {value!r}.")
+
+
+@full_precision
+def adapt_batch_norm(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    config: BatchNormConfig = BatchNormConfig(),
+    *,
+    batch_size: int = 64,
+    batch_norm: BatchNormRule = normalize,
+) -> Any:
+    """Quantized variables with adapted BatchNorm statistics.
+
+    Pure and traceable: `jax.jit` with `graph` and `config` static. Statistics are over the whole set of images, also
+    when it is sharded over devices.
+
+    Args:
+      graph: from `trace`.
+      variables: the float variables.
+      qvariables: from `quantize_params`.
+      images: `[N, H, W, C]`, preprocessed.
+      config: absolute or differential, and how.
+      batch_size: images in one pass, for the order "all_at_once".
+      batch_norm: what each BatchNorm computes once its input is measured; `analytic_correction` puts noise there.
+
+    Returns:
+      `qvariables` with new mean and variance leaves; everything else is kept.
+
+    Raises:
+      ValueError: no images, or images with NaN or infinity.
+    """
+    check_images(graph, images)
+    size = images.shape[0] if config.order == "layer_by_layer" else batch_size
+    rule = as_argument(batch_norm)
+    # An argument, so that other shares of the same adaptation need no other compilation.
+    trust = jnp.float32(images.shape[0] / (images.shape[0] + config.prior_images))
+    settings = dataclasses.replace(config, prior_images=0.0)
+    total: dict[str, jax.Array] = {}
+    for batch in batches(images, size):
+        share = batch.shape[0] / images.shape[0]
+        for path, value in _adapt(graph, variables, qvariables, batch, settings, trust, rule).items():
+            total[path] = total.get(path, 0.0) + share * value
+    shapes = dict(zip(graph.leaf_paths, graph.leaf_shapes, strict=True))
+    updates = {path: value.reshape(shapes[path].shape).astype(shapes[path].dtype) for path, value in total.items()}
+    return graph.replace(qvariables, updates)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"))
+def _adapt(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: jax.Array,
+    config: BatchNormConfig,
+    trust: jax.Array,
+    batch_norm: BatchNormRule,
+) -> dict[str, jax.Array]:
+    """New mean and variance leaves, `[channels]` by path, from one pass of each network."""
+    reference: Moments = {}
+
+    def measure(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        reference[bn.name] = channel_moments(bn, x)
+        return batch_norm(bn, x, parameters)
+
+    if config.method == "differential":
+        run(graph, variables, images, batch_norm=measure)
+    stored = _stored(graph, variables)
+    updates: dict[str, list[jax.Array]] = collections.defaultdict(list)
+
+    def adapt(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        measured = channel_moments(bn, x)
+        mean, var = _adapted(bn, stored[bn.name], reference.get(bn.name, measured), measured, config, trust)
+        updates[bn.mean].append(mean)
+        updates[bn.var].append(var)
+        return batch_norm(bn, x, parameters._replace(mean=mean, var=var))
+
+    apply_quantized(graph, qvariables, images, batch_norm=adapt)
+    # Statistics that several places of the network share serve all of them alike.
+    return {path: sum(values) / len(values) for path, values in updates.items()}
+
+
+def _adapted(
+    bn: BatchNorm,
+    stored: tuple[jax.Array, jax.Array],
+    reference: tuple[jax.Array, jax.Array],
+    measured: tuple[jax.Array, jax.Array],
+    config: BatchNormConfig,
+    trust: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """New mean and variance of one BatchNorm."""
+    mean, var = stored
+    if config.method == "absolute":
+        return mean + trust * (measured[0] - mean), var + trust * (measured[1] - var)
+    # The epsilon keeps the ratio of two vanishing variances (dead channels) at 1.
+    ratio = (measured[1] + bn.epsilon) / (reference[1] + bn.epsilon)
+    ratio = jnp.clip(ratio, 1 / config.max_ratio, config.max_ratio) ** trust
+    new_var = jnp.maximum((var + bn.epsilon) * ratio - bn.epsilon, 0.0)
+    return mean + trust * (measured[0] - reference[0]), new_var
+
+
+def _stored(graph: Graph, variables: Any) -> Moments:
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    return {
+        bn.name: (
+            leaves[bn.mean].astype(jnp.float32).reshape(-1),
+            leaves[bn.var].astype(jnp.float32).reshape(-1),
+        )
+        for bn in graph.batch_norms
+    }
+
+
+@full_precision
+def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> Moments:
+    """Mean and variance of every BatchNorm's input over all images, by name, in inference mode.
+
+    Args:
+      graph: from `trace`.
+      variables: float or quantized variables.
+      images: `[N, H, W, C]`.
+      batch_size: images in one pass; the moments are those of the whole set whatever it is.
+
+    Returns:
+      `{BatchNorm name: (mean [channels], variance [channels])}`, float32, biased variance.
+    """
+    total: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for batch in batches(images, batch_size):
+        share = batch.shape[0] / images.shape[0]
+        for name, (mean, var) in _moments(graph, variables, batch).items():
+            # Means and second moments add up over batches; the variance follows from them at the end.
+            first, second = total.get(name, (0.0, 0.0))
+            total[name] = (first + share * mean, second + share * (var + mean**2))
+    return {name: (first, jnp.maximum(second - first**2, 0.0)) for name, (first, second) in total.items()}
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _moments(graph: Graph, variables: Any, images: jax.Array) -> Moments:
+    moments: Moments = {}
+
+    def measure(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        moments[bn.name] = channel_moments(bn, x)
+        return normalize(bn, x, parameters)
+
+    apply_quantized(graph, variables, images, batch_norm=measure)
+    return moments
+
+
+def output_moments(bn: BatchNorm, parameters: BatchNormParameters) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and standard deviation of each channel behind a BatchNorm whose input has the stored statistics.
+
+    The deviation is `|scale| sqrt(var / (var + epsilon))`: well below `|scale|` where a channel is nearly dead.
+
+    Args:
+      bn: the BatchNorm.
+      parameters: its leaves.
+
+    Returns:
+      `(mean [channels], deviation [channels])`, float32.
+    """
+    var = parameters.var.astype(jnp.float32)
+    scale, bias = (jnp.asarray(leaf, jnp.float32) for leaf in (parameters.scale, parameters.bias))
+    return jnp.broadcast_to(bias, var.shape), jnp.abs(scale) * jnp.sqrt(var / (var + bn.epsilon))
+
+
+# --- biases ---
+
+
+@full_precision
+def correct_bias(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    *,
+    normalized: bool = True,
+    batch_norm: BatchNormRule | None = None,
+) -> Any:
+    """Empirical bias correction: every layer's mean output per channel becomes that of the float network.
+
+    After Nagel et al. (DFQ, arXiv 1906.04721) and Banner et al. (arXiv 1810.05723). The correction goes into the mean
+    of the BatchNorm that follows, else into the layer's own bias; layers with neither are left as they are. Layers are
+    corrected in order, each behind those already corrected, over all images together. What is corrected already, by
+    this function or by differential adaptation, stays as it is.
+
+    Args:
+      graph: from `trace`.
+      variables: the float variables.
+      qvariables: from `quantize_params`.
+      images: `[N, H, W, C]`, preprocessed.
+      normalized: correct layers that a BatchNorm follows, too; false to keep its adapted statistics.
+      batch_norm: what each BatchNorm computes in place of itself; see `adapt_batch_norm`.
+
+    Returns:
+      `qvariables` with new bias and mean leaves.
+
+    Raises:
+      ValueError: no images, or images with NaN or infinity.
+    """
+    check_images(graph, images)
+    return _correct_bias(graph, variables, qvariables, images, normalized, as_argument(batch_norm))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "normalized"))
+def _correct_bias(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: jax.Array,
+    normalized: bool,
+    batch_norm: BatchNormRule | None,
+) -> Any:
+    targets = offset_leaves(graph, normalized)
+    stored, leaves = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
+    wanted: dict[str, jax.Array] = {}
+
+    def note(call: LayerCall) -> jax.Array:
+        result = call.default()
+        if call.layer.name in targets:
+            path, sign = targets[call.layer.name]
+            wanted[call.layer.name] = _shifted_mean(call, result, -sign * stored[path])
+        return result
+
+    run(graph, variables, images, layer=note, batch_norm=batch_norm)
+    updates: dict[str, jax.Array] = {}
+
+    def correct(call: LayerCall, result: jax.Array) -> jax.Array:
+        if call.layer.name not in targets:
+            return result
+        path, sign = targets[call.layer.name]
+        error = _shifted_mean(call, result, -sign * leaves[path]) - wanted[call.layer.name]
+        updates[path] = (leaves[path] + sign * error.reshape(leaves[path].shape)).astype(leaves[path].dtype)
+        return result - error  # what later layers see behind the corrected leaf
+
+    apply_quantized(graph, qvariables, images, batch_norm=batch_norm, after_layer=correct)
+    return graph.replace(qvariables, updates)
+
+
+def _shifted_mean(call: LayerCall, result: jax.Array, shift: jax.Array) -> jax.Array:
+    """Mean per channel of a layer's result with the leaf behind it added."""
+    mean = call.channel_mean(result)
+    return mean + shift.astype(jnp.float32).reshape(mean.shape)
+
+
+def offset_leaves(graph: Graph, normalized: bool) -> dict[str, tuple[str, float]]:
+    """The leaf that takes each layer's correction, and its sign: a mean is subtracted, a bias added."""
+    targets: dict[str, tuple[str, float]] = {}
+    for layer in graph.layers:
+        if layer.batch_norm is not None:
+            if normalized:
+                targets[layer.name] = (graph.batch_norm(layer.batch_norm).mean, 1.0)
+        elif layer.bias is not None:
+            targets[layer.name] = (layer.bias, -1.0)
+    sizes = {p: math.prod(s.shape) for p, s in zip(graph.leaf_paths, graph.leaf_shapes, strict=True)}
+    users = collections.Counter(path for path, _ in targets.values())
+    # A leaf that several layers or several of a layer's channels share has no one value that corrects them all.
+    return {
+        layer.name: targets[layer.name]
+        for layer in graph.layers
+        if layer.name in targets
+        and users[targets[layer.name][0]] == 1
+        and sizes[targets[layer.name][0]] == math.prod(layer.kernel_shape[a] for a in layer.channel_axes)
+    }

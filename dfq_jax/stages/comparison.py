@@ -1,0 +1,101 @@
+"""The quantized network against the float one, on images without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from dfq_jax.base import batches, full_precision
+from dfq_jax.graph import Graph, apply_quantized, check_images, run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How a quantized network's outputs compare with the float network's on the same images.
+
+    Attributes:
+      agreement: percent of the images that both put in the same class; None without class scores.
+      sqnr: of the outputs, in decibel.
+      divergence: mean Kullback-Leibler divergence of the quantized from the float class probabilities, in nats;
+        without class scores, squared error relative to the outputs' squares.
+    """
+
+    agreement: float | None
+    sqnr: float
+    divergence: float
+
+
+@full_precision
+def compare(
+    graph: Graph, variables: Any, qvariables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64
+) -> Comparison:
+    """Compare a quantized network with the float one; no labels are needed.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`.
+      images: `[N, H, W, C]`, preprocessed.
+      batch_size: images in one pass.
+
+    Raises:
+      ValueError: no images, images that the network does not take, or outputs that are not finite.
+    """
+    check_images(graph, images)
+    outputs = (
+        (_apply_float(graph, variables, x), apply_jitted(graph, qvariables, x)) for x in batches(images, batch_size)
+    )
+    return compare_outputs(graph, outputs)
+
+
+def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Comparison:
+    """The comparison from outputs of the float and the quantized network, batch by batch.
+
+    Raises:
+      ValueError: outputs are not finite.
+    """
+    classes = graph.num_classes
+
+    def scores(outputs: Any) -> np.ndarray:
+        return np.asarray(graph.logits(outputs), np.float64).reshape(-1, max(classes, 1))
+
+    pairs = [(scores(reference), scores(other)) for reference, other in outputs]
+    reference, other = map(np.concatenate, zip(*pairs, strict=True))
+    for name, values in (("float", reference), ("quantized", other)):
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"variables: the outputs of the {name} network hold NaN or infinite values; its weights or BatchNorm "
+                "statistics are too large or damaged."
+            )
+    if classes < 2:
+        error = float(np.square(reference - other).sum() / max(np.square(reference).sum(), 1e-300))
+        return Comparison(agreement=None, sqnr=sqnr(reference, other), divergence=error)
+    agreement = 100.0 * float((reference.argmax(1) == other.argmax(1)).mean())
+    wanted, found = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in (reference, other))
+    divergence = float((np.exp(wanted) * (wanted - found)).sum(1).mean())
+    return Comparison(agreement=agreement, sqnr=sqnr(reference, other), divergence=divergence)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def apply_jitted(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Any:
+    """`apply_quantized`, compiled once for each graph and shape of x."""
+    return apply_quantized(graph, variables, x)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _apply_float(graph: Graph, variables: Any, x: jax.Array) -> Any:
+    return run(graph, variables, x)  # depthwise layers have a faster way than the function's own
+
+
+def sqnr(reference: Float[Array, "..."], other: Float[Array, "..."]) -> float:
+    """Signal-to-quantization-noise ratio in decibel: 10 log10(|reference|^2 / |reference - other|^2)."""
+    reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    noise = float(np.square(reference - other).sum())
+    signal = float(np.square(reference).sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

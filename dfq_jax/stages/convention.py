@@ -1,0 +1,212 @@
+"""What is quantized to how many bits, and the step that applies it: `quantize_params`.
+
+Published numbers differ more by convention than by method, so the convention is one record that goes into every report
+and artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from dfq_jax.graph import Graph, Layer, Tensor
+from dfq_jax.quantizers import (
+    MAX_BITS,
+    MIN_BITS,
+    OPERANDS,
+    TENSORS,
+    WEIGHT_RANGES,
+    params_from_range,
+    quantize_kernel,
+    with_quantization,
+)
+
+Ranges = Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]]
+DEFAULT_WEIGHT_RANGE = "lp"
+SHORTCUTS = ("float", "quantized")
+FLOAT_BITS = 16  # "a16" in a name like w4a16: activations stay in float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convention:
+    """Bits and quantizer kinds. Activations are always static and per tensor.
+
+    Attributes:
+      weight_bits: bits of weights, 2 to 8.
+      activation_bits: bits of activations, 2 to 8, or None to keep them in float (weight-only).
+      edge_bits: bits of weights and input of the first and the last layer; None for the same as everywhere. Kernels
+        that are one leaf of the variables (layers in a scan) have the bits of the one among them that has the most.
+      edge_input_bits: bits of the inputs of these two layers, where they differ: with `edge_bits` None and 8 here, all
+        weights have the same bits while the image keeps the 8 that it is made of. (Publications that count "all
+        layers" at low bits keep the image, and the last layer's input, in float or at 8 bits.)
+      second_input_bits: bits of the second layer's input, where they are more than all others': 8 in BRECQ (arXiv
+        2102.05426) and what follows it (QDrop, GENIE), which quantize the first layer's output like its weights.
+      per_channel: one weight scale per output channel, otherwise one per kernel. A kernel that several layers read has
+        the most bits that one of them asks for, and scales along the axes that are output channels to all of them.
+      symmetric_weights: no zero point. Weights of 8 bits are always symmetric: their zero point gains nothing and
+        would cost integer execution a second product.
+      weight_range: how weight ranges are chosen: "min_max", "mse" or "lp" (L2.4). None, as long as nobody has chosen,
+        for the recipe's in `quantize`, and "lp" without a recipe.
+      shortcuts: a tensor that residual sums read beside layers is quantized for the layers alone ("float"), or for
+        all its readers ("quantized"), as integer hardware without a wider shortcut has it.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int | None = 4
+    edge_bits: int | None = 8
+    edge_input_bits: int | None = None
+    second_input_bits: int | None = None
+    per_channel: bool = True
+    symmetric_weights: bool = False
+    weight_range: str | None = None
+    shortcuts: str = "float"
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "edge_bits", "edge_input_bits", "second_input_bits"):
+            bits = getattr(self, name)
+            if bits is None and name != "weight_bits":
+                continue
+            if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+                raise ValueError(f"{name}: expected an integer from {MIN_BITS} to {MAX_BITS}, found {bits!r}.")
+        if self.weight_range is not None and self.weight_range not in WEIGHT_RANGES:
+            raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
+        if self.shortcuts not in SHORTCUTS:
+            raise ValueError(f"shortcuts: expected one of {SHORTCUTS}, found {self.shortcuts!r}.")
+
+    @classmethod
+    def parse(cls, bits: str, *, edge_bits: int | None = 8, **fields: Any) -> Convention:
+        """From a name such as "w4a4", "w2a4" or "w4a16" (float activations).
+
+        Raises:
+          ValueError: the name has another form, or bits are outside 2..8.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", bits.strip().lower()) if isinstance(bits, str) else None
+        if match is None:
+            raise ValueError(f"bits: expected a name like 'w4a4' or 'w4a16', found {bits!r}.")
+        weight, activation = (int(g) for g in match.groups())
+        return cls(
+            weight_bits=weight,
+            activation_bits=None if activation == FLOAT_BITS else activation,
+            edge_bits=edge_bits,
+            **fields,
+        )
+
+    def with_default(self, weight_range: str = DEFAULT_WEIGHT_RANGE) -> Convention:
+        """With `weight_range` as given where this convention names none."""
+        return self if self.weight_range else dataclasses.replace(self, weight_range=weight_range)
+
+    @property
+    def name(self) -> str:
+        return f"w{self.weight_bits}a{self.activation_bits or FLOAT_BITS}"
+
+    def describe(self) -> str:
+        """One line with everything a reader of a number must know."""
+        edges = "edges as all layers" if self.edge_bits is None else f"first and last layer {self.edge_bits}-bit"
+        if self.edge_input_bits is not None and self.activation_bits is not None:
+            edges += f" with {self.edge_input_bits}-bit inputs"
+        if self.second_input_bits is not None and self.activation_bits is not None:
+            edges += f", second layer's input {self.second_input_bits}-bit"
+        weights = "per-channel" if self.per_channel else "per-tensor"
+        kind = "symmetric" if self.symmetric_weights else "asymmetric"
+        activations = "float activations"
+        if self.activation_bits is not None:
+            activations = f"per-tensor static activations, {self.shortcuts} shortcuts"
+        weights += f" {kind} weights ({self.with_default().weight_range} ranges)"
+        return f"{self.name.upper()}, {edges}, {weights}, {activations}"
+
+    def is_edge(self, graph: Graph, layer: Layer) -> bool:
+        return layer.name in (graph.first_layer.name, graph.last_layer.name)
+
+    def layer_bits(self, graph: Graph, layer: Layer) -> int:
+        """Bits of a layer's kernel: the most that one of the layers asks for whose kernels are stored as one."""
+        edges = [self.edge_bits is not None and self.is_edge(graph, other) for other in _stored_with(graph, layer)]
+        return max(self.edge_bits if edge else self.weight_bits for edge in edges)
+
+    def scale_axes(self, graph: Graph, layer: Layer) -> tuple[int, ...]:
+        """Axes of a layer's kernel with a scale for each index: output channels of all layers whose kernels are one.
+
+        Layers that read one kernel along different axes (`x @ w` and `h @ w.T`) have none in common: a scale for each
+        channel of one would vary within the sums of the other.
+        """
+        if not self.per_channel:
+            return ()
+        others = _stored_with(graph, layer)
+        return tuple(a for a in layer.channel_axes if all(a in other.channel_axes for other in others))
+
+    def tensor_bits(self, graph: Graph, tensor: Tensor) -> int | None:
+        """Bits of a tensor: the most that one of its readers asks for; None for float."""
+        if self.activation_bits is None:
+            return None
+        asked = [self.activation_bits]
+        if any(self.is_edge(graph, graph.layer(name)) for name in tensor.layers):
+            asked.append(self.edge_bits if self.edge_input_bits is None else self.edge_input_bits)
+        if any(layer.name in tensor.layers for layer in graph.layers[1:2]):
+            asked.append(self.second_input_bits)
+        return max(bits for bits in asked if bits is not None)
+
+    def is_symmetric(self, bits: int) -> bool:
+        """Whether weights of so many bits go without a zero point."""
+        return self.symmetric_weights or bits == MAX_BITS
+
+
+def _stored_with(graph: Graph, layer: Layer) -> list[Layer]:
+    """The layers whose kernels are one leaf of the variables: those that share a kernel, and those in one scan."""
+    paths = graph.together(layer.kernel)
+    return [other for other in graph.layers if other.kernel in paths]
+
+
+def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
+    """The variables with every layer's kernel quantized, and activation quantizers in one more collection.
+
+    Weights are rounded to nearest. Pure and traceable: `jax.jit` with `graph` and `convention` static.
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      ranges: real range `(lo, hi)` of each tensor by name; not used where activations stay in float.
+      convention: bits and kinds.
+
+    Returns:
+      The same tree with `QTensor` kernels, and the collection "quantization" of `QuantizerParams` (see `quantizers`).
+
+    Raises:
+      ValueError: a tensor has no range.
+    """
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    kernels: dict[str, Any] = {}
+    for path, (layer, *_) in graph.kernels.items():
+        if path in kernels:
+            continue  # stored with an earlier one
+        bits = convention.layer_bits(graph, layer)
+        for stored in graph.together(path):
+            kernels[stored] = quantize_kernel(
+                leaves[stored],
+                bits=bits,
+                symmetric=convention.is_symmetric(bits),
+                channel_axes=convention.scale_axes(graph, layer),
+                method=convention.with_default().weight_range,
+            )
+    return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))
+
+
+def quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> dict[str, dict[str, Any]]:
+    """Activation quantizers by tensor name: under "tensors" for all readers, under "operands" for layers alone.
+
+    Raises:
+      ValueError: a tensor has no range.
+    """
+    result: dict[str, dict[str, Any]] = {TENSORS: {}, OPERANDS: {}}
+    for tensor in graph.tensors:
+        bits = convention.tensor_bits(graph, tensor)
+        if bits is None:
+            continue
+        if tensor.name not in ranges:
+            raise ValueError(f"ranges: no range for tensor {tensor.name!r}; estimate_ranges gives all of them.")
+        kind = OPERANDS if tensor.shared and convention.shortcuts == "float" else TENSORS
+        lo, hi = ranges[tensor.name]
+        result[kind][tensor.name] = params_from_range(lo, hi, bits=bits)
+    return result

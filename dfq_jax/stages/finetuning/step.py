@@ -1,0 +1,127 @@
+"""The compiled steps of fine-tuning."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from dfq_jax.base import descend, random_crop, random_flip
+from dfq_jax.graph import Graph
+from dfq_jax.stages.finetuning.config import FinetuneConfig
+from dfq_jax.stages.finetuning.losses import Losses, distillation_loss
+from dfq_jax.stages.finetuning.student import (
+    Parameters,
+    observe_student,
+    observe_teacher,
+    project,
+    soft_kernels,
+    soft_variables,
+)
+
+MOMENTUM = 0.9
+# Gradients to weights in units of the scale are small: optax's own 1e-8 would swallow them in large networks.
+ADAM_EPSILON = 1e-10
+
+
+class State(NamedTuple):
+    parameters: Parameters
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+def init_state(config: FinetuneConfig, parameters: Parameters) -> State:
+    return State(parameters, make_optimizer(config).init(parameters), jnp.zeros((), jnp.int32))
+
+
+@functools.cache
+def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    """One optimizer for each kind of parameter; cached, since compilation is keyed on it."""
+
+    def make(rate: float) -> optax.GradientTransformation:
+        if config.schedule == "cosine":
+            rate = optax.cosine_decay_schedule(rate, config.steps)
+        elif config.schedule == "step":
+            quarters = {round(i * config.steps / 4): 0.1 for i in (1, 2, 3)}
+            rate = optax.piecewise_constant_schedule(rate, quarters)
+        if config.optimizer == "sgd":
+            return optax.sgd(rate, momentum=MOMENTUM, nesterov=True)
+        return optax.adam(rate, eps=ADAM_EPSILON)
+
+    rates = {
+        "kernels": config.weight_rate,
+        "scales": config.scale_rate,
+        "steps": config.step_rate,
+        "affine": config.affine_rate,
+    }
+
+    def labels(parameters: Parameters) -> Parameters:
+        return Parameters(**{kind: dict.fromkeys(part, kind) for kind, part in parameters._asdict().items()})
+
+    return optax.multi_transform({kind: make(rate) for kind, rate in rates.items()}, labels)
+
+
+def augment(config: FinetuneConfig, key: Key[Array, ""], images: Float[Array, "n *s c"]) -> Float[Array, "n *s c"]:
+    """The random changes of one step; the key is consumed."""
+    flip_key, crop_key = jax.random.split(key)
+    if config.flip:
+        images = random_flip(flip_key, images)
+    if config.crop:
+        images = random_crop(crop_key, images, config.crop)
+    return images
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "steps"), donate_argnames="state")
+def advance(
+    graph: Graph,
+    config: FinetuneConfig,
+    steps: int,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    labels: Int[Array, " n"] | None,
+    state: State,
+    key: Key[Array, ""],
+) -> tuple[State, Losses]:
+    """Optimize the student for `steps` steps.
+
+    Args:
+      graph: at the size of a minibatch; static, as are `config` and `steps`.
+      variables: of the teacher.
+      qvariables: that the student started from.
+      images: that minibatches are drawn from.
+      labels: of the images; None for the teacher's choice.
+      state: donated.
+      key: of the whole run; the step number is folded in.
+
+    Returns:
+      The new state, and the losses of the last step.
+    """
+    optimizer, classes = make_optimizer(config), graph.num_classes
+
+    def step(state: State, _: None = None) -> tuple[State, Losses]:
+        draw_key, augment_key = jax.random.split(jax.random.fold_in(key, state.step))
+        chosen = jax.random.permutation(draw_key, len(images))[: config.batch_size]
+        x = augment(config, augment_key, images[chosen])
+        teacher = observe_teacher(graph, variables, x)
+        own_labels = None if labels is None else labels[chosen]
+
+        def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
+            soft = soft_kernels(parameters)
+            student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft)
+            losses = distillation_loss(config, classes, teacher, student, own_labels)
+            return losses.total, losses
+
+        gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
+        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters)
+        parameters = project(parameters, graph, qvariables)
+        return State(parameters, optimizer_state, state.step + 1), losses
+
+    if steps == 1:
+        return step(state)
+    state, losses = jax.lax.scan(step, state, length=steps)
+    return state, jax.tree.map(lambda value: value[-1], losses)

@@ -1,0 +1,158 @@
+"""The student: a quantized network whose codes, steps and biases gradients can move.
+
+A quantized kernel is held as real numbers u in units of its scale, with the straight-through estimator (Bengio et al.,
+arXiv 1308.3432):
+
+    scale clip(round(u), qmin - z, qmax - z),    of derivative scale with respect to u.
+
+They start within the cells of the codes that the kernel has, so at first the student is the network it was made of,
+however that was rounded. u is kept within the outermost cells (BinaryConnect, arXiv 1511.00363), where all gradients
+pass: a clipped weight comes back as soon as it is to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dfq_jax.graph import Graph, LayerRule, TensorRule, loop_friendly, quantized_rules, run_block
+from dfq_jax.quantizers import QTensor, quantization, with_quantization
+from dfq_jax.stages.finetuning.config import FinetuneConfig
+from dfq_jax.stages.finetuning.losses import Observation
+from dfq_jax.stages.rounding.block import bias_unit, learned_product
+from dfq_jax.stages.rounding.soft import code_limits, scaled
+
+# How far from its code a weight may start; half a unit would round to the next one.
+REACH = 0.5 - 2**-10
+
+
+class Parameters(NamedTuple):
+    """What is learned; what is to stay as it is has no entry."""
+
+    kernels: dict[str, Float[Array, "..."]]  # by leaf: u, in the shape of the kernel
+    scales: dict[str, Float[Array, "..."]]  # by leaf: log of the factor on the scale
+    steps: dict[str, Float[Array, ""]]  # by tensor: log of the factor on its quantizer's step
+    affine: dict[str, Float[Array, "..."]]  # by leaf: what is added, in units of the leaf's own size
+
+
+def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvariables: Any) -> Parameters:
+    """Parameters with which the student is the network `qvariables`."""
+    float_leaves, leaves = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
+    kernels = {layer.kernel: leaves[layer.kernel] for layer in graph.layers}
+    quantized = {path: leaf for path, leaf in kernels.items() if isinstance(leaf, QTensor)}
+    codes, scales, steps, affine = {}, {}, {}, {}
+    if config.weight_rate:
+        codes = {path: init_codes(float_leaves[path], leaf, config.trust) for path, leaf in quantized.items()}
+    if config.scale_rate:
+        scales = {path: jnp.zeros_like(leaf.scale) for path, leaf in quantized.items()}
+    if config.step_rate:
+        steps = {name: jnp.zeros(()) for part in quantization(qvariables).values() for name in part}
+    if config.affine_rate:
+        paths = [path for bn in graph.batch_norms for path in (bn.scale, bn.bias)]
+        paths += [layer.bias for layer in graph.layers if layer.batch_norm is None]  # else the BatchNorm's does it all
+        affine = {path: jnp.zeros(leaves[path].shape, jnp.float32) for path in paths if path is not None}
+    return Parameters(codes, scales, steps, affine)
+
+
+def init_codes(weight: Float[Array, "..."], kernel: QTensor, trust: float) -> Float[Array, "..."]:
+    """u within the cells of the kernel's codes: as near the float weight as can be (`trust` 0), or at the code (1)."""
+    codes = kernel.centered().astype(jnp.float32)
+    nearest = jnp.clip(weight.astype(jnp.float32) / kernel.scale, codes - REACH, codes + REACH)
+    return nearest + trust * (codes - nearest)
+
+
+def rounded(u: Float[Array, "..."], kernel: QTensor) -> Float[Array, "..."]:
+    """Codes less the zero point; the gradient passes as it is."""
+    low, high = code_limits(kernel)
+    return u + jax.lax.stop_gradient(jnp.clip(jnp.round(u), low, high) - u)
+
+
+def project(parameters: Parameters, graph: Graph, qvariables: Any) -> Parameters:
+    """Parameters with u within the outermost cells."""
+
+    def within(path: str, u: jax.Array) -> jax.Array:
+        low, high = code_limits(graph.leaf(qvariables, path))
+        return jnp.clip(u, low - REACH, high + REACH)
+
+    return parameters._replace(kernels={path: within(path, u) for path, u in parameters.kernels.items()})
+
+
+def soft_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any:
+    """The student's variables with kernels as arrays, differentiable in all parameters."""
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    kernels = {}
+    for path in soft_kernels(parameters):
+        leaf, u = leaves[path], parameters.kernels.get(path)
+        codes = leaf.centered().astype(jnp.float32) if u is None else rounded(u, leaf)
+        kernels[path] = (codes * _scale(path, leaf, parameters)).astype(leaf.dtype)
+    return _with_rest(graph, qvariables, leaves, kernels, parameters)
+
+
+def hard_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any:
+    """The student's variables, quantized: of the structure of `qvariables`."""
+    leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    kernels = {}
+    for path in soft_kernels(parameters):
+        leaf, u = leaves[path], parameters.kernels.get(path)
+        codes = leaf.qvalue
+        if u is not None:
+            codes = rounded(u, leaf) + (0 if leaf.zero_point is None else leaf.zero_point)
+            codes = jnp.round(codes).astype(leaf.qvalue.dtype)
+        kernels[path] = dataclasses.replace(leaf, qvalue=codes, scale=_scale(path, leaf, parameters))
+    return _with_rest(graph, qvariables, leaves, kernels, parameters)
+
+
+def soft_kernels(parameters: Parameters) -> frozenset[str]:
+    """The kernels that are arrays in `soft_variables`."""
+    return frozenset(parameters.kernels.keys() | parameters.scales.keys())
+
+
+def _scale(path: str, kernel: QTensor, parameters: Parameters) -> jax.Array:
+    log_factor = parameters.scales.get(path)
+    return kernel.scale if log_factor is None else kernel.scale * jnp.exp(log_factor)
+
+
+def _with_rest(
+    graph: Graph, qvariables: Any, leaves: dict[str, Any], kernels: dict[str, Any], parameters: Parameters
+) -> Any:
+    affine = {
+        path: (leaves[path] + bias_unit(leaves[path]) * change).astype(leaves[path].dtype)
+        for path, change in parameters.affine.items()
+    }
+    quantizers = {
+        kind: {
+            name: scaled(params, parameters.steps[name]) if name in parameters.steps else params
+            for name, params in part.items()
+        }
+        for kind, part in quantization(qvariables).items()
+    }
+    return with_quantization(graph.replace(qvariables, {**kernels, **affine}), quantizers)
+
+
+# --- passes ---
+
+
+def observe_teacher(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Observation:
+    """The float network, block by block."""
+    return _observe(graph, variables, x, loop_friendly, None)
+
+
+def observe_student(graph: Graph, variables: Any, x: Float[Array, "n ..."], soft: frozenset[str]) -> Observation:
+    """The network of `soft_variables`, block by block: fake-quantized activations, arrays for kernels.
+
+    `soft` are the kernels that are soft; others are float, or quantized and fixed.
+    """
+    rules = quantized_rules(variables, product=learned_product, in_float=loop_friendly, soft=soft)
+    return _observe(graph, variables, x, rules.layer, rules.tensor)
+
+
+def _observe(graph: Graph, variables: Any, x: jax.Array, layer: LayerRule, tensor: TensorRule | None) -> Observation:
+    features = []
+    for block in graph.blocks:
+        x = run_block(graph, block, variables, x, layer=layer, tensor=tensor)
+        features.append(x)
+    return Observation(graph.logits(features.pop()), tuple(features))

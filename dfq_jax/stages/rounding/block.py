@@ -1,0 +1,264 @@
+"""Learning the quantization of one block: what is optimized, the loss, and the compiled steps.
+
+The quantized block is to give what the float block gives (BRECQ, arXiv 2102.05426), while it sees, element by element
+at random, quantized or float values (QDrop, arXiv 2203.05740).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dfq_jax.base import descend
+from dfq_jax.graph import Graph, LayerCall, loop_friendly, quantized_rules, run
+from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization, with_quantization
+from dfq_jax.stages.rounding.config import ReconstructionConfig
+from dfq_jax.stages.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
+
+Variables = dict[str, Any]  # of a block: leaves by name, and the collection "quantization"
+
+
+class Parameters(NamedTuple):
+    """What is optimized."""
+
+    kernels: dict[str, SoftKernel]  # by leaf
+    steps: dict[str, Float[Array, ""]]  # by tensor: log of the factor on its quantizer's step
+    biases: dict[str, Float[Array, "..."]]  # by leaf: what is added, in units of the leaf's own size
+
+
+class State(NamedTuple):
+    parameters: Parameters
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+class Cache(NamedTuple):
+    """The block's inputs in the float and in the quantized network, and its float outputs, for all images.
+
+    With the term of prediction difference, class scores of the whole float network too.
+    """
+
+    float_inputs: Float[Array, "n ..."]
+    inputs: Float[Array, "n ..."]
+    targets: Any
+    logits: Float[Array, "n k"] | None = None
+
+
+class Losses(NamedTuple):
+    reconstruction: Float[Array, ""]
+    undecided: Float[Array, ""]
+
+
+def init_parameters(
+    graph: Graph, config: ReconstructionConfig, float_own: Variables, own: Variables, frozen: frozenset[str]
+) -> tuple[Parameters, dict[str, jax.Array]]:
+    """Parameters that start at the quantization given, and the fixed base codes of the kernels."""
+    kernels, bases, biases = {}, {}, {}
+    for layer in graph.layers:
+        kernel = own[layer.kernel]
+        if isinstance(kernel, QTensor) and layer.kernel not in frozen:
+            kernels[layer.kernel] = init_soft(float_own[layer.kernel], kernel, config.trust)
+            bases[layer.kernel] = base_codes(float_own[layer.kernel], kernel)
+        bias = layer.bias if layer.batch_norm is None else graph.batch_norm(layer.batch_norm).bias
+        if config.bias_rate and bias is not None and bias not in frozen:
+            biases[bias] = jnp.zeros_like(own[bias], jnp.float32)
+    steps = {name: jnp.zeros(()) for part in quantization(own).values() for name in part}
+    return Parameters(kernels, steps, biases), bases
+
+
+def soft_variables(own: Variables, bases: dict[str, jax.Array], parameters: Parameters) -> Variables:
+    """The block's variables with soft kernels (arrays), learned steps and biases."""
+    kernels = {
+        name: soft_weight(soft, bases[name], own[name]).astype(own[name].dtype)
+        for name, soft in parameters.kernels.items()
+    }
+    return _with_quantizers({**own, **kernels}, parameters)
+
+
+def hard_variables(own: Variables, bases: dict[str, jax.Array], parameters: Parameters) -> Variables:
+    """The block's quantized variables as learned."""
+    kernels = {name: harden(soft, bases[name], own[name]) for name, soft in parameters.kernels.items()}
+    return _with_quantizers({**own, **kernels}, parameters)
+
+
+def _with_quantizers(own: Variables, parameters: Parameters) -> Variables:
+    quantizers = {
+        kind: {name: scaled(params, parameters.steps[name]) for name, params in part.items()}
+        for kind, part in quantization(own).items()
+    }
+    biases = {
+        name: (own[name] + bias_unit(own[name]) * d).astype(own[name].dtype) for name, d in parameters.biases.items()
+    }
+    return with_quantization({**own, **biases}, quantizers)
+
+
+def bias_unit(bias: Float[Array, "..."]) -> Float[Array, ""]:
+    """The size that a change of a bias is measured in, so that one learning rate suits all."""
+    return jnp.sqrt(jnp.mean(jnp.square(bias.astype(jnp.float32))) + 1e-6)
+
+
+def apply_soft(
+    graph: Graph,
+    variables: Variables,
+    x: Float[Array, "n ..."],
+    key: Key[Array, ""],
+    drop: float,
+    soft: frozenset[str],
+) -> Any:
+    """Run a block with soft kernels, each activation quantized with probability 1 - `drop`; the key is consumed.
+
+    `soft` are the kernels that are soft; others are float, or quantized and fixed.
+    """
+    place = {layer.name: i for i, layer in enumerate(graph.layers)}
+
+    def dropped(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
+        return mix(jax.random.fold_in(key, place[layer]), value, fake_quant(value, params), drop)
+
+    rules = quantized_rules(
+        variables, product=learned_product, in_float=loop_friendly, fake_quantize=dropped, soft=soft
+    )
+    return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor)
+
+
+def learned_product(call: LayerCall, params: QuantizerParams) -> jax.Array:
+    """A quantized layer while it is learned: fake-quantized operands, multiplied as the network multiplies."""
+    del params  # they are in the fake-quantized tensor
+    return loop_friendly(call.reading(call.source))
+
+
+def mix(key: Key[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
+    """Each element from `first` with probability `share` (to 1/256), else from `second`; the key is consumed."""
+    return second if share == 0 else jnp.where(random_mask(key, first.shape, share), first, second)
+
+
+def random_mask(key: Key[Array, ""], shape: tuple[int, ...], share: float) -> Bool[Array, "..."]:
+    """True with probability `share`, to 1/256; the key is consumed.
+
+    Made of as few random bits as `share` takes, one for a half: on CPU they would else cost as much as the products.
+    """
+    level, bits = round(256 * share), 8
+    while bits > 1 and level % 2 == 0:
+        level, bits = level // 2, bits - 1
+    size = math.prod(shape)
+    words = jax.random.bits(key, (bits, 1, -(-size // 32)), jnp.uint32)
+    planes = (words >> jnp.arange(32, dtype=jnp.uint32)[None, :, None]) & 1
+    value = sum(planes[i] << i for i in range(bits))
+    return (value < level).reshape(-1)[:size].reshape(shape)
+
+
+def reconstruction_error(found: Any, expected: Any) -> Float[Array, ""]:
+    """Squared error summed over channels (the last axis), averaged over examples and positions."""
+
+    def error(a: jax.Array, b: jax.Array) -> jax.Array:
+        difference = a.astype(jnp.float32) - b.astype(jnp.float32)
+        return jnp.square(difference).sum() / (difference.size // difference.shape[-1])
+
+    return sum(jax.tree.leaves(jax.tree.map(error, found, expected)), start=jnp.zeros(()))
+
+
+def prediction_difference(
+    found: Float[Array, "n k"], expected: Float[Array, "n k"], temperature: float
+) -> Float[Array, ""]:
+    """Divergence of class probabilities from those of the float network, times the squared temperature."""
+    log_found, log_expected = (jax.nn.log_softmax(z / temperature) for z in (found, expected))
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_found, log_expected).mean()
+
+
+@functools.cache
+def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
+    """Adam for each kind of parameter; cached, since compilation is keyed on it."""
+
+    def decayed(rate: float) -> optax.GradientTransformation:
+        return optax.adam(optax.cosine_decay_schedule(rate, config.steps))
+
+    makers = {
+        "rounding": optax.adam(config.rounding_rate),
+        "scale": decayed(config.scale_rate),
+        "step": decayed(config.step_rate),
+        "bias": decayed(config.bias_rate),
+    }
+
+    def labels(parameters: Parameters) -> Parameters:
+        return Parameters(
+            kernels={name: SoftKernel("rounding", "scale") for name in parameters.kernels},
+            steps=dict.fromkeys(parameters.steps, "step"),
+            biases=dict.fromkeys(parameters.biases, "bias"),
+        )
+
+    return optax.multi_transform(makers, labels)
+
+
+def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
+    """Weight of the regularizer (0 in the warm-up) and its exponent at a step."""
+    begin = round(config.warm_up * config.steps)
+    progress = jnp.clip((step - begin) / max(config.steps - begin, 1), 0.0, 1.0)
+    start, end = config.beta
+    return jnp.where(step < begin, 0.0, config.regularizer), start + (end - start) * progress
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "steps", "rest_graph"), donate_argnames="state")
+def advance(
+    graph: Graph,
+    config: ReconstructionConfig,
+    steps: int,
+    rest_graph: Graph | None,
+    rest: Variables | None,
+    own: Variables,
+    bases: dict[str, jax.Array],
+    cache: Cache,
+    state: State,
+    key: Key[Array, ""],
+) -> tuple[State, Losses]:
+    """Optimize a block for `steps` steps.
+
+    Args:
+      graph: of the block alone (`subnetwork`), static, as are `config` and `steps`: equal blocks compile once.
+      rest_graph, rest: the network behind the block, for the prediction difference, and its float variables; static and
+        an argument. None where the block's output holds the class scores, or the difference is not asked for.
+      own: the block's quantized variables at the start.
+      bases: base codes of its kernels.
+      cache: what the minibatches are drawn from.
+      state: donated.
+      key: of the block; the step number is folded in.
+
+    Returns:
+      The new state, and the losses of the last step.
+    """
+    optimizer = make_optimizer(config)
+    count = cache.inputs.shape[0]
+
+    def step(state: State, _: None = None) -> tuple[State, Losses]:
+        draw_key, input_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        chosen = jax.random.randint(draw_key, (config.batch_size,), 0, count)
+        batch = jax.tree.map(lambda a: a[chosen], cache)
+        x = mix(input_key, batch.float_inputs, batch.inputs, config.drop)
+        weight, beta = rounding_pressure(config, state.step)
+
+        def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
+            variables, soft = soft_variables(own, bases, parameters), frozenset(parameters.kernels)
+            found = apply_soft(graph, variables, x, drop_key, config.drop, soft)
+            error = reconstruction_error(found, batch.targets)
+            difference = jnp.zeros(())
+            if config.prediction_weight:
+                last = graph if rest_graph is None else rest_graph
+                outputs = found if rest_graph is None else run(rest_graph, rest, found, layer=loop_friendly)
+                logits = last.logits(outputs).astype(jnp.float32)
+                difference = prediction_difference(logits, batch.logits, config.temperature)
+            regularizer = sum((undecided(soft, beta) for soft in parameters.kernels.values()), start=jnp.zeros(()))
+            total = error + config.prediction_weight * difference + weight * regularizer
+            return total, Losses(error, regularizer)
+
+        gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
+        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters)
+        return State(parameters, optimizer_state, state.step + 1), losses
+
+    if steps == 1:
+        return step(state)
+    state, losses = jax.lax.scan(step, state, length=steps)
+    return state, jax.tree.map(lambda value: value[-1], losses)

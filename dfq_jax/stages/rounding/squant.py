@@ -1,0 +1,96 @@
+"""SQuant: rounding that needs nothing but the weights.
+
+Guo et al., "SQuant: On-the-Fly Data-Free Quantization via Diagonal Hessian Approximation" (arXiv 2202.07471). Inputs of
+neighboring positions and channels have much in common, so what a layer's result suffers from most is the *sum* of the
+rounding errors of a kernel (one input and output channel) and of an output channel. Moving a few codes by one, those
+whose errors are largest, makes these sums vanish: no loop, no images.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dfq_jax.graph import Graph, KernelForm, kernel_codes, quantized_kernels, with_codes
+from dfq_jax.quantizers import QTensor
+
+
+def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
+    """Quantized variables with the codes of SQuant in place of the nearest ones.
+
+    Pure and traceable: `jax.jit` with `graph` static.
+
+    Args:
+      graph: from `trace`.
+      variables: the float variables.
+      qvariables: from `quantize_params`, rounded to nearest.
+
+    Returns:
+      `qvariables` with other codes; each differs from the nearest one by at most 1. Weights beyond a clipped range keep
+      their codes; what their errors add to a sum is made up for by others as far as those allow. A kernel that layers
+      read as different matrices (`x @ w` and `h @ w.T`) keeps its codes, too.
+
+    Raises:
+      ValueError: no kernel is quantized, or `variables` are not the float ones.
+    """
+    updates = {}
+    for path, (form, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
+        updates[path] = _squant_kernel(form, kernel, leaf)
+    return graph.replace(qvariables, updates)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squant_kernel(form: KernelForm, kernel: QTensor, leaf: Float[Array, "..."]) -> QTensor:
+    """Compiled once for each form of kernels."""
+    groups, outputs, *rest = form.sizes
+    codes = squant_codes(*(a.reshape(groups * outputs, *rest) for a in kernel_codes(form, kernel, leaf)))
+    return with_codes(form, kernel, codes.reshape(form.sizes))
+
+
+def squant_codes(
+    values: Float[Array, "o i k"],
+    codes: Float[Array, "o i k"],
+    low: Float[Array, "o i k"],
+    high: Float[Array, "o i k"],
+) -> Float[Array, "o i k"]:
+    """Codes whose errors sum to at most 1/2 over each output channel, and to at most 1 over each kernel.
+
+    The first step flips codes within each kernel, until its errors sum to at most 1/2. The second flips one code in
+    some kernels, until the same holds for the channel. The bounds assume that no weight is clipped.
+
+    Args:
+      values: weights in units of their scale, for each output channel, input channel and place in the window.
+      codes: the nearest codes, within the limits.
+      low, high: limits of the codes.
+    """
+    error = codes - values
+    movable = jnp.where(error > 0, codes > low, codes < high)
+    if values.shape[-1] == 1:  # kernels of one element: channels only
+        error, movable = error[..., 0], movable[..., 0]
+        return codes + _moves(error, movable, error.sum(-1))[0][..., None]
+    moves, candidate = _moves(error, movable, error.sum(-1))
+    error = error + moves
+    # In each kernel one code may still move, and its error ranks the kernel.
+    pick = jnp.sum(jnp.where(candidate, error, 0.0), axis=-1)
+    again, _ = _moves(pick, candidate.any(-1), error.sum((-2, -1)))
+    return codes + moves + jnp.where(candidate, again[..., None], 0.0)
+
+
+def _moves(
+    error: Float[Array, "*rows n"], movable: Bool[Array, "*rows n"], total: Float[Array, "*rows"]
+) -> tuple[Float[Array, "*rows n"], Bool[Array, "*rows n"]]:
+    """Moves by one, against the errors of largest size, that bring `total` closest to zero; and what to move next.
+
+    What to move next is the last one moved, back again, if the total went past zero; else the first one not moved.
+    """
+    sign, size = jnp.sign(total)[..., None], jnp.abs(total)[..., None]
+    eligible = movable & (jnp.sign(error) == sign)
+    order = jnp.argsort(jnp.where(eligible, -jnp.abs(error), jnp.inf), axis=-1)
+    rank = jnp.argsort(order, axis=-1).astype(error.dtype)
+    count = jnp.round(size)
+    moved = eligible & (rank < count)
+    return -sign * moved.astype(sign.dtype), eligible & (rank == count - (count > size).astype(count.dtype))
