@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import full_precision
-from dfq_jax.graph import BatchNormRule, Graph, as_argument, record_tensors
+from dfq_jax.base import batches, full_precision
+from dfq_jax.graph import BatchNormRule, Graph, as_argument, check_images, record_tensors
 from dfq_jax.quantizers import fake_quant, params_from_range
 from dfq_jax.stages.convention import Convention
 
