@@ -44,10 +44,12 @@ class Bars:
         self._task: TaskID | None = None
 
     def stage(self, name: str) -> None:
+        """Begin a bar."""
         self._finish()
         self._task = self._progress.add_task(name, total=None, detail="", eta="")
 
     def update(self, done: float, total: float, *, detail: str = "", eta: float | None = None) -> None:
+        """Move the bar."""
         eta_text = "" if eta is None or done >= total else f"ETA {_duration(eta)}"
         self._progress.update(self._task, completed=done, total=total, detail=detail, eta=eta_text)
 
@@ -71,10 +73,12 @@ class Lines:
         self._last = time.monotonic()
 
     def stage(self, name: str) -> None:
+        """Print a stage's name."""
         self._stage = name
         self._print(name)
 
     def update(self, done: float, total: float, *, detail: str = "", eta: float | None = None) -> None:
+        """Print how far the stage is."""
         facts = [f"{100 * done / total:.0f} %"]
         if detail:
             facts.append(detail)
@@ -123,9 +127,11 @@ class Reporter:
         self.label = f"{label}: " if label else ""
 
     def on_stage(self, name: str) -> None:
+        """Show that a stage of `quantize` begins."""
         self.display.stage(self.label + STAGES.get(name, name))
 
     def on_progress(self, progress: synthesis.Progress) -> None:
+        """Show how far the images are."""
         done = (progress.batch - 1) * progress.steps + progress.step
         self.display.update(
             done, progress.num_batches * progress.steps, detail=f"loss {progress.loss:.4g}", eta=progress.eta

@@ -72,6 +72,7 @@ def to_float(text):
 
 
 def quantized(model, recipe_name, ranges):
+    """The file of a quantized model."""
     from ai_edge_quantizer import quantizer, recipe
 
     job = quantizer.Quantizer(bytearray(model), getattr(recipe, recipe_name)())
@@ -139,6 +140,7 @@ def tensor_names(model, inputs):
 
 
 def load(model, preserve=False, threads=1):
+    """An interpreter of a model."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     # Delegates fuse operations away whose results are asked for.
@@ -185,6 +187,7 @@ def encode(values, detail):
 
 
 def decode(values, detail):
+    """Values of a tensor in float."""
     scale, zero = detail["quantization"]
     if detail["dtype"] == np.float32:
         return values
@@ -192,6 +195,7 @@ def decode(values, detail):
 
 
 def main(command, folder):
+    """Run one command; what went wrong stands in result.json."""
     try:
         result = {"check": check, "convert": convert, "export": export, "run": run}[command](folder)
     except ModuleNotFoundError as error:

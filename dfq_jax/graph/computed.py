@@ -1,6 +1,7 @@
-"""Kernels that a network computes from its parameters before it uses them: weight standardization (arXiv 1903.10520),
-spectral normalization (arXiv 1802.05957), weight normalization (arXiv 1602.07868), adapters W + A B (arXiv 2106.09685).
+"""Kernels that a network computes from its parameters before it uses them.
 
+Weight standardization (arXiv 1903.10520), spectral normalization (arXiv 1802.05957), weight normalization
+(arXiv 1602.07868) and adapters W + A B (arXiv 2106.09685) are such.
 `compute_kernels` computes them once and puts each in the place of a leaf that is read for nothing else, so that it is a
 kernel like any other, in a tree of the same structure.
 """
@@ -39,6 +40,7 @@ class ComputedKernels:
     kernels: tuple[str, ...]
 
     def __call__(self, variables: Any, x: Float[Array, "n ..."]) -> Any:
+        """Compute the kernels of `variables`."""
         x = jnp.asarray(x)
         graph = self.graph.at(x.shape, x.dtype)
         leaves = graph.leaves(variables)

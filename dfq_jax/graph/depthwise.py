@@ -55,7 +55,8 @@ def by_platform(on_cpu: Product, elsewhere: Product, operand: jax.Array, kernel:
     Args:
       on_cpu: computes the product on CPU.
       elsewhere: computes the same on all other platforms.
-      operand, kernel: what they take.
+      operand: of the product.
+      kernel: of the product.
     """
     return lax.platform_dependent(operand, kernel, cpu=on_cpu, default=elsewhere)
 

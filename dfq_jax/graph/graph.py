@@ -120,12 +120,15 @@ class Graph:
     # --- lookups ---
 
     def layer(self, name: str) -> Layer:
+        """The layer of this name."""
         return self._layers[name]
 
     def tensor(self, name: str) -> Tensor:
+        """The tensor of this name."""
         return self._tensors[name]
 
     def batch_norm(self, name: str) -> BatchNorm:
+        """The BatchNorm of this name."""
         return self._batch_norms[name]
 
     @functools.cached_property
@@ -178,10 +181,12 @@ class Graph:
 
     @property
     def first_layer(self) -> Layer:
+        """The layer that runs first."""
         return self.layers[0]
 
     @property
     def last_layer(self) -> Layer:
+        """The layer that runs last."""
         return self.layers[-1]
 
     # --- variables ---

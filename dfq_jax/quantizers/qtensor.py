@@ -145,7 +145,7 @@ def ste_round(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _clipped(x: ArrayLike, params: QuantizerParams) -> Float[Array, "..."]:
-    """x / scale, clipped to the code range less the zero point; float32."""
+    """The values over their scale, clipped to the code range less the zero point; float32."""
     # By the reciprocal, as XLA compiles division by a broadcast scale anyway: now the bits do not depend on
     # whether the scale is broadcast (per tensor, per channel, under vmap).
     v = jnp.asarray(x, jnp.float32) * (1.0 / params.scale)
@@ -267,7 +267,7 @@ class QTensor:
         return dequantize(self.qvalue, self.params).astype(self.dtype)
 
     def centered(self) -> Integer[Array, "..."]:
-        """Codes less the zero point, so that the real tensor is ``scale * centered()``.
+        """Codes less the zero point: the real tensor is the scale times them.
 
         Returns:
             int8 if symmetric or of at most 7 bits, where it always fits. Asymmetric 8-bit codes (and

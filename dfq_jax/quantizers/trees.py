@@ -11,6 +11,7 @@ from dfq_jax.quantizers.qtensor import QTensor
 
 
 def is_qtensor(node: Any) -> bool:
+    """Whether a node of a tree is a `QTensor`."""
     return isinstance(node, QTensor)
 
 

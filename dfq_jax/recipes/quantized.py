@@ -64,6 +64,7 @@ class Quantized:
         return functools.partial(apply_quantized, self.graph, integer=True)
 
     def __call__(self, x: Float[Array, "n ..."]) -> Any:
+        """The outputs of the quantized network, simulated in float."""
         return apply_jitted(self.graph, self.variables, x)
 
     def integer(self, policy: Policy | None = None) -> IntegerNetwork:
@@ -86,7 +87,8 @@ class Quantized:
 
         Args:
           shape: of the input to be served, `[N, H, W, C]`; by default that of `quantize`.
-          policy, rounds: see `runtime.measure_policy`.
+          policy: the policy to begin with.
+          rounds: measurements of each kernel.
         """
         graph = self.graph if shape is None else self.graph.at(shape)
         return measure_policy(graph, self.variables, policy, rounds=rounds)

@@ -72,6 +72,7 @@ class Report:
         return _finite(dataclasses.asdict(self))
 
     def to_json(self) -> str:
+        """The facts as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
     def summary(self) -> list[tuple[str, str]]:
@@ -89,6 +90,8 @@ class Report:
         return rows
 
     def rows(self) -> list[tuple[str, ...]]:
+        """The table of layers, as text."""
+
         def text(value: Any, form: str = "") -> str:
             return "float" if value is None else format(value, form)
 

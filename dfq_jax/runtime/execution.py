@@ -26,6 +26,7 @@ class Codes:
     real: jax.Array | None  # the tensor before quantization, where other readers take that
 
     def int8(self) -> jax.Array:
+        """The codes as int8."""
         shifted = self.centered if self.zero is None else self.centered + self.zero
         return shifted.astype(jnp.int8)
 

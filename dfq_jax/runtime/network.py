@@ -33,6 +33,7 @@ class IntegerNetwork:
         return functools.partial(apply_integer, self.plan)
 
     def __call__(self, x: Float[Array, "n ..."]) -> Any:
+        """The outputs of the network, computed in integers where the plan says so."""
         return _apply_jitted(self.plan, self.variables, x)
 
     def kernels(self) -> str:

@@ -44,6 +44,7 @@ class IntegerPlan:
         return {layer.name: layer for layer in self.layers}
 
     def layer(self, name: str) -> LayerPlan:
+        """The plan of one layer."""
         return self._layers[name]
 
     @property

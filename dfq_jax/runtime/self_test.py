@@ -70,6 +70,7 @@ def self_test(graph: Graph, names: Sequence[str], policy: Policy) -> dict[str, b
 
 
 def layer_call(graph: Graph, name: str) -> LayerCall:
+    """A call of a layer without values."""
     layer = graph.layer(name)
     return LayerCall(layer, graph.program.ops[layer.op], graph, None, None, None)
 

@@ -124,7 +124,10 @@ def measure_kernels(graph: Graph, policy: Policy, *, rounds: int = 7, timer: Tim
     """The policy with `measured` filled in: every layer shape timed as int8 and as float.
 
     Args:
-      graph, policy, rounds, timer: as in `measure_policy`.
+      graph: traced at the shape that is served.
+      policy: the policy to begin with.
+      rounds: measurements of each kernel.
+      timer: as in `measure_policy`.
     """
     ratios: dict[tuple[Any, ...], float] = {}
     measured = []

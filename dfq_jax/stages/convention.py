@@ -101,6 +101,7 @@ class Convention:
 
     @property
     def name(self) -> str:
+        """The short name, such as "w8a8"."""
         return f"w{self.weight_bits}a{self.activation_bits or FLOAT_BITS}"
 
     def describe(self) -> str:
@@ -119,6 +120,7 @@ class Convention:
         return f"{self.name.upper()}, {edges}, {weights}, {activations}"
 
     def is_edge(self, graph: Graph, layer: Layer) -> bool:
+        """Whether a layer is the first or the last."""
         return layer.name in (graph.first_layer.name, graph.last_layer.name)
 
     def layer_bits(self, graph: Graph, layer: Layer) -> int:

@@ -209,6 +209,7 @@ def estimate_ranges(
 
 
 def resolve_estimator(estimator: str | Estimator) -> Estimator:
+    """An estimator as given, or that of a name."""
     if callable(estimator):
         return estimator
     if estimator not in ESTIMATORS:

@@ -1,6 +1,9 @@
-"""Images from the network itself: what is asked of them (`objective`), where they come from (`source`: their pixels, or
-a `generator`), how they change from step to step (`augment`), one step of the optimizer (`step`), the loop around it
-(`loop`), and a second pass for one quantized network (`refine`)."""
+"""Images from the network itself.
+
+What is asked of them (`objective`), where they come from (`source`: their pixels, or a `generator`), how they change
+from step to step (`augment`), one step of the optimizer (`step`), the loop around it (`loop`), and a second pass for
+one quantized network (`refine`).
+"""
 
 from dfq_jax.synthesis.checkpoint import remove_checkpoint
 from dfq_jax.synthesis.config import DGH, GENIE, SynthesisConfig

@@ -77,6 +77,7 @@ class Checkpoint:
         return ValueError(f"checkpoint: {str(self.path)!r} cannot be read ({error}); delete it to start anew.")
 
     def remove(self) -> None:
+        """Remove the file."""
         remove_checkpoint(self.path)
 
 

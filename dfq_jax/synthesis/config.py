@@ -143,10 +143,12 @@ class SynthesisConfig:
 
     @property
     def uses_classes(self) -> bool:
+        """Whether a term of the loss asks for classes."""
         return self.class_weight > 0 or self.distance_weight > 0 or self.response_weight > 0
 
     @property
     def num_batches(self) -> int:
+        """How many batches make all images."""
         return math.ceil(self.num_images / self.batch_size)
 
     def layer_weights(self, layers: int) -> list[float]:

@@ -51,6 +51,8 @@ class Targets(NamedTuple):
 
 
 class Evaluation(NamedTuple):
+    """The loss of a batch and what it is made of."""
+
     loss: Float[Array, ""]
     layer_losses: Float[Array, " layers"]  # BatchNorm term of each layer, unweighted
     moments: dict[str, Moments]
@@ -147,6 +149,7 @@ class FeatureReader:
         self.value: jax.Array = jnp.zeros(())
 
     def __call__(self, call: LayerCall, result: jax.Array) -> jax.Array:
+        """Keep the mean features that the layer reads."""
         if call.layer.name == self.layer:
             features = call.source.astype(jnp.float32)
             self.value = features.mean(tuple(range(1, features.ndim - 1)))

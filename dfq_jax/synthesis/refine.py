@@ -137,6 +137,7 @@ def refine(
 
 @functools.cache
 def refine_optimizer(config: RefineConfig) -> optax.GradientTransformation:
+    """The optimizer of a refinement; cached, since compilation is keyed on it."""
     return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
 

@@ -34,6 +34,7 @@ class ResNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """The block's output."""
         shortcut = x
         y = _linen_conv(self.width, 3, self.stride, "conv1")(x)
         y = nn.relu(_linen_norm(train, "bn1")(y))
@@ -50,6 +51,7 @@ class FashionResNet20(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """The block's output."""
         x = _linen_conv(STAGE_WIDTHS[0], 3, 1, "conv_init")(x)
         x = nn.relu(_linen_norm(train, "bn_init")(x))
         for stage, width in enumerate(STAGE_WIDTHS):
@@ -79,6 +81,7 @@ class InvertedResidual(nnx.Module):
         self.project_bn = _nnx_norm(width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The block's output."""
         y = nnx.relu6(self.expand_bn(self.expand(x))) if self.expands else x
         y = nnx.relu6(self.depthwise_bn(self.depthwise(y)))
         y = self.project_bn(self.project(y))
@@ -104,6 +107,7 @@ class FashionMobileNet(nnx.Module):
         self.head = nnx.Linear(HEAD_WIDTH, CLASSES, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The logits."""
         x = nnx.relu6(self.stem_bn(self.stem(x)))
         for index in range(self.block_count):
             x = getattr(self, f"block{index}")(x)

@@ -37,6 +37,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ho wo f"]:
+        """The block's output."""
         channels = x.shape[-1]
         hidden = channels * max(self.expansion, 1)
         style = dict(activation=nn.relu6, dtype=self.dtype)

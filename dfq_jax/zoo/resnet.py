@@ -47,6 +47,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ho wo f"]:
+        """The block's output."""
         y = ConvNorm(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x, train)
         y = ConvNorm(self.features, 3, activation=None, dtype=self.dtype, name="conv2")(y, train)
         return nn.relu(y + _shortcut(self, x, train))
@@ -69,6 +70,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ho wo f"]:
+        """The block's output."""
         inner = self.features // EXPANSION
         first, second = (self.stride, 1) if self.stride_on_1x1 else (1, self.stride)
         y = ConvNorm(inner, 1, first, dtype=self.dtype, name="conv1")(x, train)

@@ -35,6 +35,7 @@ class ConvNorm(nnx.Module):
         self.activate = activate
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo f"]:
+        """The block's output."""
         x = self.bn(self.conv(x))
         return nnx.relu(x) if self.activate else x
 
@@ -48,6 +49,7 @@ class BasicBlock(nnx.Module):
         self.shortcut = _shortcut(channels, features, stride, dtype, rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo f"]:
+        """The block's output."""
         y = self.conv2(self.conv1(x))
         return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
@@ -67,6 +69,7 @@ class Bottleneck(nnx.Module):
         self.shortcut = _shortcut(channels, features, stride, dtype, rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo f"]:
+        """The block's output."""
         y = self.conv3(self.conv2(self.conv1(x)))
         return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
@@ -118,6 +121,7 @@ class ResNet(nnx.Module):
         self.classifier = nnx.Linear(channels, num_classes, kernel_init=KERNEL_INIT, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n k"]:
+        """The logits."""
         x = max_pool(self.stem(x), 3, 2, (1, 1))
         for name in self.block_names:
             x = getattr(self, name)(x)

@@ -47,6 +47,7 @@ class BatchedProgram:
     dtypes: Mapping[int, np.dtype]
 
     def shape(self, operand: Operand) -> Shape:
+        """The shape of an operand, with the batch's size where it has one."""
         return operand.shape if isinstance(operand, Constant) else self.shapes[operand]
 
 

@@ -237,6 +237,7 @@ def _transposed_convolution(writer: Writer, op: Op, x: str, kernel: Kernel, shap
 
 
 def has_batch_axes(op: Op) -> bool:
+    """Whether a product is one of many matrices, with an axis that both operands have."""
     return op.name == "dot_general" and bool(op.params["dimension_numbers"][1][0])
 
 

@@ -79,6 +79,7 @@ class Codes:
     limits: tuple[int, int]
 
     def moved(self, move: Callable[[np.ndarray], np.ndarray]) -> Codes:
+        """The codes with their axes moved."""
         return dataclasses.replace(self, array=move(self.array))
 
     def times(self, factor: np.ndarray) -> Codes | None:

@@ -40,6 +40,7 @@ class Value:
 
     @property
     def is_constant(self) -> bool:
+        """Whether its number is known."""
         return self.array is not None
 
     @property
@@ -72,6 +73,7 @@ def onnx_dtype(dtype: Any) -> np.dtype:
 
 
 def onnx_array(array: Any) -> np.ndarray:
+    """An array of a type that ONNX has."""
     array = np.asarray(array)
     return array.astype(onnx_dtype(array.dtype), copy=False)
 
@@ -90,6 +92,7 @@ class Writer:
     # --- the graph ---
 
     def unique(self, wanted: str) -> str:
+        """A name that no tensor has."""
         name, count = wanted, 1
         while name in self._names:
             name, count = f"{wanted}_{count}", count + 1
@@ -120,6 +123,7 @@ class Writer:
         return self.initializer_of(self._onnx.numpy_helper.from_array(array), name)
 
     def initializer_of(self, tensor: Any, name: str | None = None) -> str:
+        """The name of a tensor in the file, written once."""
         key = tensor.SerializeToString(deterministic=True)
         if key not in self._written:
             tensor.name = self.unique(name or "constant")
@@ -139,6 +143,7 @@ class Writer:
         return int(self._onnx.helper.np_dtype_to_tensor_dtype(onnx_dtype(dtype)))
 
     def integers(self, numbers: Iterable[int]) -> str:
+        """An initializer of int64."""
         return self.initializer(np.array(list(numbers), np.int64))
 
     # --- values ---

@@ -41,8 +41,7 @@ InferenceCall = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def inference_arguments(function: Callable[..., Any]) -> dict[str, bool]:
-    """The arguments that put `function` into inference mode, of those it has; only switches, with a bool or nothing
-    as default."""
+    """The arguments of `function` that put it into inference mode: switches, with a bool or nothing as default."""
     found = inspect.signature(function).parameters
     return {
         name: value for name, value in INFERENCE_ARGUMENTS.items() if name in found and _is_switch(found[name].default)

@@ -97,8 +97,10 @@ def from_wrapper(model: Any, variables: Any) -> tuple[ApplyFn, Any]:
 
 
 def from_nnx(module: Any, variables: Any) -> tuple[ApplyFn, Any]:
-    """Of an NNX module: its own state unless variables are given. Only the module's definition, without arrays, and
-    the state of its random streams stay in the function."""
+    """Of an NNX module: its own state unless variables are given.
+
+    Only the module's definition, without arrays, and the state of its random streams stay in the function.
+    """
     _, nnx = modules()
     call = inference_call(
         _call_of(module, "graphdef, variables = nnx.split(model); lambda v, x: nnx.merge(graphdef, v).METHOD(x)"),

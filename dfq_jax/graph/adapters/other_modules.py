@@ -1,5 +1,7 @@
-"""Keras models on JAX, Haiku's transformed functions and Equinox modules. None of these is imported here: an object of
-one of them can only exist where it has been imported already."""
+"""Keras models on JAX, Haiku's transformed functions and Equinox modules.
+
+None of these is imported here: an object of one of them can only exist where it has been imported already.
+"""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class Affine:
 
     @property
     def axis(self) -> int | None:
+        """The axis of channels; None where both are scalars."""
         return self.factor.axis if self.factor.axis is not None else self.offset.axis
 
 

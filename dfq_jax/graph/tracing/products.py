@@ -29,10 +29,12 @@ class Product:
 
     @property
     def data(self) -> int:
+        """The operand that is no kernel."""
         return self.op.inputs[1 - self.kernel_operand]
 
     @property
     def is_conv(self) -> bool:
+        """Whether it is a convolution."""
         return self.op.name == "conv_general_dilated"
 
     def describe(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Constant:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return np.shape(self.value)
 
 
@@ -57,10 +58,12 @@ class Op:
 
     @property
     def name(self) -> str:
+        """The name of the primitive."""
         return self.primitive.name
 
     @property
     def value_inputs(self) -> tuple[int, ...]:
+        """The operands that are no constants."""
         return tuple(i for i in self.inputs if isinstance(i, int))
 
     def __call__(self, *args: jax.Array) -> tuple[jax.Array, ...]:
@@ -93,10 +96,12 @@ class Program:
 
     @property
     def input(self) -> int:
+        """The value that is the network's input."""
         return self.num_leaves
 
     @functools.cached_property
     def output_values(self) -> frozenset[int]:
+        """The values that the program returns."""
         return frozenset(o for o in self.outputs if not isinstance(o, Constant))
 
     @functools.cached_property
@@ -163,6 +168,7 @@ class Program:
         return tuple(found[::-1])
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
+        """The shape of a value or a constant."""
         return operand.shape if isinstance(operand, Constant) else self.avals[operand].shape
 
     def readers(self, value: int) -> int:

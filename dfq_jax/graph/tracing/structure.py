@@ -48,6 +48,7 @@ class Layer:
 
     @property
     def depthwise(self) -> bool:
+        """Whether each channel is a group of its own."""
         return self.groups > 1 and self.groups == math.prod(self.kernel_shape[a] for a in self.channel_axes)
 
     def check_scale(self, shape: tuple[int, ...]) -> None:

@@ -59,7 +59,7 @@ def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvaria
 
 
 def init_codes(weight: Float[Array, "..."], kernel: QTensor, trust: float) -> Float[Array, "..."]:
-    """u within the cells of the kernel's codes: as near the float weight as can be (`trust` 0), or at the code (1)."""
+    """Points in the cells of the kernel's codes: as near the float weight as can be (`trust` 0), or at the code (1)."""
     codes = kernel.centered().astype(jnp.float32)
     nearest = jnp.clip(weight.astype(jnp.float32) / kernel.scale, codes - REACH, codes + REACH)
     return nearest + trust * (codes - nearest)

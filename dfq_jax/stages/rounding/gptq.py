@@ -208,7 +208,8 @@ def nearest_plane(
     Args:
       upper: upper triangular, of positive diagonal.
       values: what to round.
-      low, high: limits.
+      low: least integers.
+      high: greatest integers.
       block: columns between two matrix products.
     """
     size = values.shape[1]

@@ -60,12 +60,13 @@ def init_soft(weight: Float[Array, "..."], kernel: QTensor, trust: float) -> Sof
 
 
 def _inverse(h: jax.Array) -> jax.Array:
-    """v with rectified sigmoid h."""
+    """The inverse of `rectified_sigmoid`."""
     share = (h - GAMMA) / (ZETA - GAMMA)
     return jnp.log(share / (1 - share))
 
 
 def rectified_sigmoid(v: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A sigmoid that reaches 0 and 1 (arXiv 2004.10568)."""
     return jnp.clip(jax.nn.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 

@@ -65,7 +65,8 @@ def squant_codes(
     Args:
       values: weights in units of their scale, for each output channel, input channel and place in the window.
       codes: the nearest codes, within the limits.
-      low, high: limits of the codes.
+      low: least codes.
+      high: greatest codes.
     """
     error = codes - values
     movable = jnp.where(error > 0, codes > low, codes < high)
