@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dfq_jax
-from dfq_jax.quantizers.collection import with_quantization
+from dfq_jax.quantizers.collection import ActivationQuantizers, with_quantization
 from dfq_jax.stages.comparison import apply_jitted, compare
 from dfq_jax.stages.convention import Convention
 
@@ -56,7 +56,7 @@ def test_outputs_without_classes():
 
 def test_the_float_network_itself():
     graph, variables, _, images = quantized(model_grid.cifar_resnet8, "w3a3")
-    same = compare(graph, variables, with_quantization(variables, {}), images)
+    same = compare(graph, variables, with_quantization(variables, ActivationQuantizers()), images)
     assert same.agreement == 100 and same.divergence == pytest.approx(0, abs=1e-6)
 
 

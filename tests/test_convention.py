@@ -13,10 +13,9 @@ import pytest
 from flax.core import FrozenDict
 from model_grid import GRID
 
-from dfq_jax.graph.execution import OPERANDS, TENSORS
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.structure import GraphError
-from dfq_jax.quantizers.collection import QUANTIZATION, without_quantization
+from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, without_quantization
 from dfq_jax.quantizers.qtensor import QTensor, QuantizerParams
 from dfq_jax.quantizers.weights import WEIGHT_RANGES
 from dfq_jax.stages.convention import Convention, quantize_params

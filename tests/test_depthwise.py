@@ -12,7 +12,7 @@ from dfq_jax.graph.depthwise import depthwise_product, is_supported
 from dfq_jax.graph.execution import apply_quantized, run
 from dfq_jax.graph.gradients import loop_friendly
 from dfq_jax.graph.graph import trace
-from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
 
@@ -129,7 +129,7 @@ def test_quantized_network_by_platform(platform, integer):
     qvariables = quantize_params(graph, variables, estimate_ranges(graph, variables, x, convention), convention)
     if integer:
         plan, arrays = compile_integer(graph, qvariables)
-        function = jax.jit(lambda v, x: apply_integer(plan, v, x))
+        function = jax.jit(lambda v, x: apply_plan(plan, v, x))
     else:
         arrays, function = qvariables, jax.jit(lambda v, x: apply_quantized(graph, v, x))
     text = jax.export.export(function, platforms=(platform,))(arrays, x).mlir_module()

@@ -15,11 +15,18 @@ import numpy as np
 import pytest
 from model_grid import GRID, function_case, linen_case
 
-from dfq_jax.graph.execution import OPERANDS, TENSORS, apply_quantized, normalize, record_tensors, run
+from dfq_jax.graph.execution import apply_quantized, normalize, record_tensors, run
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.program import sub_jaxprs
 from dfq_jax.graph.tracing.structure import GraphError
-from dfq_jax.quantizers.collection import QUANTIZATION, with_quantization
+from dfq_jax.quantizers.collection import (
+    OPERANDS,
+    QUANTIZATION,
+    TENSORS,
+    ActivationQuantizers,
+    quantization,
+    with_quantization,
+)
 from dfq_jax.quantizers.qtensor import QTensor, QuantizerParams, fake_quant, params_from_range
 from dfq_jax.quantizers.weights import quantize_kernel
 from dfq_jax.stages.comparison import sqnr
@@ -290,7 +297,7 @@ def quantize_one_layer(graph: Graph, variables: Any, kind: Kind) -> Any:
         method="min_max",
     )
     params = params_from_range(LOW, HIGH, bits=kind.activation_bits, symmetric=kind.symmetric_activations)
-    quantizers = {TENSORS: {layer.tensor: params}, OPERANDS: {}}
+    quantizers = ActivationQuantizers(for_all={layer.tensor: params})
     return with_quantization(graph.replace(variables, {layer.kernel: kernel}), quantizers)
 
 
@@ -341,7 +348,8 @@ def test_unsigned_codes_without_zero_point():
     codes = jnp.asarray(np.random.default_rng(3).integers(0, 256, (7, 4)), jnp.uint8)
     kernel = QTensor(codes, jnp.full((1, 1), 0.01), None, bits=8, signed=False, dtype="float32")
     params = QuantizerParams(jnp.float32(0.01), None, bits=8, signed=False)
-    qvariables = with_quantization({"params": {"kernel": kernel}}, {TENSORS: {graph.layers[0].tensor: params}})
+    quantizers = ActivationQuantizers(for_all={graph.layers[0].tensor: params})
+    qvariables = with_quantization({"params": {"kernel": kernel}}, quantizers)
     expected = reference_output(layer, graph, qvariables, x)
     for integer in (False, True):
         found = apply_quantized(graph, qvariables, x, integer=integer)
@@ -622,8 +630,8 @@ def test_gradients_through_a_network_are_finite_and_reach_everything(name):
         variables = with_quantization(graph.replace(qvariables, leaves), quantizers)
         return jnp.square(apply_quantized(graph, variables, x).astype(jnp.float32)).sum()
 
-    by_leaf, by_quantizer, by_x = gradients(leaves, qvariables[QUANTIZATION], x)
-    scales = [q.scale for part in by_quantizer.values() for q in part.values()]
+    by_leaf, by_quantizer, by_x = gradients(leaves, quantization(qvariables), x)
+    scales = [q.scale for q in by_quantizer.by_tensor.values()]
     assert len(scales) == len(graph.tensors)
     for gradient in (*by_leaf.values(), *scales, by_x):
         assert bool(jnp.isfinite(gradient).all()) and bool(jnp.any(gradient != 0))

@@ -23,7 +23,7 @@ from dfq_jax.graph.adapters import as_function
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.program import Constant, Program
 from dfq_jax.graph.tracing.structure import GraphError, Skipped
-from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, with_quantization, without_quantization
+from dfq_jax.quantizers.collection import QUANTIZATION, ActivationQuantizers, with_quantization, without_quantization
 from dfq_jax.quantizers.qtensor import QTensor, params_from_range
 
 
@@ -667,12 +667,12 @@ def test_leaves_and_replace():
 def test_quantized_variables(name):
     graph = graph_of(name)
     _, variables = build_of(name)().function()
-    collection = {TENSORS: {"conv1": params_from_range(0.0, 1.0, bits=8)}, OPERANDS: {}}
-    quantized = with_quantization(variables, collection)
+    quantizers = ActivationQuantizers(for_all={"conv1": params_from_range(0.0, 1.0, bits=8)})
+    quantized = with_quantization(variables, quantizers)
     assert type(quantized) is type(variables)
     assert graph.leaves(quantized) == graph.leaves(variables)
     replaced = graph.replace(quantized, {graph.layers[0].kernel: "anything"})
-    assert replaced[QUANTIZATION] == collection
+    assert replaced[QUANTIZATION] == quantized[QUANTIZATION]
     assert jax.tree.structure(without_quantization(quantized)) == jax.tree.structure(variables)
     assert trace(graph.apply_fn, quantized, graph.input) == graph
 

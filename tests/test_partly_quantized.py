@@ -7,11 +7,11 @@ import pytest
 from jax import lax
 from model_grid import function_case
 
-from dfq_jax.graph.execution import OPERANDS, TENSORS, apply_quantized
+from dfq_jax.graph.execution import apply_quantized
 from dfq_jax.graph.graph import trace
-from dfq_jax.quantizers.collection import QUANTIZATION, with_quantization
+from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, quantization, with_quantization
 from dfq_jax.quantizers.qtensor import QTensor, fake_quant
-from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.finetuning import FinetuneConfig
 from dfq_jax.stages.finetuning import student as finetuning
@@ -62,12 +62,10 @@ def start(shortcuts, kernels, tensors, dtype=jnp.float32):
     convention = Convention.parse("w4a4", shortcuts=shortcuts)
     ranges = estimate_ranges(graph, variables, x, convention, estimator="max")
     qvariables = quantize_params(graph, variables, ranges, convention)
-    collection = {
-        kind: {name: params for name, params in part.items() if name not in tensors}
-        for kind, part in qvariables[QUANTIZATION].items()
-    }
+    kept = [(tensor.name, tensor.name) for tensor in graph.tensors if tensor.name not in tensors]
+    quantizers = quantization(qvariables).renamed(kept)
     qvariables = graph.replace(qvariables, {name: variables[name] for name in kernels})
-    return graph, variables, with_quantization(qvariables, collection), x
+    return graph, variables, with_quantization(qvariables, quantizers), x
 
 
 def expected(qvariables, x):
@@ -127,7 +125,7 @@ def test_all_ways_to_run_it_agree(shortcuts, kernels, tensors):
 
     found, wanted = simulations(qvariables, x)
     plan, ivariables = compile_integer(graph, qvariables)
-    found["compiled"] = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, x)
+    found["compiled"] = jax.jit(apply_plan, static_argnums=0)(plan, ivariables, x)
     for name, value in found.items():
         np.testing.assert_allclose(value, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()), err_msg=name)
     # Soft kernels begin near their codes: what they say of tensors is the rule's.

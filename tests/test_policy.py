@@ -15,7 +15,7 @@ from test_runtime import EVERYTHING, quantized
 from dfq_jax.quantizers.collection import dequantized
 from dfq_jax.quantizers.qtensor import params_from_range, quantize_tensor
 from dfq_jax.recipes.quantized import Quantized
-from dfq_jax.runtime import apply_integer, compile_integer, kernel_table, measure_policy, policy, timing
+from dfq_jax.runtime import apply_plan, compile_integer, kernel_table, measure_policy, policy, timing
 from dfq_jax.runtime import self_test as testing
 from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED, WEIGHT_ONLY, Policy, decide, default_policy, largest_sum
 from dfq_jax.runtime.self_test import self_test, signature
@@ -122,7 +122,7 @@ def test_self_test_catches_a_wrong_kernel(monkeypatch):
         decision = plan.layer(layer.name).decision
         assert decision.runs == (FLOAT if 2 in layer.strides else INT8)
         assert ("wrong sums" in decision.reason) == (2 in layer.strides)
-    found = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, x)
+    found = jax.jit(apply_plan, static_argnums=0)(plan, ivariables, x)
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
@@ -183,7 +183,7 @@ def test_the_fastest_network_is_chosen(monkeypatch, seconds, int8_layers, ratio)
     assert sum(layer.decision.runs == INT8 for layer in plan.layers) == int8_layers
     assert f"the whole network: {ratio:.2f} times as fast" in kernel_table(plan)
     assert ("gains nothing by it" in kernel_table(plan)) == (int8_layers < 3)
-    found = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, x)
+    found = jax.jit(apply_plan, static_argnums=0)(plan, ivariables, x)
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
@@ -198,7 +198,7 @@ def test_activations_stay_in_float_where_codes_are_slow(monkeypatch):
     assert "no network on codes measured as fast" in kernel_table(plan)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(ivariables)}
     assert dtypes == {jnp.dtype("float32")}  # nothing is left to convert in every call
-    found = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, x)
+    found = jax.jit(apply_plan, static_argnums=0)(plan, ivariables, x)
     weights_alone = graph.apply_fn(dequantized(qvariables), x)
     np.testing.assert_allclose(found, weights_alone, rtol=1e-4, atol=1e-4 * np.abs(weights_alone).max())
 

@@ -12,8 +12,10 @@ from dfq_jax.quantizers.qtensor import (
     QTensor,
     QuantizerParams,
     bounds,
+    code_limits,
     dequantize,
     fake_quant,
+    int8_codes,
     pack,
     params_from_range,
     quantize,
@@ -215,6 +217,26 @@ def test_qtensor(bits, symmetric):
     np.testing.assert_array_equal(unpack(packed, bits, q.shape, q.signed), q.qvalue)
 
 
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("zero_point", [None, 5.0])
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_codes_for_int8_products(bits, zero_point, signed, array):
+    low, high = bounds(bits, signed)
+    zero_point = None if zero_point is None else array(np.float32(zero_point))
+    params = QuantizerParams(array(np.float32(0.5)), zero_point, bits=bits, signed=signed)
+    codes = array(np.arange(low, high + 1).astype(np.int8 if signed else np.uint8))
+    found, zero = int8_codes(codes, params)
+    assert found.dtype == np.int8 and isinstance(found, type(codes))
+    assert (zero is None) == (bits < 8 or (signed and zero_point is None))
+    real = 0.5 * (np.asarray(found, np.float32) - (0 if zero is None else float(zero)))
+    np.testing.assert_array_equal(real, dequantize(codes, params))
+    tensor = QTensor(codes, params.scale, zero_point, bits=bits, signed=signed, dtype="float32")
+    np.testing.assert_array_equal(0.5 * tensor.centered().astype(np.float32), real)
+    limits = [0.5 * float(limit) for limit in code_limits(params)]
+    assert limits == [real.min(), real.max()]
+
+
 def test_qtensor_keeps_dtype():
     w = kernel().astype(jnp.bfloat16)
     q = quantize_kernel(w, bits=8, symmetric=True, channel_axes=(3,), method="mse")
@@ -393,8 +415,8 @@ OK = {"bits": 4, "symmetric": True, "channel_axes": (1,)}
 @pytest.mark.parametrize(
     "call,error,words",
     [
-        (lambda: bounds(1, True), ValueError, "bits.*2 to 8.*got 1"),
-        (lambda: bounds(9, True), ValueError, "bits.*got 9"),
+        (lambda: bounds(1, True), ValueError, "bits.*2 to 8.*found 1"),
+        (lambda: bounds(9, True), ValueError, "bits.*found 9"),
         (lambda: bounds(8.0, True), TypeError, "bits.*int.*8.0"),
         (lambda: bounds(True, True), TypeError, "bits"),
         (lambda: params_from_range(jnp.zeros(2), jnp.zeros(3), bits=8), ValueError, r"lo and hi.*\(2,\)"),
@@ -402,7 +424,7 @@ OK = {"bits": 4, "symmetric": True, "channel_axes": (1,)}
         (
             lambda: quantize_tensor(jnp.ones(3, jnp.int32), params_from_range(0.0, 1.0, bits=8)),
             TypeError,
-            "w ",
+            "w: ",
         ),
         (
             lambda: quantize_tensor(W, params_from_range(0.0, np.ones(3), bits=8)),
@@ -423,9 +445,9 @@ OK = {"bits": 4, "symmetric": True, "channel_axes": (1,)}
         (lambda: min_max(W, **{**OK, "channel_axes": (2,)}), ValueError, r"channel_axes.*rank 2.*\(2,\)"),
         (lambda: min_max(W, **{**OK, "channel_axes": (1, -1)}), ValueError, "channel_axes.*distinct"),
         (lambda: min_max(W, **{**OK, "bits": 0}), ValueError, "bits"),
-        (lambda: mse(W[:0], **OK), ValueError, "w must have at least one"),
-        (lambda: lp(W.astype(jnp.int8), **OK), TypeError, "w must be a floating"),
-        (lambda: lp(W, **OK, p=0.0), ValueError, "p must be positive"),
+        (lambda: mse(W[:0], **OK), ValueError, "w: expected at least one"),
+        (lambda: lp(W.astype(jnp.int8), **OK), TypeError, "w: expected a floating"),
+        (lambda: lp(W, **OK, p=0.0), ValueError, "p: expected a positive"),
         (lambda: quantize_kernel(W, **OK, method="kl"), ValueError, "method.*min_max, mse, lp.*'kl'"),
     ],
 )

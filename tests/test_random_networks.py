@@ -21,7 +21,7 @@ from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.quantizers.collection import dequantized
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.report.report import Report, packed_size
-from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.runtime.policy import Policy
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
@@ -179,7 +179,7 @@ def check_compiled(seed: int) -> None:
     """Compiled integer execution is the simulation."""
     own = results(seed)
     plan, ivariables = compile_integer(own.graph, own.qvariables, EVERYTHING)
-    found = jax.tree.map(np.asarray, jax.jit(apply_integer, static_argnums=0)(plan, ivariables, own.x))
+    found = jax.tree.map(np.asarray, jax.jit(apply_plan, static_argnums=0)(plan, ivariables, own.x))
     assert_same_codes(found, own.outputs["simulated"], own.network)
 
 

@@ -21,11 +21,10 @@ from flax import nnx
 import dfq_jax
 from dfq_jax.export import artifact
 from dfq_jax.export.artifact import ArtifactError
-from dfq_jax.graph.execution import OPERANDS, TENSORS
 from dfq_jax.graph.execution import run as trace_run
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError, GraphWarning
-from dfq_jax.quantizers.collection import QUANTIZATION
+from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import load

@@ -22,7 +22,7 @@ from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.trees import flatten_with_paths
 from dfq_jax.recipes.recipe import RECIPES
 from dfq_jax.report.report import layer_reports
-from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
@@ -126,8 +126,8 @@ def test_same_codes_and_outputs_as_written_out(name, convention):
     np.testing.assert_allclose(apply(qvariables, net.images), plain_apply(plain_qvariables, net.images), atol=1e-6)
     plan, ivariables = compile_integer(net.graph, qvariables)
     plain_plan, plain_ivariables = compile_integer(net.plain, plain_qvariables)
-    found = jax.jit(apply_integer, static_argnums=0)(plan, ivariables, net.images)
-    expected = jax.jit(apply_integer, static_argnums=0)(plain_plan, plain_ivariables, net.images)
+    found = jax.jit(apply_plan, static_argnums=0)(plan, ivariables, net.images)
+    expected = jax.jit(apply_plan, static_argnums=0)(plain_plan, plain_ivariables, net.images)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert sqnr(apply(qvariables, net.images), found) > 40
 

@@ -15,7 +15,7 @@ from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.quantizers.collection import dequantized
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import quantize_kernel
-from dfq_jax.runtime import apply_integer, compile_integer
+from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.equalization import equalize, find_pairs
@@ -211,7 +211,7 @@ def test_float_activations_give_the_float_network_on_dequantized_weights(build, 
     graph, _, qvariables, x = setup(build, bits)
     check_right(graph, qvariables, x)
     plan, ivariables = compile_integer(graph, qvariables)
-    near(np.asarray(apply_integer(plan, ivariables, x)), simulated(graph, qvariables, x))
+    near(np.asarray(apply_plan(plan, ivariables, x)), simulated(graph, qvariables, x))
 
 
 @pytest.mark.parametrize("bits", ["w8a8", pytest.param("w4a4", marks=pytest.mark.slow)])
@@ -221,7 +221,7 @@ def test_integers_agree_with_the_simulation_and_with_numpy(build, bits):
     expected = simulated(graph, qvariables, x)
     near(jax.jit(lambda q, x: apply_quantized(graph, q, x, integer=True))(qvariables, x), expected)
     plan, ivariables = compile_integer(graph, qvariables)
-    assert sqnr(expected, np.asarray(apply_integer(plan, ivariables, x))) > (60 if bits == "w8a8" else 40)
+    assert sqnr(expected, np.asarray(apply_plan(plan, ivariables, x))) > (60 if bits == "w8a8" else 40)
     if bits == "w8a8":
         assert sqnr(np.asarray(graph.apply_fn(variables, x)), expected) > 20
 

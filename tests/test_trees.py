@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import dfq_jax
 from dfq_jax.export.onnx import export_onnx
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.collection import (
+    ActivationQuantizers,
     QuantizedVariables,
     dequantized,
     is_quantized,
@@ -255,14 +257,32 @@ def test_the_collection_of_quantizers():
     params = params_from_range(0.0, 1.0, bits=8)
     for variables in ((jnp.ones(2),), {"a": jnp.ones(2)}, {"quantization": {"a": jnp.ones(2)}}):
         assert not is_quantized(variables)
-        assert quantization(variables) == {"tensors": {}, "operands": {}}
-        first = with_quantization(variables, {"tensors": {"a": params}})
+        assert quantization(variables) == ActivationQuantizers()
+        first = with_quantization(variables, ActivationQuantizers(for_all={"a": params}))
         assert is_quantized(first)
-        assert quantization(first) == {"tensors": {"a": params}, "operands": {}}
+        assert quantization(first) == ActivationQuantizers(for_all={"a": params})
         assert without_quantization(first) is variables or without_quantization(first) == variables
-        again = with_quantization(first, {"operands": {"a": params}})
-        assert type(again) is type(first) and quantization(again) == {"tensors": {}, "operands": {"a": params}}
-    assert type(with_quantization({"a": jnp.ones(2)}, {})) is dict
+        again = with_quantization(first, ActivationQuantizers(for_layers={"a": params}))
+        assert type(again) is type(first) and quantization(again) == ActivationQuantizers(for_layers={"a": params})
+    tree = with_quantization({"a": jnp.ones(2)}, ActivationQuantizers({"a": params}))
+    assert type(tree) is dict and tree["quantization"] == {"tensors": {"a": params}, "operands": {}}
+    # As saved without their empty parts, and as other libraries restore mappings.
+    for collection in ({"operands": {"a": params}}, flax.core.freeze({"operands": {"a": params}})):
+        assert quantization({"quantization": collection}) == ActivationQuantizers(for_layers={"a": params})
+
+
+def test_the_record_of_quantizers():
+    low, high = (params_from_range(0.0, 1.0, bits=bits) for bits in (4, 8))
+    record = ActivationQuantizers({"a": low}, {"b": high})
+    assert record.by_tensor == {"a": low, "b": high}
+    assert record.map(lambda name, params: high if name == "a" else params) == ActivationQuantizers(
+        {"a": high}, {"b": high}
+    )
+    assert record.renamed([("x", "b"), ("y", "absent")]) == ActivationQuantizers({}, {"x": high})
+    assert record.updated(ActivationQuantizers({"a": high}, {"c": low})) == ActivationQuantizers(
+        {"a": high}, {"b": high, "c": low}
+    )
+    assert jax.tree.structure(record) == jax.tree.structure(jax.tree.map(lambda leaf: leaf, record))
 
 
 def test_leaves_of_one_path_are_refused():

@@ -39,7 +39,7 @@ from dfq_jax.quantizers import (
     is_quantized,
     pack,
     unpack,
-    with_quantization,
+    with_collection,
 )
 
 FORMAT = "dfq_jax"
@@ -162,18 +162,18 @@ def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) 
     memory meanwhile.
 
     Args:
-        path: file to write, by convention ``*.safetensors``; its directory must exist.
-        variables: pytree whose leaves are arrays, `QTensor` or `QuantizerParams`. Its collection
-            "quantization", if any, must be nested dicts with str keys, since a float template cannot tell
-            `restore` its structure.
-        header: what else to record, JSON: recipe, model name, digests. `load` gives it back together with
-            the keys "format", "format_version", "versions" and "sha256", which it must not have.
+      path: file to write, by convention ``*.safetensors``; its directory must exist.
+      variables: pytree whose leaves are arrays, `QTensor` or `QuantizerParams`. Its collection
+        "quantization", if any, must be nested dicts with str keys, since a float template cannot tell
+        `restore` its structure.
+      header: what else to record, JSON: recipe, model name, digests. `load` gives it back together with
+        the keys "format", "format_version", "versions" and "sha256", which it must not have.
 
     Raises:
-        TypeError: a leaf is not numeric, a PRNG key or a tracer, `header` is not JSON, or "quantization"
-            has other nodes than dicts with str keys.
-        ValueError: `header` has a reserved key, or names of leaves clash.
-        OSError: the file cannot be written; nothing is left behind.
+      TypeError: a leaf is not numeric, a PRNG key or a tracer, `header` is not JSON, or "quantization"
+        has other nodes than dicts with str keys.
+      ValueError: `header` has a reserved key, or names of leaves clash.
+      OSError: the file cannot be written; nothing is left behind.
     """
     header = _jsonable(header, "header")
     if clash := [key for key in _RESERVED if key in header]:
@@ -306,19 +306,19 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read and verify an artifact.
 
     Args:
-        path: file written by `save`.
+      path: file written by `save`.
 
     Returns:
-        ``(flat, header)``: leaves by name ("params/conv/kernel"), each an array, `QTensor` or
-        `QuantizerParams`, bit for bit as saved; arrays are JAX arrays on the default device (NumPy arrays
-        where JAX would narrow a 64-bit dtype). The header is the caller's with "format",
-        "format_version", "versions" and "sha256" added.
+      ``(flat, header)``: leaves by name ("params/conv/kernel"), each an array, `QTensor` or
+      `QuantizerParams`, bit for bit as saved; arrays are JAX arrays on the default device (NumPy arrays
+      where JAX would narrow a 64-bit dtype). The header is the caller's with "format",
+      "format_version", "versions" and "sha256" added.
 
     Raises:
-        ArtifactError: the file is truncated, damaged, not safetensors, of another program, of a newer
-            format, has a malformed header or lacks tensors, or its contents do not have the recorded
-            digest; the message says which.
-        OSError: the file cannot be read.
+      ArtifactError: the file is truncated, damaged, not safetensors, of another program, of a newer
+        format, has a malformed header or lacks tensors, or its contents do not have the recorded
+        digest; the message says which.
+      OSError: the file cannot be read.
     """
     path = os.fspath(path)
     with open(path, "rb") as file:
@@ -376,20 +376,20 @@ def restore(
     """Load an artifact into the structure of a network's variables.
 
     Args:
-        path: file written by `save`.
-        template_variables: variables of the network, float or quantized; only structure, shapes and dtypes
-            count, so `jax.eval_shape` of its initialization will do. A float array may come back as a
-            `QTensor` of its shape and dtype, and a float template gains the collection "quantization".
-        expect: header entries that must equal those of the file, e.g. ``{"graph": graph_digest}``.
+      path: file written by `save`.
+      template_variables: variables of the network, float or quantized; only structure, shapes and dtypes
+        count, so `jax.eval_shape` of its initialization will do. A float array may come back as a
+        `QTensor` of its shape and dtype, and a float template gains the collection "quantization".
+      expect: header entries that must equal those of the file, e.g. ``{"graph": graph_digest}``.
 
     Returns:
-        ``(variables, header)``, see `load`.
+      ``(variables, header)``, see `load`.
 
     Raises:
-        ArtifactError: as `load`, or the header differs from `expect`, or the leaves differ from those of
-            the template; the message says in what.
-        TypeError: `expect` is not a JSON dict.
-        OSError: the file cannot be read.
+      ArtifactError: as `load`, or the header differs from `expect`, or the leaves differ from those of
+        the template; the message says in what.
+      TypeError: `expect` is not a JSON dict.
+      OSError: the file cannot be read.
     """
     expect = _jsonable({} if expect is None else expect, "expect")
     flat, header = load(path)
@@ -421,5 +421,5 @@ def restore(
         raise ArtifactError(f"{path} does not fit the template; {'; '.join(problems)}")
     variables = jax.tree.unflatten(treedef, [flat[name] for name in wanted])
     if gained:
-        variables = with_quantization(variables, _nest(dict(sorted(gained.items())))[QUANTIZATION])
+        variables = with_collection(variables, _nest(dict(sorted(gained.items())))[QUANTIZATION])
     return variables, header

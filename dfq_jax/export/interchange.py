@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfq_jax.export import require
-from dfq_jax.graph import Graph, activation_quantizers
-from dfq_jax.quantizers import QTensor, QuantizerParams, bounds, is_quantized
+from dfq_jax.graph import Graph
+from dfq_jax.quantizers import QTensor, QuantizerParams, bounds, is_quantized, quantization
 from dfq_jax.stages import Ranges
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def ranges_of(qvariables: Any) -> Ranges:
 def _quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
     if not is_quantized(qvariables):
         raise ValueError("qvariables: expected quantized variables, found no collection 'quantization'.")
-    return activation_quantizers(qvariables)
+    return quantization(qvariables).by_tensor
 
 
 def _renamed(ranges: Ranges, names: Names) -> dict[str, tuple[float, float]]:

@@ -27,9 +27,8 @@ from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
 from dfq_jax.export import Runner, as_batch, require
-from dfq_jax.graph import Graph, Layer, activation_quantizers, as_function, computed_kernels, linen_shapes
-from dfq_jax.quantizers import TENSORS, QTensor, QuantizerParams, quantization, without_quantization
-from dfq_jax.runtime import centered
+from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
+from dfq_jax.quantizers import QTensor, QuantizerParams, quantization, without_quantization
 
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
@@ -57,9 +56,9 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     graph, variables = quantized.graph, quantized.variables
     if computed := computed_kernels(graph):
         raise ValueError(f"Qwix runs the module itself, which would compute the kernel {computed[0]!r} once more.")
-    quantizers = activation_quantizers(variables)
+    quantizers = quantization(variables)
     for tensor in graph.tensors:
-        if tensor.shared and tensor.name in quantization(variables)[TENSORS]:
+        if tensor.shared and tensor.name in quantizers.for_all:
             raise ValueError(
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'
@@ -73,7 +72,7 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
         path = _path(layer)
         filled[path] = _weight(layer.name, params[path], flat.get(path))
         zero = (*scale[:-1], scale[-1].removesuffix("scale") + "zero_point")
-        filled[scale], filled[zero] = _activation(layer.name, quantizers.get(layer.tensor), flat[scale])
+        filled[scale], filled[zero] = _activation(layer.name, quantizers.by_tensor.get(layer.tensor), flat[scale])
     if missing := flat.keys() - filled.keys():
         names = ", ".join(sorted("/".join(path) for path in missing)[:3])
         raise ValueError(f"Qwix quantizes more than the layers of the graph: {names}.")
@@ -118,7 +117,7 @@ def _path(layer: Layer) -> tuple[str, ...]:
 def _weight(name: str, kernel: Any, template: Any) -> Any:
     if not isinstance(kernel, QTensor) or not hasattr(template, "array"):
         raise ValueError(f"layer {name!r}: quantized here or in Qwix and not in both.")
-    codes = centered(kernel)
+    codes = np.asarray(kernel.centered())
     if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
         raise ValueError(f"layer {name!r}: its weights less their zero point do not fit int8; make them symmetric.")
     shape = template.array.qvalue.shape

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from dfq_jax.base import may_transfer, write_atomically
 from dfq_jax.export import Runner, as_batch, require
 from dfq_jax.graph import GraphError
-from dfq_jax.runtime import Policy, apply_integer, compile_integer, default_policy
+from dfq_jax.runtime import Policy, apply_plan, compile_integer, default_policy
 
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
@@ -73,7 +73,7 @@ class StableHLOExporter:
 
         def logits(x: jax.Array) -> Any:
             # A barrier, or else compilers unpack all weights while they compile.
-            return graph.logits(apply_integer(plan, jax.lax.optimization_barrier(variables), x))
+            return graph.logits(apply_plan(plan, jax.lax.optimization_barrier(variables), x))
 
         try:
             return jax.export.export(jax.jit(logits), platforms=self.platforms)(spec)

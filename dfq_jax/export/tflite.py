@@ -33,8 +33,8 @@ from jaxtyping import Float
 
 from dfq_jax.base import check_field, is_non_negative, write_atomically
 from dfq_jax.export import Runner
-from dfq_jax.graph import Graph, LayerCall, activation_quantizers, record_tensors, run
-from dfq_jax.quantizers import QuantizerParams, dequantized
+from dfq_jax.graph import Graph, LayerCall, record_tensors, run
+from dfq_jax.quantizers import QuantizerParams, dequantized, quantization
 from dfq_jax.stages import fold_batch_norm
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class TFLiteExporter:
           TimeoutError: the converter took longer than `timeout`.
         """
         graph = quantized.graph.at((1, *quantized.graph.input.shape[1:]))
-        quantizers = activation_quantizers(quantized.variables)
+        quantizers = quantization(quantized.variables).by_tensor
         check_expressible(quantizers)
         weights_only = not quantizers
         if not weights_only and quantized.images is None:

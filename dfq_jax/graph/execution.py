@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -21,7 +22,7 @@ from dfq_jax.graph.depthwise import by_platform, depthwise_product, is_supported
 from dfq_jax.graph.graph import Graph, check_array
 from dfq_jax.graph.tracing.program import Constant, Op
 from dfq_jax.graph.tracing.structure import BatchNorm, Block, GraphError, Layer, Tensor
-from dfq_jax.quantizers import OPERANDS, TENSORS, QTensor, QuantizerParams, fake_quant, quantization, quantize
+from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, int8_codes, quantization, quantize
 
 
 class BatchNormParameters(NamedTuple):
@@ -209,12 +210,6 @@ class LayerCall:
             return call._shifted_product(operand.astype(dtype), kernel.astype(dtype), padding)
 
         return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
-
-
-def activation_quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
-    """All activation quantizers of quantized variables, by tensor."""
-    collection = quantization(qvariables)
-    return {**collection[TENSORS], **collection[OPERANDS]}
 
 
 LayerRule = Callable[[LayerCall], jax.Array]
@@ -426,6 +421,13 @@ def batch_norm_parameters(bn: BatchNorm, leaves: list[Any]) -> BatchNormParamete
     )
 
 
+def batch_norm_affine(bn: BatchNorm, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A BatchNorm as a factor and an offset of each channel, `[channels]`, float64, on the host."""
+    mean, var, scale, bias = (np.asarray(p, np.float64) for p in batch_norm_parameters(bn, leaves))
+    factor = np.broadcast_to(scale / np.sqrt(var + bn.epsilon), (bn.channels,))
+    return factor, bias - mean * factor
+
+
 def normalize(bn: BatchNorm, x: Float[Array, "..."], parameters: BatchNormParameters) -> Float[Array, "..."]:
     """The BatchNorm itself, in float32: (x - mean) scale / sqrt(var + epsilon) + bias."""
     factor = parameters.scale * lax.rsqrt(parameters.var.astype(jnp.float32) + bn.epsilon)
@@ -542,24 +544,22 @@ def quantized_rules(
         tensor that is quantized for all readers (with the first of its layers), else once for each layer.
       soft: paths of kernels that stand for quantized ones though they are arrays, so that gradients can move them.
     """
-    collection = quantization(qvariables)
-    for_all: Mapping[str, QuantizerParams] = collection[TENSORS]
-    for_layers: Mapping[str, QuantizerParams] = collection[OPERANDS]
+    quantizers = quantization(qvariables)
+    by_tensor = quantizers.by_tensor
 
     def quantized(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
         value = value.astype(jnp.float32)
         return fake_quant(value, params) if fake_quantize is None else fake_quantize(layer, value, params)
 
     def tensor(item: Tensor, value: jax.Array) -> jax.Array:
-        params = for_all.get(item.name)
+        params = quantizers.for_all.get(item.name)
         return value if params is None else quantized(item.layers[0], value, params)
 
     def layer(call: LayerCall) -> jax.Array:
-        name = call.layer.tensor
-        params = for_all.get(name, for_layers.get(name))
+        params = by_tensor.get(call.layer.tensor)
         if params is None or not (isinstance(call.kernel, QTensor) or call.layer.kernel in soft):
             return in_float(call)
-        if name not in for_all:
+        if call.layer.tensor not in quantizers.for_all:
             call = dataclasses.replace(call, source=quantized(call.layer.name, call.source, params))
         return product(call, params)
 
@@ -582,31 +582,17 @@ def _exact_codes(x_hat: jax.Array, params: QuantizerParams) -> jax.Array:
 
 def _integer_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:
     """int8 x int8 -> int32, zero points taken out afterwards: no second convolution unless weights need one."""
-    codes, zero = _as_int8(quantize(call.source, params), params)
-    kernel, kernel_zero = _kernel_as_int8(call.kernel)
-    codes = call.rearrange(codes, zero)
-    total = call.integer_product(codes, call.kernel_operand(kernel), zero)
-    total = total - zero.astype(jnp.int32) * call.kernel_sum(kernel)
+    codes, zero = int8_codes(quantize(call.source, params), params)
+    kernel, kernel_zero = int8_codes(call.kernel.qvalue, call.kernel.params)
+    codes = call.rearrange(codes, 0 if zero is None else zero)
+
+    def product(kernel: jax.Array) -> jax.Array:
+        total = call.integer_product(codes, call.kernel_operand(kernel), zero)
+        return total if zero is None else total - zero.astype(jnp.int32) * call.kernel_sum(kernel)
+
+    total = product(kernel)
     if kernel_zero is not None:
         # 8-bit asymmetric weights do not fit int8 once centered; their zero point multiplies the window sums of x.
-        ones = jnp.ones(call.layer.kernel_shape, jnp.int8)
-        window = call.integer_product(codes, call.kernel_operand(ones), zero)
-        window = window - zero.astype(jnp.int32) * call.kernel_sum(ones)
-        total = total - call.channel_vector(kernel_zero) * window
+        window = product(jnp.ones(call.layer.kernel_shape, jnp.int8))
+        total = total - call.channel_vector(kernel_zero.astype(jnp.int32)) * window
     return total.astype(jnp.float32) * (params.scale * call.channel_vector(call.kernel.scale))
-
-
-def _as_int8(codes: jax.Array, params: QuantizerParams) -> tuple[jax.Array, jax.Array]:
-    """Activation codes as int8 and the code of zero, int8; unsigned 8-bit codes move down by 128."""
-    shift = 128 if params.bits == 8 and not params.signed else 0
-    zero = jnp.zeros(()) if params.zero_point is None else params.zero_point
-    return (codes.astype(jnp.int16) - shift).astype(jnp.int8), (zero - shift).astype(jnp.int8)
-
-
-def _kernel_as_int8(kernel: QTensor) -> tuple[jax.Array, jax.Array | None]:
-    """Kernel codes as int8, centered if they fit, else with the int32 zero point that is left."""
-    if kernel.bits < 8 or (kernel.signed and kernel.zero_point is None):
-        return kernel.centered().astype(jnp.int8), None
-    shift = 0 if kernel.signed else 128
-    zero = jnp.zeros_like(kernel.scale) if kernel.zero_point is None else kernel.zero_point
-    return (kernel.qvalue.astype(jnp.int16) - shift).astype(jnp.int8), zero.astype(jnp.int32) - shift

@@ -40,11 +40,7 @@ class Subnetwork:
         own = {name: leaves[path] for name, path in zip(self.graph.leaf_paths, self.leaves, strict=True)}
         if not is_quantized(variables):
             return own
-        parts = {
-            kind: {own: part[whole] for own, whole in self.tensors if whole in part}
-            for kind, part in quantization(variables).items()
-        }
-        return with_quantization(own, parts)
+        return with_quantization(own, quantization(variables).renamed(self.tensors))
 
     def insert(self, graph: Graph, variables: Any, own: dict[str, Any]) -> Any:
         """The variables of the whole network with those of the block put in their places."""
@@ -52,11 +48,8 @@ class Subnetwork:
         variables = graph.replace(variables, new)
         if not is_quantized(own):
             return variables
-        names = dict(self.tensors)
-        collection = quantization(variables)
-        for kind, part in quantization(own).items():
-            collection[kind].update({names[name]: params for name, params in part.items()})
-        return with_quantization(variables, collection)
+        quantizers = quantization(own).renamed((whole, name) for name, whole in self.tensors)
+        return with_quantization(variables, quantization(variables).updated(quantizers))
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,20 +1,58 @@
-"""The quantizers of a network's activations: one more collection beside the user's own variables."""
+"""The quantizers of a network's activations: a record, and its place beside the user's own variables."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
 from dfq_jax.quantizers.qtensor import QTensor, QuantizerParams
 
-# The collection that `quantize_params` adds to the variables: activation quantizers by tensor name.
+# The collection that `quantize_params` adds to the variables, and its two parts: plain dicts, so that whatever saves
+# and restores the variables takes them too. All else has them as `ActivationQuantizers`.
 QUANTIZATION = "quantization"
-# Its two parts: tensors quantized for all readers, and for layers alone.
 TENSORS, OPERANDS = "tensors", "operands"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["for_all", "for_layers"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ActivationQuantizers:
+    """The quantizers of a network's activations, by tensor.
+
+    >>> from dfq_jax.quantizers import params_from_range
+    >>> quantizers = ActivationQuantizers(for_all={"conv1": params_from_range(0.0, 6.0, bits=4)})
+    >>> {name: params.bits for name, params in quantizers.by_tensor.items()}
+    {'conv1': 4}
+
+    Attributes:
+      for_all: of tensors that are quantized for all their readers.
+      for_layers: of tensors that are quantized for layers alone; residual sums and others read them in float.
+    """
+
+    for_all: Mapping[str, QuantizerParams] = dataclasses.field(default_factory=dict)
+    for_layers: Mapping[str, QuantizerParams] = dataclasses.field(default_factory=dict)
+
+    @property
+    def by_tensor(self) -> dict[str, QuantizerParams]:
+        """What layers read each tensor by."""
+        return {**self.for_all, **self.for_layers}
+
+    def map(self, change: Callable[[str, QuantizerParams], QuantizerParams]) -> ActivationQuantizers:
+        """With each quantizer changed, `(tensor, params) -> params`."""
+        parts = (self.for_all, self.for_layers)
+        return ActivationQuantizers(*({name: change(name, params) for name, params in part.items()} for part in parts))
+
+    def renamed(self, names: Iterable[tuple[str, str]]) -> ActivationQuantizers:
+        """Those of some tensors alone, under other names: pairs of the new name and the one here."""
+        names, parts = tuple(names), (self.for_all, self.for_layers)
+        return ActivationQuantizers(*({new: part[old] for new, old in names if old in part} for part in parts))
+
+    def updated(self, other: ActivationQuantizers) -> ActivationQuantizers:
+        """With the quantizers of another record added, or put in the place of those of the same tensors."""
+        return ActivationQuantizers({**self.for_all, **other.for_all}, {**self.for_layers, **other.for_layers})
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["variables", "quantization"], meta_fields=[])
@@ -24,7 +62,7 @@ class QuantizedVariables:
 
     Attributes:
       variables: the user's tree with `QTensor` kernels.
-      quantization: the collection of activation quantizers, see `quantization`.
+      quantization: the collection of activation quantizers, as it stands in other trees.
     """
 
     variables: Any
@@ -44,21 +82,13 @@ def _holds_quantizers(collection: Any) -> bool:
     return isinstance(collection, Mapping) and all(isinstance(leaf, QuantizerParams) for leaf in leaves)
 
 
-def quantization(variables: Any) -> dict[str, dict[str, Any]]:
-    """The activation quantizers of quantized variables by tensor name, in two parts.
-
-    Args:
-      variables: from `quantize_params`, or float variables.
-
-    Returns:
-      `{"tensors": {name: QuantizerParams}, "operands": {name: QuantizerParams}}`: for all readers of a tensor, and for
-      layers alone; empty parts where there are none.
-    """
+def quantization(variables: Any) -> ActivationQuantizers:
+    """The activation quantizers of quantized variables; none of float variables."""
     if not is_quantized(variables):
-        return {TENSORS: {}, OPERANDS: {}}
+        return ActivationQuantizers()
     wrapped = isinstance(variables, QuantizedVariables)
     collection = variables.quantization if wrapped else variables[QUANTIZATION]
-    return {TENSORS: {}, OPERANDS: {}, **{kind: dict(part) for kind, part in collection.items()}}
+    return ActivationQuantizers(*(dict(collection.get(part, {})) for part in (TENSORS, OPERANDS)))
 
 
 def without_quantization(variables: Any) -> Any:
@@ -70,20 +100,25 @@ def without_quantization(variables: Any) -> Any:
     return type(variables)({k: v for k, v in variables.items() if k != QUANTIZATION})
 
 
-def with_quantization(variables: Any, quantizers: Mapping[str, Any]) -> Any:
+def with_quantization(variables: Any, quantizers: ActivationQuantizers) -> Any:
     """The variables with the collection of activation quantizers added or replaced.
 
     Args:
       variables: any pytree, float or quantized.
-      quantizers: `QuantizerParams` by tensor name, in the parts that `quantization` describes.
+      quantizers: of the network's activations.
 
     Returns:
       A mapping of collections with one more of them, "quantization"; `QuantizedVariables` around any other tree.
     """
-    own, quantizers = without_quantization(variables), dict(quantizers)
+    return with_collection(variables, {TENSORS: dict(quantizers.for_all), OPERANDS: dict(quantizers.for_layers)})
+
+
+def with_collection(variables: Any, collection: dict[str, Any]) -> Any:
+    """`with_quantization` for a collection as it stands in a tree or a file."""
+    own = without_quantization(variables)
     if _has_collections(own):
-        return type(own)({**own, QUANTIZATION: quantizers})
-    return QuantizedVariables(own, quantizers)
+        return type(own)({**own, QUANTIZATION: collection})
+    return QuantizedVariables(own, collection)
 
 
 def _has_collections(variables: Any) -> bool:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, UInt8
+from jaxtyping import Array, Float, Int8, Integer, UInt8
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -33,20 +33,20 @@ def bounds(bits: int, signed: bool) -> tuple[int, int]:
     """Smallest and largest code.
 
     Args:
-        bits: code width, 2 to 8.
-        signed: two's complement codes if true, codes from zero up if false.
+      bits: code width, 2 to 8.
+      signed: two's complement codes if true, codes from zero up if false.
 
     Returns:
-        ``(qmin, qmax)``, both inclusive.
+      ``(qmin, qmax)``, both inclusive.
 
     Raises:
-        TypeError: `bits` is not an integer.
-        ValueError: `bits` is outside 2..8.
+      TypeError: `bits` is not an integer.
+      ValueError: `bits` is outside 2..8.
     """
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer):
-        raise TypeError(f"bits must be an int, got {bits!r} ({type(bits).__name__}); pass e.g. bits=8")
+        raise TypeError(f"bits: expected an int, found {bits!r}; pass e.g. bits=8.")
     if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be from {MIN_BITS} to {MAX_BITS}, got {bits}; pass e.g. bits=8 or bits=4")
+        raise ValueError(f"bits: expected {MIN_BITS} to {MAX_BITS}, found {bits}; pass e.g. bits=8 or bits=4.")
     bits = int(bits)
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
@@ -61,12 +61,12 @@ class QuantizerParams:
     """Parameters of a uniform affine quantizer; a pytree whose leaves are `scale` and `zero_point`.
 
     Attributes:
-        scale: float32 array, positive, broadcastable against what is quantized: a scalar for one
-            quantizer per tensor, size 1 on all but the channel axes for one per channel.
-        zero_point: code of real zero, an integer held in float32 (so the node can be differentiated
-            and optimized as a whole) in the shape of `scale`; None for a symmetric quantizer.
-        bits: code width, 2 to 8 (static).
-        signed: whether codes are two's complement (static).
+      scale: float32 array, positive, broadcastable against what is quantized: a scalar for one
+        quantizer per tensor, size 1 on all but the channel axes for one per channel.
+      zero_point: code of real zero, an integer held in float32 (so the node can be differentiated
+        and optimized as a whole) in the shape of `scale`; None for a symmetric quantizer.
+      bits: code width, 2 to 8 (static).
+      signed: whether codes are two's complement (static).
     """
 
     scale: Any
@@ -77,21 +77,60 @@ class QuantizerParams:
     @property
     def lo(self) -> Float[Array, "..."]:
         """Smallest real number represented, at most 0; shape of `scale`."""
-        return self.scale * _code_limits(self)[0]
+        return self.scale * code_limits(self)[0]
 
     @property
     def hi(self) -> Float[Array, "..."]:
         """Largest real number represented, at least 0; shape of `scale`."""
-        return self.scale * _code_limits(self)[1]
+        return self.scale * code_limits(self)[1]
 
 
-def _code_limits(params: QuantizerParams):
-    """Code range with the zero point taken off: what x / scale is clipped to."""
+# --- codes less their zero point ---
+
+
+def code_limits(params: QuantizerParams) -> tuple[Float[Array, "..."] | float, Float[Array, "..."] | float]:
+    """Smallest and largest code less the zero point: what x / scale is clipped to; in the shape of that.
+
+    >>> code_limits(params_from_range(-1.0, 1.0, bits=4, symmetric=True))
+    (-8.0, 7.0)
+    """
     qmin, qmax = bounds(params.bits, params.signed)
     if params.zero_point is None:
         return float(qmin), float(qmax)
     zero_point = jnp.asarray(params.zero_point, jnp.float32)
     return qmin - zero_point, qmax - zero_point
+
+
+def centered_codes(codes: Integer[Array, "..."], params: QuantizerParams) -> Integer[Array, "..."]:
+    """Codes less the zero point, int16, as NumPy arrays of NumPy arrays."""
+    codes = codes.astype(np.int16)
+    return codes if params.zero_point is None else codes - params.zero_point.astype(np.int16)
+
+
+def int8_zero(params: QuantizerParams) -> Float[Array, "..."] | None:
+    """The int8 value of real zero, in float; None where codes less their zero point fit int8, so that it is 0.
+
+    They do not where there are 8 bits and a zero point: then unsigned codes move down by half of their range, and
+    signed ones stay what they are.
+    """
+    if params.bits < MAX_BITS or (params.signed and params.zero_point is None):
+        return None
+    zero = np.float32(0) * params.scale if params.zero_point is None else params.zero_point
+    return zero if params.signed else zero - 128
+
+
+def int8_codes(
+    codes: Integer[Array, "..."], params: QuantizerParams
+) -> tuple[Int8[Array, "..."], Float[Array, "..."] | None]:
+    """Codes as operands of int8 products, and what stands for real zero among them; see `int8_zero`.
+
+    >>> params = params_from_range(0.0, 255.0, bits=8)
+    >>> codes, zero = int8_codes(quantize(jnp.array([0.0, 255.0]), params), params)
+    >>> codes.tolist(), float(zero)
+    ([-128, 127], -128.0)
+    """
+    zero, centered = int8_zero(params), centered_codes(codes, params)
+    return (centered if zero is None else centered + zero.astype(np.int16)).astype(np.int8), zero
 
 
 def params_from_range(
@@ -106,16 +145,16 @@ def params_from_range(
     width gets a tiny positive scale. Can be traced; finite ends are the caller's to ensure.
 
     Args:
-        lo: lower end, any shape that broadcasts with `hi`.
-        hi: upper end.
-        bits: code width, 2 to 8.
-        symmetric: leave out the zero point.
+      lo: lower end, any shape that broadcasts with `hi`.
+      hi: upper end.
+      bits: code width, 2 to 8.
+      symmetric: leave out the zero point.
 
     Returns:
-        Parameters in the broadcast shape of `lo` and `hi`.
+      Parameters in the broadcast shape of `lo` and `hi`.
 
     Raises:
-        TypeError, ValueError: see `bounds`; ValueError if `lo` and `hi` do not broadcast.
+      TypeError, ValueError: see `bounds`; ValueError if `lo` and `hi` do not broadcast.
     """
     qmin, qmax = bounds(bits, signed=symmetric)
     lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
@@ -123,8 +162,8 @@ def params_from_range(
         lo, hi = jnp.broadcast_arrays(lo, hi)
     except ValueError:
         raise ValueError(
-            f"lo and hi must broadcast together, got shapes {lo.shape} and {hi.shape}; pass both ends per "
-            "tensor or both per channel"
+            f"lo and hi: expected shapes that broadcast together, found {lo.shape} and {hi.shape}; pass both ends per "
+            "tensor or both per channel."
         ) from None
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     # Multiplied by a reciprocal because XLA does so to a division by a constant: the same bits either way.
@@ -149,7 +188,7 @@ def _clipped(x: ArrayLike, params: QuantizerParams) -> Float[Array, "..."]:
     # By the reciprocal, as XLA compiles division by a broadcast scale anyway: now the bits do not depend on
     # whether the scale is broadcast (per tensor, per channel, under vmap).
     v = jnp.asarray(x, jnp.float32) * (1.0 / params.scale)
-    low, high = _code_limits(params)
+    low, high = code_limits(params)
     # Not jnp.clip, which gives half of the gradient to each side of a tie: LSQ's derivative is that of the
     # clipped branch at the ends themselves.
     return jnp.where(v <= low, low, jnp.where(v >= high, high, v))
@@ -159,14 +198,14 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Arr
     """Codes of `x`: round to nearest, ties to even, clipped to the code range.
 
     Args:
-        x: finite numbers of any shape that broadcasts with ``params.scale`` (the code of NaN is undefined).
-        params: the quantizer.
+      x: finite numbers of any shape that broadcasts with ``params.scale`` (the code of NaN is undefined).
+      params: the quantizer.
 
     Returns:
-        int8 codes if ``params.signed``, else uint8.
+      int8 codes if ``params.signed``, else uint8.
 
     Raises:
-        TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
+      TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
     """
     q = jnp.round(_clipped(x, params))
     if params.zero_point is not None:
@@ -178,8 +217,8 @@ def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[A
     """Real numbers of codes, ``scale * (q - zero_point)``, in float32.
 
     Args:
-        q: codes of any shape that broadcasts with ``params.scale``.
-        params: the quantizer.
+      q: codes of any shape that broadcasts with ``params.scale``.
+      params: the quantizer.
     """
     q = jnp.asarray(q, jnp.float32)  # exact: codes are small integers
     if params.zero_point is not None:
@@ -197,14 +236,14 @@ def fake_quant(x: Float[ArrayLike, "*shape"], params: QuantizerParams) -> Float[
     ``-scale`` elsewhere (as for the offset of LSQ+, arXiv 2004.09576).
 
     Args:
-        x: numbers of any shape against which ``params.scale`` broadcasts.
-        params: the quantizer.
+      x: numbers of any shape against which ``params.scale`` broadcasts.
+      params: the quantizer.
 
     Returns:
-        Array in the shape and floating dtype of `x`; the arithmetic is float32.
+      Array in the shape and floating dtype of `x`; the arithmetic is float32.
 
     Raises:
-        TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
+      TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
     """
     dtype = jnp.result_type(x)
     out = ste_round(_clipped(x, params)) * params.scale
@@ -217,13 +256,13 @@ class QTensor:
     """A tensor held as integer codes; takes the place of an array leaf (a pytree node of its own).
 
     Attributes:
-        qvalue: codes in the shape of the tensor, int8 if signed, else uint8, one code to an element
-            (see `pack` for the stored form).
-        scale: float32, same rank as `qvalue`, size 1 on all but the channel axes.
-        zero_point: integers held in float32, in the shape of `scale`; None if symmetric.
-        bits: code width, 2 to 8 (static).
-        signed: whether codes are two's complement (static).
-        dtype: name of the dtype that `dequantize` returns, that of the original tensor (static).
+      qvalue: codes in the shape of the tensor, int8 if signed, else uint8, one code to an element
+        (see `pack` for the stored form).
+      scale: float32, same rank as `qvalue`, size 1 on all but the channel axes.
+      zero_point: integers held in float32, in the shape of `scale`; None if symmetric.
+      bits: code width, 2 to 8 (static).
+      signed: whether codes are two's complement (static).
+      dtype: name of the dtype that `dequantize` returns, that of the original tensor (static).
 
     Nothing is checked on construction, since JAX rebuilds nodes around all manner of leaves; make one
     with `quantize_tensor`.
@@ -270,14 +309,10 @@ class QTensor:
         """Codes less the zero point: the real tensor is the scale times them.
 
         Returns:
-            int8 if symmetric or of at most 7 bits, where it always fits. Asymmetric 8-bit codes (and
-            unsigned 8-bit codes without a zero point) span up to ``[-255, 255]`` and come as int16.
+          int8 if symmetric or of at most 7 bits, where it always fits. Asymmetric 8-bit codes (and unsigned 8-bit codes
+          without a zero point) span up to ``[-255, 255]`` and come as int16. A NumPy array if the codes are one.
         """
-        wide = self.bits == MAX_BITS and not self.signed
-        q = jnp.asarray(self.qvalue).astype(jnp.int16)
-        if self.zero_point is not None:
-            q = q - jnp.asarray(self.zero_point).astype(jnp.int16)
-        return q.astype(jnp.int16 if wide else jnp.int8)
+        return centered_codes(self.qvalue, self.params).astype(np.int8 if int8_zero(self.params) is None else np.int16)
 
     def __repr__(self) -> str:
         shape = getattr(self.qvalue, "shape", None)
@@ -294,27 +329,27 @@ def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTens
     """Quantize an array to the nearest codes.
 
     Args:
-        w: floating array.
-        params: quantizer whose scale is a scalar, or has the rank of `w` and on each axis size 1 or that
-            of `w`.
+      w: floating array.
+      params: quantizer whose scale is a scalar, or has the rank of `w` and on each axis size 1 or that
+        of `w`.
 
     Returns:
-        The quantized tensor, which remembers the dtype of `w`.
+      The quantized tensor, which remembers the dtype of `w`.
 
     Raises:
-        TypeError: `w` is not floating.
-        ValueError: the shape of ``params.scale`` does not fit `w`.
+      TypeError: `w` is not floating.
+      ValueError: the shape of ``params.scale`` does not fit `w`.
     """
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"w must be a floating array, got dtype {w.dtype}; convert it with w.astype(jnp.float32)")
+        raise TypeError(f"w: expected a floating array, found dtype {w.dtype}; convert it with w.astype(jnp.float32).")
     scale = jnp.asarray(params.scale, jnp.float32)
     if scale.ndim == 0:
         scale = scale.reshape((1,) * w.ndim)
     if scale.ndim != w.ndim or any(s not in (1, d) for s, d in zip(scale.shape, w.shape, strict=True)):
         raise ValueError(
-            f"params.scale must be a scalar or have rank {w.ndim} with sizes 1 or those of w {w.shape}, got "
-            f"shape {scale.shape}; keep reduced axes as size 1 (keepdims=True)"
+            f"params.scale: expected a scalar, or rank {w.ndim} with sizes 1 or those of w {w.shape}, found shape "
+            f"{scale.shape}; keep reduced axes as size 1 (keepdims=True)."
         )
     zero_point = params.zero_point
     if zero_point is not None:
@@ -336,55 +371,57 @@ def pack(codes: Integer[ArrayLike, "..."], bits: int) -> UInt8[np.ndarray, " byt
     negative; the last byte is filled up with zeros.
 
     Args:
-        codes: integers within the signed or the unsigned range of `bits`.
-        bits: code width, 2 to 8; see `storage_bits` for the width stored.
+      codes: integers within the signed or the unsigned range of `bits`.
+      bits: code width, 2 to 8; see `storage_bits` for the width stored.
 
     Returns:
-        ``ceil(codes.size * storage_bits(bits) / 8)`` bytes.
+      ``ceil(codes.size * storage_bits(bits) / 8)`` bytes.
 
     Raises:
-        TypeError: `codes` are not integers.
-        ValueError: a code does not fit in `bits`.
+      TypeError: `codes` are not integers.
+      ValueError: a code does not fit in `bits`.
     """
     codes = np.asarray(codes)
     if not np.issubdtype(codes.dtype, np.integer):
-        raise TypeError(f"codes must be integers, got dtype {codes.dtype}; quantize first")
+        raise TypeError(f"codes: expected integers, found dtype {codes.dtype}; quantize first.")
     width, flat = storage_bits(bits), codes.reshape(-1).astype(np.int64)
     if flat.size:
         low, high = int(flat.min()), int(flat.max())
         qmin, qmax = bounds(bits, signed=low < 0)
         if low < qmin or high > qmax:
-            raise ValueError(f"codes must lie in [{qmin}, {qmax}] for bits={bits}, got [{low}, {high}]")
+            raise ValueError(f"codes: expected [{qmin}, {qmax}] for bits={bits}, found [{low}, {high}].")
     per_byte = 8 // width
     flat = np.pad(flat & (2**width - 1), (0, -flat.size % per_byte)).reshape(-1, per_byte)
     return np.bitwise_or.reduce(flat << (width * np.arange(per_byte)), axis=1).astype(np.uint8)
 
 
 def unpack(
-    packed: UInt8[ArrayLike, " bytes"], bits: int, shape: tuple[int, ...], signed: bool
-) -> Integer[np.ndarray, "..."]:
-    """Inverse of `pack`, on the host.
+    packed: UInt8[Array | np.ndarray, " bytes"], bits: int, shape: tuple[int, ...], signed: bool
+) -> Integer[Array | np.ndarray, "..."]:
+    """Inverse of `pack`, on the host; inside a compiled function where `packed` is a JAX array.
+
+    >>> unpack(pack(np.array([-2, -1, 0, 1, 1]), bits=2), bits=2, shape=(5,), signed=True)
+    array([-2, -1,  0,  1,  1], dtype=int8)
 
     Args:
-        packed: bytes from `pack`.
-        bits: code width that was packed.
-        shape: shape of the codes.
-        signed: whether the codes are two's complement.
+      packed: bytes from `pack`.
+      bits: code width that was packed.
+      shape: shape of the codes.
+      signed: whether the codes are two's complement.
 
     Returns:
-        Codes in `shape`, int8 if `signed`, else uint8.
+      Codes in `shape`, int8 if `signed`, else uint8.
 
     Raises:
-        ValueError: the number of bytes is not that of `shape`.
+      ValueError: the number of bytes is not that of `shape`.
     """
-    packed, width, size = np.asarray(packed, np.uint8), storage_bits(bits), math.prod(shape)
+    width, size = storage_bits(bits), math.prod(shape)
     if packed.shape != (-(-size * width // 8),):
         raise ValueError(
-            f"packed must be 1-D with {-(-size * width // 8)} bytes for {size} codes of {width} stored bits, "
-            f"got shape {packed.shape}; check bits and shape"
+            f"packed: expected {-(-size * width // 8)} bytes for {size} codes of {width} stored bits, found shape "
+            f"{packed.shape}; check bits and shape."
         )
-    shifts = width * np.arange(8 // width)
-    codes = ((packed[:, None].astype(np.int16) >> shifts) & (2**width - 1)).reshape(-1)[:size].reshape(shape)
-    if not signed:
-        return codes.astype(np.uint8)
-    return np.where(codes >= 2 ** (width - 1), codes - 2**width, codes).astype(np.int8)
+    shifts = width * np.arange(8 // width, dtype=np.uint8)
+    codes = ((packed[:, None] >> shifts) & np.uint8(2**width - 1)).reshape(-1)[:size].reshape(shape)
+    # An arithmetic shift repeats the sign.
+    return (codes << (8 - width)).astype(np.int8) >> (8 - width) if signed else codes

@@ -25,18 +25,18 @@ FINE_STEPS = 10  # on either side of the best fraction
 def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
     """Axes of `w` that share a range; checks both arguments."""
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"w must be a floating array, got dtype {w.dtype}; quantize the float kernel")
+        raise TypeError(f"w: expected a floating array, found dtype {w.dtype}; quantize the float kernel.")
     if w.size == 0:
-        raise ValueError(f"w must have at least one element, got shape {w.shape}; leave empty kernels out")
+        raise ValueError(f"w: expected at least one element, found shape {w.shape}; leave empty kernels out.")
     if not isinstance(channel_axes, tuple) or any(type(a) is not int for a in channel_axes):
         raise TypeError(
-            f"channel_axes must be a tuple of ints, got {channel_axes!r}; pass e.g. (3,), or () for one "
-            "range per tensor"
+            f"channel_axes: expected a tuple of ints, found {channel_axes!r}; pass e.g. (3,), or () for one range per "
+            "tensor."
         )
     kept = {a % w.ndim for a in channel_axes if -w.ndim <= a < w.ndim}
     if len(kept) != len(channel_axes):
         raise ValueError(
-            f"channel_axes must be distinct axes of w, which has rank {w.ndim}, got {channel_axes}; name each axis once"
+            f"channel_axes: expected distinct axes of w, which has rank {w.ndim}, found {channel_axes}; name each once."
         )
     return tuple(a for a in range(w.ndim) if a not in kept)
 
@@ -47,18 +47,18 @@ def min_max(
     """Full range of the weights of each channel, widened to include zero.
 
     Args:
-        w: kernel, floating, not empty.
-        bits: code width, 2 to 8 (checked, not used: all estimators share one signature).
-        symmetric: whether the quantizer is to be symmetric (not used).
-        channel_axes: axes with a range for each index; () for one range over the whole tensor.
+      w: kernel, floating, not empty.
+      bits: code width, 2 to 8 (checked, not used: all estimators share one signature).
+      symmetric: whether the quantizer is to be symmetric (not used).
+      channel_axes: axes with a range for each index; () for one range over the whole tensor.
 
     Returns:
-        ``(lo, hi)``, float32, ``lo <= 0 <= hi``, in the shape of `w` with size 1 on the axes that share
-        a range.
+      ``(lo, hi)``, float32, ``lo <= 0 <= hi``, in the shape of `w` with size 1 on the axes that share
+      a range.
 
     Raises:
-        TypeError: `w` is not floating, or `channel_axes` is not a tuple of ints.
-        ValueError: `bits` is outside 2..8, `w` is empty, or `channel_axes` are not distinct axes of `w`.
+      TypeError: `w` is not floating, or `channel_axes` is not a tuple of ints.
+      ValueError: `bits` is outside 2..8, `w` is empty, or `channel_axes` are not distinct axes of `w`.
     """
     del symmetric
     bounds(bits, signed=False)
@@ -79,20 +79,20 @@ def lp(
     weight scales in BRECQ (Li et al., arXiv 2102.05426) and QDrop (arXiv 2203.05740).
 
     Args:
-        w: kernel, floating, finite, not empty.
-        bits: code width, 2 to 8.
-        symmetric: whether the quantizer is symmetric.
-        channel_axes: axes with a range for each index; () for one range over the whole tensor.
-        p: exponent, positive; a larger one weighs clipped outliers more.
+      w: kernel, floating, finite, not empty.
+      bits: code width, 2 to 8.
+      symmetric: whether the quantizer is symmetric.
+      channel_axes: axes with a range for each index; () for one range over the whole tensor.
+      p: exponent, positive; a larger one weighs clipped outliers more.
 
     Returns:
-        ``(lo, hi)`` as from `min_max`, within its range. A channel of zeros has ``lo = hi = 0``.
+      ``(lo, hi)`` as from `min_max`, within its range. A channel of zeros has ``lo = hi = 0``.
 
     Raises:
-        TypeError, ValueError: as `min_max`; ValueError if `p` is not positive.
+      TypeError, ValueError: as `min_max`; ValueError if `p` is not positive.
     """
     if not p > 0:
-        raise ValueError(f"p must be positive, got {p}; pass e.g. p=2.4")
+        raise ValueError(f"p: expected a positive number, found {p}; pass e.g. p=2.4.")
     lo, hi = min_max(w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)
     axes = _reduced_axes(jnp.asarray(w), channel_axes)
     return _search(jnp.asarray(w), lo, hi, bits=int(bits), symmetric=bool(symmetric), axes=axes, p=float(p))
@@ -151,20 +151,20 @@ def quantize_kernel(
     """Quantize a kernel to nearest over an estimated range.
 
     Args:
-        w: kernel, floating, finite, not empty.
-        bits: code width, 2 to 8.
-        symmetric: signed codes without a zero point if true, unsigned codes with one if false.
-        channel_axes: axes with a scale for each index; () for one scale over the whole tensor.
-        method: estimator of the range, a key of `WEIGHT_RANGES`.
+      w: kernel, floating, finite, not empty.
+      bits: code width, 2 to 8.
+      symmetric: signed codes without a zero point if true, unsigned codes with one if false.
+      channel_axes: axes with a scale for each index; () for one scale over the whole tensor.
+      method: estimator of the range, a key of `WEIGHT_RANGES`.
 
     Returns:
-        The quantized kernel, its scale in the rank of `w`.
+      The quantized kernel, its scale in the rank of `w`.
 
     Raises:
-        TypeError, ValueError: as `min_max`; ValueError if `method` is unknown.
+      TypeError, ValueError: as `min_max`; ValueError if `method` is unknown.
     """
     if method not in WEIGHT_RANGES:
-        raise ValueError(f"method must be one of {', '.join(WEIGHT_RANGES)}, got {method!r}")
+        raise ValueError(f"method: expected one of {', '.join(WEIGHT_RANGES)}, found {method!r}.")
     w = jnp.asarray(w)
     _reduced_axes(w, channel_axes)
     bounds(bits, signed=False)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfq_jax.base import known_fields
-from dfq_jax.graph import Graph, activation_quantizers
-from dfq_jax.quantizers import QTensor
+from dfq_jax.graph import Graph
+from dfq_jax.quantizers import QTensor, quantization
 from dfq_jax.stages import sqnr
 
 # From this share of the multiply-accumulates on, what stays in float is said at the head of the report.
@@ -171,7 +171,7 @@ def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerR
     """One entry for each layer, from the float and the quantized variables."""
     before = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
     after = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
-    quantizers = activation_quantizers(qvariables)
+    quantizers = quantization(qvariables).by_tensor
     reports = []
     for layer in graph.layers:
         kernel, params = after[layer.kernel], quantizers.get(layer.tensor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dfq_jax.graph import Layer, LayerCall, Tensor, run_leaves
-from dfq_jax.quantizers import storage_bits
+from dfq_jax.quantizers import unpack
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
 from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED
 
@@ -35,7 +34,7 @@ class Codes:
         return (self.centered * self.scale if self.real is None else self.real).astype(dtype)
 
 
-def apply_integer(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array, "n ..."]) -> Any:
+def apply_plan(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array, "n ..."]) -> Any:
     """Run a compiled network; `jax.jit` with the plan static.
 
     The outputs are those of `apply_quantized` up to the rounding of folded factors, which moves a code by one step
@@ -99,23 +98,5 @@ def _kernel(own: LayerPlan, layer: Layer, arrays: dict[str, jax.Array]) -> jax.A
     """Centered codes of a kernel, in the shape of its leaf."""
     kernel = arrays["kernel"]
     if own.packed:
-        kernel = unpack(kernel, storage_bits(own.bits), layer.kernel_shape, own.signed)
+        kernel = unpack(kernel, own.bits, layer.kernel_shape, own.signed)
     return kernel.astype(jnp.int16) - arrays["zero"] if "zero" in arrays else kernel
-
-
-def unpack(packed: jax.Array, width: int, shape: tuple[int, ...], signed: bool) -> jax.Array:
-    """Codes from the bytes of `qtensor.pack`, inside a compiled function.
-
-    Args:
-      packed: uint8 `[bytes]`.
-      width: bits of one code, 2 or 4.
-      shape: of the codes.
-      signed: whether they are two's complement.
-
-    Returns:
-      int8 codes.
-    """
-    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
-    codes = (packed[:, None] >> shifts[None]) & jnp.uint8(2**width - 1)
-    codes = codes.reshape(-1)[: math.prod(shape)].reshape(shape).astype(jnp.int8)
-    return jnp.where(codes >= 2 ** (width - 1), codes - 2**width, codes) if signed else codes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping
 
 from dfq_jax.graph import Activations, ChannelAlgebra, Graph, Layer, Tensor
 
-CLIPS = ("relu", "relu6")  # activations that a quantizer's clip can do
+# Activations that a quantizer's clip can do: real bounds.
+CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from dfq_jax.runtime.execution import apply_integer
+from dfq_jax.runtime.execution import apply_plan
 from dfq_jax.runtime.plan import IntegerPlan
 from dfq_jax.runtime.table import kernel_table
 
@@ -30,7 +30,7 @@ class IntegerNetwork:
     @property
     def apply(self) -> Callable[[Any, jax.Array], Any]:
         """`(variables, x) -> outputs`, ready for `jax.jit`."""
-        return functools.partial(apply_integer, self.plan)
+        return functools.partial(apply_plan, self.plan)
 
     def __call__(self, x: Float[Array, "n ..."]) -> Any:
         """The outputs of the network, computed in integers where the plan says so."""
@@ -43,4 +43,4 @@ class IntegerNetwork:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply_jitted(plan: IntegerPlan, variables: Any, x: jax.Array) -> Any:
-    return apply_integer(plan, variables, x)
+    return apply_plan(plan, variables, x)

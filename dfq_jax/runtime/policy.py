@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dfq_jax.graph import Graph, Layer
-from dfq_jax.quantizers import QTensor, QuantizerParams, bounds
+from dfq_jax.quantizers import QTensor, QuantizerParams, code_limits, int8_zero
 
 BACKENDS = ("cpu", "cuda", "tpu")
 ACCUMULATORS = ("int32", "float32")
@@ -141,7 +141,7 @@ def decide(policy: Policy, graph: Graph, layer: Layer, kernel: object, params: Q
     if params is None:
         return Decision(runs=WEIGHT_ONLY, reason="its input is not quantized")
     largest = largest_sum(layer, kernel, params)
-    codes = centered(kernel)
+    codes = np.asarray(kernel.centered())
     if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
         reason = "its weights less their zero point do not fit int8"
     elif largest >= INT32_LIMIT:
@@ -180,17 +180,9 @@ def _slow(policy: Policy, graph: Graph, layer: Layer) -> str:
     return ""
 
 
-def centered(kernel: QTensor) -> np.ndarray:
-    """Codes of a kernel less their zero point, int16, on the host."""
-    codes = np.asarray(kernel.qvalue).astype(np.int16)
-    return codes if kernel.zero_point is None else codes - np.asarray(kernel.zero_point).astype(np.int16)
-
-
 def largest_sum(layer: Layer, kernel: QTensor, params: QuantizerParams) -> int:
     """Bound on the sums of products of codes: the largest code times the sum of |weights|, over output channels."""
-    low, high = bounds(params.bits, params.signed)
-    zero = 0 if params.zero_point is None else int(params.zero_point)
-    shifted = 128 if params.bits == 8 and not params.signed else zero  # what `execution.Codes.int8` takes off
-    largest = max(abs(low - shifted), abs(high - shifted), abs(low - zero), abs(high - zero))
+    zeros = (0.0, int8_zero(params))  # of codes in float, and in int8 where that differs
+    largest = max(abs(int(limit + zero)) for limit in code_limits(params) for zero in zeros if zero is not None)
     axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
-    return largest * int(np.abs(centered(kernel).astype(np.int64)).sum(axes).max(initial=0))
+    return largest * int(np.abs(np.asarray(kernel.centered(), np.int64)).sum(axes).max(initial=0))

@@ -18,7 +18,7 @@ from dfq_jax.base import platform_of
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import dequantized, is_quantized
 from dfq_jax.runtime.compiler import compile_integer
-from dfq_jax.runtime.execution import apply_integer
+from dfq_jax.runtime.execution import apply_plan
 from dfq_jax.runtime.plan import IntegerPlan
 from dfq_jax.runtime.policy import Policy, default_policy
 from dfq_jax.runtime.self_test import integer_sums, layer_call, random_codes, signature
@@ -109,7 +109,7 @@ def measure_policy(
 
 def _network(graph: Graph, qvariables: Any, policy: Policy, x: jax.Array) -> tuple[IntegerPlan, Callable[[], Any]]:
     plan, variables = compile_integer(graph, qvariables, policy)
-    return plan, functools.partial(jax.jit(apply_integer, static_argnums=0), plan, variables, x)
+    return plan, functools.partial(jax.jit(apply_plan, static_argnums=0), plan, variables, x)
 
 
 def _ratios(

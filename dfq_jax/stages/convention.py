@@ -17,9 +17,8 @@ from dfq_jax.graph import Graph, Layer, Tensor
 from dfq_jax.quantizers import (
     MAX_BITS,
     MIN_BITS,
-    OPERANDS,
-    TENSORS,
     WEIGHT_RANGES,
+    ActivationQuantizers,
     params_from_range,
     quantize_kernel,
     with_quantization,
@@ -192,23 +191,18 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
                 channel_axes=convention.scale_axes(graph, layer),
                 method=convention.with_default().weight_range,
             )
-    return with_quantization(graph.replace(variables, kernels), quantizers(graph, ranges, convention))
+    return with_quantization(graph.replace(variables, kernels), _activation_quantizers(graph, ranges, convention))
 
 
-def quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> dict[str, dict[str, Any]]:
-    """Activation quantizers by tensor name: under "tensors" for all readers, under "operands" for layers alone.
-
-    Raises:
-      ValueError: a tensor has no range.
-    """
-    result: dict[str, dict[str, Any]] = {TENSORS: {}, OPERANDS: {}}
+def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> ActivationQuantizers:
+    for_all, for_layers = {}, {}
     for tensor in graph.tensors:
         bits = convention.tensor_bits(graph, tensor)
         if bits is None:
             continue
         if tensor.name not in ranges:
             raise ValueError(f"ranges: no range for tensor {tensor.name!r}; estimate_ranges gives all of them.")
-        kind = OPERANDS if tensor.shared and convention.shortcuts == "float" else TENSORS
+        part = for_layers if tensor.shared and convention.shortcuts == "float" else for_all
         lo, hi = ranges[tensor.name]
-        result[kind][tensor.name] = params_from_range(lo, hi, bits=bits)
-    return result
+        part[tensor.name] = params_from_range(lo, hi, bits=bits)
+    return ActivationQuantizers(for_all, for_layers)

@@ -14,7 +14,7 @@ from dfq_jax.export.onnx.batched import Shape
 from dfq_jax.export.onnx.operations import Unsupported, spread
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, Codes, integer_bias, scalar_params, stored_codes
 from dfq_jax.export.onnx.writer import Value, Writer, constant
-from dfq_jax.graph import BatchNorm, LayerCall, Op, batch_norm_parameters
+from dfq_jax.graph import LayerCall, Op
 from dfq_jax.quantizers import MAX_BITS, QTensor, QuantizerParams
 
 
@@ -139,13 +139,6 @@ def layer_kernel(call: LayerCall, params: QuantizerParams | None, *, four_bit: b
         return Kernel(weights=weights, name=name, dtype=dtype)
     narrow = min(params.bits, leaf.bits) < MAX_BITS
     return Kernel(weights=weights, name=name, input_scale=scalar_params(params)[0], bias_after=narrow, dtype=dtype)
-
-
-def batch_norm_affine(bn: BatchNorm, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Factor and offset of each channel, `[channels]`, float64."""
-    mean, var, scale, bias = (np.asarray(p, np.float32).astype(np.float64) for p in batch_norm_parameters(bn, leaves))
-    factor = np.broadcast_to(scale / np.sqrt(var + bn.epsilon), (bn.channels,))
-    return factor, bias - mean * factor
 
 
 # --- convolutions ---

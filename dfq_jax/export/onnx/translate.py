@@ -16,8 +16,8 @@ from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_pr
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, quantize_dequantize
 from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
-from dfq_jax.graph import LAYER_PRIMITIVES, Constant, Graph, GraphError, LayerCall, Op, Operand
-from dfq_jax.quantizers import OPERANDS, TENSORS, QTensor, flatten_with_paths, quantization
+from dfq_jax.graph import LAYER_PRIMITIVES, Constant, Graph, GraphError, LayerCall, Op, Operand, batch_norm_affine
+from dfq_jax.quantizers import QTensor, flatten_with_paths, quantization
 
 LOGITS = "logits"
 MIN_OPSET, FOUR_BIT_OPSET = 18, 21
@@ -60,8 +60,8 @@ class _Translation:
         self.float_bias = float_bias
         self.onnx, self.program, self.graph, self.int4 = onnx, program, program.graph, int4
         self.leaves = self.graph.leaves(variables)
-        self.for_all, self.for_layers = (quantization(variables)[kind] for kind in (TENSORS, OPERANDS))
-        self.among_codes = bool(self.for_all or self.for_layers)
+        self.quantizers = quantization(variables)
+        self.among_codes = bool(self.quantizers.by_tensor)
         self.writer = Writer(onnx)
         self.env: dict[int, Value] = {}
         self.layers = {layer.op: layer for layer in self.graph.layers}
@@ -162,8 +162,9 @@ class _Translation:
 
     def _store(self, value: int, result: Value) -> None:
         tensor = self.tensors.get(value)
-        if tensor is not None and tensor.name in self.for_all:
-            result = self._quantized(result, self.for_all[tensor.name], tensor.name, self._axes_wanted(value, result))
+        params = None if tensor is None else self.quantizers.for_all.get(tensor.name)
+        if params is not None:
+            result = self._quantized(result, params, tensor.name, self._axes_wanted(value, result))
         self.env[value] = result
 
     def _axes_wanted(self, value: int, result: Value) -> tuple[int, ...]:
@@ -249,7 +250,7 @@ class _Translation:
 
     def _batch_norm(self, op: Op) -> None:
         bn = self.norms[op.index]
-        factor, offset = products.batch_norm_affine(bn, self.leaves)
+        factor, offset = batch_norm_affine(bn, self.leaves)
         x, rank = self.env[bn.input], len(self.program.shapes[bn.input])
         for kind, vector in (("Mul", factor), ("Add", offset)):
             operand = products.along_axis(vector, bn.channel_axis, rank)
@@ -291,9 +292,9 @@ class _Translation:
         """The operand and the kernel of a layer, and the value up to which bias and BatchNorm are in the kernel."""
         layer = self.layers[op.index]
         leaf = self.leaves[layer.kernel_index]
-        params = self.for_all.get(layer.tensor)
-        if params is None and layer.tensor in self.for_layers and isinstance(leaf, QTensor):
-            params = self.for_layers[layer.tensor]
+        params = self.quantizers.for_all.get(layer.tensor)
+        if params is None and layer.tensor in self.quantizers.for_layers and isinstance(leaf, QTensor):
+            params = self.quantizers.for_layers[layer.tensor]
             conv = op.name == "conv_general_dilated"
             axes = tuple(op.params["dimension_numbers"].lhs_spec) if conv else x.axes
             x = self._quantized(x, params, layer.tensor, axes)
@@ -307,7 +308,7 @@ class _Translation:
             self.done.update(self._between(op.outputs[0], end))
         bn = None if layer.batch_norm is None else self.graph.batch_norm(layer.batch_norm)
         if bn is not None and call.channel_axes == (bn.channel_axis,):
-            folded = kernel.times(*products.batch_norm_affine(bn, self.leaves))
+            folded = kernel.times(*batch_norm_affine(bn, self.leaves))
             if folded is not None:
                 self.done.add(bn.chain[-1])
                 kernel, end = folded, bn.output
@@ -316,7 +317,7 @@ class _Translation:
 
     def _is_requantized(self, value: int) -> bool:
         """Whether a value is quantized for all its readers, at once or after what integer kernels can end with."""
-        while value not in self.tensors or self.tensors[value].name not in self.for_all:
+        while value not in self.tensors or self.tensors[value].name not in self.quantizers.for_all:
             readers = self.readers.get(value, ())
             if len(readers) != 1 or readers[0].name not in _BEFORE_CODES:
                 return False

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dfq_jax.graph import Graph, LayerRule, TensorRule, loop_friendly, quantized_rules, run_block
-from dfq_jax.quantizers import QTensor, quantization, with_quantization
+from dfq_jax.quantizers import QTensor, code_limits, quantization, with_quantization
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.losses import Observation
 from dfq_jax.stages.rounding.block import bias_unit, learned_product
-from dfq_jax.stages.rounding.soft import code_limits, scaled
+from dfq_jax.stages.rounding.soft import scaled
 
 # How far from its code a weight may start; half a unit would round to the next one.
 REACH = 0.5 - 2**-10
@@ -50,7 +50,7 @@ def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvaria
     if config.scale_rate:
         scales = {path: jnp.zeros_like(leaf.scale) for path, leaf in quantized.items()}
     if config.step_rate:
-        steps = {name: jnp.zeros(()) for part in quantization(qvariables).values() for name in part}
+        steps = {name: jnp.zeros(()) for name in quantization(qvariables).by_tensor}
     if config.affine_rate:
         paths = [path for bn in graph.batch_norms for path in (bn.scale, bn.bias)]
         paths += [layer.bias for layer in graph.layers if layer.batch_norm is None]  # else the BatchNorm's does it all
@@ -67,7 +67,7 @@ def init_codes(weight: Float[Array, "..."], kernel: QTensor, trust: float) -> Fl
 
 def rounded(u: Float[Array, "..."], kernel: QTensor) -> Float[Array, "..."]:
     """Codes less the zero point; the gradient passes as it is."""
-    low, high = code_limits(kernel)
+    low, high = code_limits(kernel.params)
     return u + jax.lax.stop_gradient(jnp.clip(jnp.round(u), low, high) - u)
 
 
@@ -75,7 +75,7 @@ def project(parameters: Parameters, graph: Graph, qvariables: Any) -> Parameters
     """Parameters with u within the outermost cells."""
 
     def within(path: str, u: jax.Array) -> jax.Array:
-        low, high = code_limits(graph.leaf(qvariables, path))
+        low, high = code_limits(graph.leaf(qvariables, path).params)
         return jnp.clip(u, low - REACH, high + REACH)
 
     return parameters._replace(kernels={path: within(path, u) for path, u in parameters.kernels.items()})
@@ -123,13 +123,8 @@ def _with_rest(
         path: (leaves[path] + bias_unit(leaves[path]) * change).astype(leaves[path].dtype)
         for path, change in parameters.affine.items()
     }
-    quantizers = {
-        kind: {
-            name: scaled(params, parameters.steps[name]) if name in parameters.steps else params
-            for name, params in part.items()
-        }
-        for kind, part in quantization(qvariables).items()
-    }
+    steps = parameters.steps
+    quantizers = quantization(qvariables).map(lambda name, q: scaled(q, steps[name]) if name in steps else q)
     return with_quantization(graph.replace(qvariables, {**kernels, **affine}), quantizers)
 
 

@@ -68,7 +68,7 @@ def init_parameters(
         bias = layer.bias if layer.batch_norm is None else graph.batch_norm(layer.batch_norm).bias
         if config.bias_rate and bias is not None and bias not in frozen:
             biases[bias] = jnp.zeros_like(own[bias], jnp.float32)
-    steps = {name: jnp.zeros(()) for part in quantization(own).values() for name in part}
+    steps = {name: jnp.zeros(()) for name in quantization(own).by_tensor}
     return Parameters(kernels, steps, biases), bases
 
 
@@ -88,10 +88,7 @@ def hard_variables(own: Variables, bases: dict[str, jax.Array], parameters: Para
 
 
 def _with_quantizers(own: Variables, parameters: Parameters) -> Variables:
-    quantizers = {
-        kind: {name: scaled(params, parameters.steps[name]) for name, params in part.items()}
-        for kind, part in quantization(own).items()
-    }
+    quantizers = quantization(own).map(lambda name, params: scaled(params, parameters.steps[name]))
     biases = {
         name: (own[name] + bias_unit(own[name]) * d).astype(own[name].dtype) for name, d in parameters.biases.items()
     }

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.quantizers import QTensor, QuantizerParams, bounds
+from dfq_jax.quantizers import QTensor, QuantizerParams, code_limits
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch of the sigmoid, so that 0 and 1 are reached
 
@@ -30,20 +30,13 @@ class SoftKernel(NamedTuple):
     log_scale: Float[Array, "..."]  # of the factor on the scale, in the shape of the scale
 
 
-def code_limits(kernel: QTensor) -> tuple[Float[Array, "..."] | float, Float[Array, "..."] | float]:
-    """Smallest and largest code, the zero point taken off."""
-    low, high = bounds(kernel.bits, kernel.signed)
-    zero_point = 0.0 if kernel.zero_point is None else kernel.zero_point
-    return low - zero_point, high - zero_point
-
-
 def base_codes(weight: Float[Array, "..."], kernel: QTensor) -> Float[Array, "..."]:
     """The lower of the two neighboring codes that each weight may take, zero point taken off, in float32.
 
     The code that the kernel holds is one of the two; the other one is on the weight's side of it. Both are codes that
     exist, so that a clipped weight may come back.
     """
-    low, high = code_limits(kernel)
+    low, high = code_limits(kernel.params)
     codes = kernel.centered().astype(jnp.float32)
     base = jnp.where(weight.astype(jnp.float32) / kernel.scale < codes, codes - 1, codes)
     return jnp.clip(base, low, high - 1)
@@ -72,7 +65,7 @@ def rectified_sigmoid(v: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def soft_weight(soft: SoftKernel, base: Float[Array, "..."], kernel: QTensor) -> Float[Array, "..."]:
     """The kernel in float32, differentiable in rounding and scale."""
-    low, high = code_limits(kernel)
+    low, high = code_limits(kernel.params)
     codes = jnp.clip(base + rectified_sigmoid(soft.rounding), low, high)
     return codes * (kernel.scale * jnp.exp(soft.log_scale))
 
