@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dfq_jax.quantizers.packing import pack, unpack
 from dfq_jax.quantizers.qtensor import (
     SCALE_FLOOR,
     QTensor,
@@ -16,13 +17,11 @@ from dfq_jax.quantizers.qtensor import (
     dequantize,
     fake_quant,
     int8_codes,
-    pack,
     params_from_range,
     quantize,
     quantize_tensor,
     ste_round,
     storage_bits,
-    unpack,
 )
 from dfq_jax.quantizers.weights import WEIGHT_RANGES, lp, min_max, mse, quantize_kernel
 

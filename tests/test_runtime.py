@@ -19,7 +19,7 @@ from dfq_jax.graph.execution import apply_quantized, record_tensors
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.program import sub_jaxprs
 from dfq_jax.graph.tracing.structure import GraphError
-from dfq_jax.quantizers import qtensor
+from dfq_jax.quantizers import pack, qtensor, unpack
 from dfq_jax.runtime import IntegerPlan, apply_plan, compile_integer
 from dfq_jax.runtime.policy import FLOAT, INT8, WEIGHT_ONLY, Policy, default_policy
 from dfq_jax.stages.convention import Convention, quantize_params
@@ -213,7 +213,7 @@ def test_packed_weights(bits):
 def test_unpack_is_the_inverse_of_pack_inside_a_compiled_function(width, signed):
     low, high = qtensor.bounds(width, signed)
     codes = np.random.default_rng(0).integers(low, high + 1, (3, 7))
-    found = jax.jit(qtensor.unpack, static_argnums=(1, 2, 3))(qtensor.pack(codes, width), width, codes.shape, signed)
+    found = jax.jit(unpack, static_argnums=(1, 2, 3))(pack(codes, width), width, codes.shape, signed)
     np.testing.assert_array_equal(found, codes)
 
 

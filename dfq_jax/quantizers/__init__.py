@@ -11,6 +11,7 @@ from dfq_jax.quantizers.collection import (
     with_quantization,
     without_quantization,
 )
+from dfq_jax.quantizers.packing import pack, unpack
 from dfq_jax.quantizers.qtensor import (
     MAX_BITS,
     MIN_BITS,
@@ -22,11 +23,9 @@ from dfq_jax.quantizers.qtensor import (
     fake_quant,
     int8_codes,
     int8_zero,
-    pack,
     params_from_range,
     quantize,
     storage_bits,
-    unpack,
 )
 from dfq_jax.quantizers.trees import flatten_with_paths, is_qtensor
 from dfq_jax.quantizers.weights import WEIGHT_RANGES, quantize_kernel
