@@ -11,27 +11,16 @@ precision everywhere: `full_precision`. What is *optimized* (images, learned rou
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
+from dfq_jax.base.contexts import within
 from dfq_jax.base.fields import check_field
 
 PRECISIONS = ("default", "high", "highest")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-def full_precision(function: Function) -> Function:
-    """The function with float32 products in full precision inside, whatever JAX's setting is."""
-
-    @functools.wraps(function)
-    def decided(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
-
-    return decided  # type: ignore[return-value]
+full_precision = within(jax.default_matmul_precision, "highest")  # whatever JAX's setting is
 
 
 def products(precision: str | None) -> contextlib.AbstractContextManager[Any]:

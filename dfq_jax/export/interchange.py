@@ -186,9 +186,9 @@ def to_aimet(
     for tensor, params in _quantizers(qvariables).items():
         for name in _renamed({tensor: (params.lo, params.hi)}, names):
             activations[name] = [_encoding(params.bits, params.signed, float(params.scale), params.zero_point)]
-    parameters = {}
-    for path in dict.fromkeys(layer.kernel for layer in graph.layers):
-        kernel = graph.leaf(qvariables, path)
+    parameters, leaves = {}, graph.leaves_by_path(qvariables)
+    for path in graph.kernels:
+        kernel = leaves[path]
         if not isinstance(kernel, QTensor):
             continue
         name = path if kernel_names is None else kernel_names.get(path)

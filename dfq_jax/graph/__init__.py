@@ -36,7 +36,6 @@ from dfq_jax.graph.matrix_form import (
     with_codes,
 )
 from dfq_jax.graph.subnetwork import Subnetwork, subnetwork
-from dfq_jax.graph.tracing.batch_norm_pattern import ChannelAlgebra
 from dfq_jax.graph.tracing.blocks import merge_blocks
 from dfq_jax.graph.tracing.failures import where
 from dfq_jax.graph.tracing.program import (
@@ -49,18 +48,15 @@ from dfq_jax.graph.tracing.program import (
     constant_bytes,
     sub_jaxprs,
 )
-from dfq_jax.graph.tracing.regions import Activations
 from dfq_jax.graph.tracing.structure import BatchNorm, GraphError, GraphWarning, Layer, Skipped, Tensor
 
 __all__ = [
     "CONTROL_FLOW",
     "LAYER_PRIMITIVES",
-    "Activations",
     "ApplyFn",
     "BatchNorm",
     "BatchNormParameters",
     "BatchNormRule",
-    "ChannelAlgebra",
     "Codes",
     "Constant",
     "Graph",

@@ -33,7 +33,7 @@ def check_variables(graph: Graph, variables: Any) -> None:
 
     A variance of zero is possible: a layer all of whose channels are dead has it. See `doubtful_statistics`.
     """
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    leaves = graph.leaves_by_path(variables)
     for path, leaf in leaves.items():
         if isinstance(leaf, QTensor):
             raise ValueError(f"variables: {path!r} is quantized already; pass the float variables.")
@@ -54,7 +54,7 @@ def doubtful_statistics(graph: Graph, variables: Any) -> tuple[str, ...]:
     of zeros, unless the kernel in front is zero. None of it is proof: a BatchNorm folded into its layer by hand has
     the former, a layer that only ever reads zeros the latter.
     """
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    leaves = graph.leaves_by_path(variables)
     kernels = {layer.name: layer.kernel for layer in graph.layers}
 
     def never_updated(bn: BatchNorm) -> bool:

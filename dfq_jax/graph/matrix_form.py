@@ -181,7 +181,7 @@ def quantized_kernels(
       ValueError: no kernel is quantized, or `variables` are not the float ones.
       GraphError: a tree is not the one that was traced.
     """
-    floats, quantized = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
+    floats, quantized = (graph.leaves_by_path(v) for v in (variables, qvariables))
     for path in graph.kernels:
         if isinstance(floats[path], QTensor):
             raise ValueError(f"variables: {path!r} is quantized; pass the float variables first.")

@@ -36,7 +36,7 @@ class Subnetwork:
 
     def select(self, graph: Graph, variables: Any) -> dict[str, Any]:
         """The block's variables, among those of the whole network (float or quantized)."""
-        leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+        leaves = graph.leaves_by_path(variables)
         own = {name: leaves[path] for name, path in zip(self.graph.leaf_paths, self.leaves, strict=True)}
         if not is_quantized(variables):
             return own

@@ -169,8 +169,8 @@ def _some(names: list[str], limit: int = 3) -> str:
 
 def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerReport, ...]:
     """One entry for each layer, from the float and the quantized variables."""
-    before = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
-    after = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    before = graph.leaves_by_path(variables)
+    after = graph.leaves_by_path(qvariables)
     quantizers = quantization(qvariables).by_tensor
     reports = []
     for layer in graph.layers:

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 
-from dfq_jax.graph import Activations, ChannelAlgebra, Graph, Layer, Tensor
+from dfq_jax.graph import Graph, Layer, Tensor
 
 # Activations that a quantizer's clip can do: real bounds.
 CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
@@ -93,8 +93,7 @@ def _producer(graph: Graph, tensor: Tensor, ends: Mapping[int, Layer]) -> Layer 
             return None
     layer = ends[value]
     # A BatchNorm or another function may stand between the layer's own activation and one of the same name.
-    activation = Activations(program, ChannelAlgebra(program)).after(value)
-    return layer if activation == (tensor.activation, tensor.value) else None
+    return layer if (layer.activation, layer.end) == (tensor.activation, tensor.value) else None
 
 
 def _live(graph: Graph, results: Mapping[str, int]) -> tuple[frozenset[int], frozenset[int]]:

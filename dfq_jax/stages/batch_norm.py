@@ -170,7 +170,7 @@ def _adapted(
 
 
 def _stored(graph: Graph, variables: Any) -> Moments:
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    leaves = graph.leaves_by_path(variables)
     return {
         bn.name: (
             leaves[bn.mean].astype(jnp.float32).reshape(-1),
@@ -280,7 +280,7 @@ def _correct_bias(
     batch_norm: BatchNormRule | None,
 ) -> Any:
     targets = offset_leaves(graph, normalized)
-    stored, leaves = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
+    stored, leaves = (graph.leaves_by_path(v) for v in (variables, qvariables))
     wanted: dict[str, jax.Array] = {}
 
     def note(call: LayerCall) -> jax.Array:

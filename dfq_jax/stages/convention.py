@@ -177,7 +177,7 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
     Raises:
       ValueError: a tensor has no range.
     """
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    leaves = graph.leaves_by_path(variables)
     kernels: dict[str, Any] = {}
     for path, (layer, *_) in graph.kernels.items():
         if path in kernels:

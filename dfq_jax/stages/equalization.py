@@ -25,9 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dfq_jax.graph import (
-    Activations,
     BatchNorm,
-    ChannelAlgebra,
     Graph,
     Layer,
     LayerCall,
@@ -75,14 +73,10 @@ def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
     Returns:
       `(pairs, skipped)`, in the order of layers.
     """
-    program = graph.program
-    activations = Activations(program, ChannelAlgebra(program))
     tensors = {tensor.value: tensor for tensor in graph.tensors}
     pairs, skipped = [], []
     for layer in graph.layers:
-        bn = _batch_norm(graph, layer)
-        name, end = activations.after(layer.output if bn is None else bn.output)
-        found = _pair(graph, layer, bn, name, tensors.get(end))
+        found = _pair(graph, layer, tensors.get(layer.end))
         if isinstance(found, Pair):
             pairs.append(found)
         else:
@@ -90,14 +84,15 @@ def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
     return tuple(pairs), tuple(skipped)
 
 
-def _pair(graph: Graph, layer: Layer, bn: BatchNorm | None, activation: str, tensor: Tensor | None) -> Pair | str:
+def _pair(graph: Graph, layer: Layer, tensor: Tensor | None) -> Pair | str:
     """The pair that begins with a layer, or why there is none."""
+    bn = _batch_norm(graph, layer)
     if tensor is None:
         return "its result does not go straight to a layer"
     if tensor.shared:
         return "something else than layers reads its result"
-    if activation not in HOMOGENEOUS:
-        return f"{activation} does not commute with a scale"
+    if layer.activation not in HOMOGENEOUS:
+        return f"{layer.activation} does not commute with a scale"
     axes = LayerCall(layer, graph.program.ops[layer.op], graph, *[None] * 3).channel_axes if bn is None else ()
     if len(axes) > 1:
         return "its channels have several axes"
@@ -288,7 +283,7 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
     if not (isinstance(sigmas, (int, float)) and math.isfinite(sigmas) and sigmas > 0):
         raise ValueError(f"sigmas: expected a positive number such as 3.0, found {sigmas!r}.")
     offsets = offset_leaves(graph, normalized=True)
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    leaves = graph.leaves_by_path(variables)
     updates: dict[str, jax.Array] = {}
     for pair in find_pairs(graph)[0]:
         if not _absorbable(graph, pair, offsets):

@@ -25,7 +25,7 @@ def fold_batch_norm(graph: Graph, variables: Any) -> Any:
     Returns:
       Variables of the same structure. Pure and traceable.
     """
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(variables), strict=True))
+    leaves = graph.leaves_by_path(variables)
     updates: dict[str, Any] = {}
     for layer in graph.layers:
         if not foldable(graph, layer):

@@ -245,6 +245,7 @@ class _Analysis:
                     kernel_chain=product.kernel_chain,
                     input_chain=input_chain,
                     output=output,
+                    end=end,
                     **product.describe(),
                 )
             )

@@ -45,6 +45,7 @@ class Layer:
     kernel_chain: tuple[int, ...] = dataclasses.field(compare=False)  # layout ops from the leaf to the operand
     input_chain: tuple[int, ...] = dataclasses.field(compare=False)  # layout ops from the tensor to the operand
     output: int = dataclasses.field(compare=False)  # the result, bias included
+    end: int = dataclasses.field(compare=False)  # the result past its BatchNorm and activation
 
     @property
     def depthwise(self) -> bool:

@@ -200,10 +200,7 @@ class _Run:
         self.on_progress(Progress(1, 1, self.done, self.config.steps, loss, seconds, eta))
 
     def result(self, completed: bool) -> tuple[Any, Finetuning]:
-        before, after = (
-            dict(zip(self.graph.leaf_paths, self.graph.leaves(v), strict=True))
-            for v in (self.start, self.best_variables)
-        )
+        before, after = (self.graph.leaves_by_path(v) for v in (self.start, self.best_variables))
         seconds = time.perf_counter() - self.started
         found = Finetuning(tuple(self.evaluations), self.best, changed_codes(before, after), completed, seconds)
         return self.best_variables, found

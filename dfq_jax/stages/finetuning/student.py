@@ -41,7 +41,7 @@ class Parameters(NamedTuple):
 
 def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvariables: Any) -> Parameters:
     """Parameters with which the student is the network `qvariables`."""
-    float_leaves, leaves = (dict(zip(graph.leaf_paths, graph.leaves(v), strict=True)) for v in (variables, qvariables))
+    float_leaves, leaves = (graph.leaves_by_path(v) for v in (variables, qvariables))
     kernels = {layer.kernel: leaves[layer.kernel] for layer in graph.layers}
     quantized = {path: leaf for path, leaf in kernels.items() if isinstance(leaf, QTensor)}
     codes, scales, steps, affine = {}, {}, {}, {}
@@ -73,9 +73,10 @@ def rounded(u: Float[Array, "..."], kernel: QTensor) -> Float[Array, "..."]:
 
 def project(parameters: Parameters, graph: Graph, qvariables: Any) -> Parameters:
     """Parameters with u within the outermost cells."""
+    leaves = graph.leaves_by_path(qvariables)
 
     def within(path: str, u: jax.Array) -> jax.Array:
-        low, high = code_limits(graph.leaf(qvariables, path).params)
+        low, high = code_limits(leaves[path].params)
         return jnp.clip(u, low - REACH, high + REACH)
 
     return parameters._replace(kernels={path: within(path, u) for path, u in parameters.kernels.items()})
@@ -83,7 +84,7 @@ def project(parameters: Parameters, graph: Graph, qvariables: Any) -> Parameters
 
 def soft_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any:
     """The student's variables with kernels as arrays, differentiable in all parameters."""
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    leaves = graph.leaves_by_path(qvariables)
     kernels = {}
     for path in soft_kernels(parameters):
         leaf, u = leaves[path], parameters.kernels.get(path)
@@ -94,7 +95,7 @@ def soft_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any
 
 def hard_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any:
     """The student's variables, quantized: of the structure of `qvariables`."""
-    leaves = dict(zip(graph.leaf_paths, graph.leaves(qvariables), strict=True))
+    leaves = graph.leaves_by_path(qvariables)
     kernels = {}
     for path in soft_kernels(parameters):
         leaf, u = leaves[path], parameters.kernels.get(path)
