@@ -8,7 +8,7 @@ import model_grid
 import numpy as np
 import pytest
 
-from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.collection import QUANTIZATION
 from dfq_jax.quantizers.qtensor import QTensor

@@ -14,7 +14,7 @@ from jax import lax
 from model_grid import GRID
 
 import dfq_jax
-from dfq_jax.graph.execution import normalize, run
+from dfq_jax.graph import normalize, run
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.qtensor import QTensor
 
@@ -195,7 +195,7 @@ def test_forms_compute_what_they_did(form):
     variables = jax.tree.map(jnp.asarray, _variables(4, 3))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4, 4)), jnp.float32)
     graph = trace(form, variables, x.shape)
-    found = jax.jit(lambda v, x: run(graph, v, x, batch_norm=dfq_jax.graph.execution.normalize))(variables, x)
+    found = jax.jit(lambda v, x: run(graph, v, x, batch_norm=dfq_jax.graph.normalize))(variables, x)
     np.testing.assert_allclose(found, jax.jit(form)(variables, x), rtol=1e-4, atol=1e-5)
 
 

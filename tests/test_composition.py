@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 
-from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from model_grid import GRID
 
-from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import WEIGHT_RANGES, quantize_kernel

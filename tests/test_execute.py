@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from model_grid import GRID, function_case, linen_case
 
-from dfq_jax.graph.execution import apply_quantized, normalize, record_tensors, run
+from dfq_jax.graph import apply_quantized, normalize, record_tensors, run
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.program import sub_jaxprs
 from dfq_jax.graph.tracing.structure import GraphError

@@ -22,7 +22,7 @@ from dfq_jax.export import get_exporter
 from dfq_jax.export.qwix import QwixExporter, to_qwix
 from dfq_jax.export.stablehlo import StableHLOExporter
 from dfq_jax.export.tflite import PYTHON_VARIABLE, TFLiteExporter
-from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph import apply_quantized
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.stages.convention import Convention
 

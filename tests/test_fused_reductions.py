@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dfq_jax
-from dfq_jax.graph.execution import LayerCall, run
+from dfq_jax.graph import LayerCall, run
 from dfq_jax.stages.batch_norm import batch_norm_moments
 
 COLUMNS = (32_769, 33_000, 40_001)
@@ -55,7 +55,7 @@ def test_statistics_behind_such_a_product_are_right(columns):
 
         def layer(call: LayerCall) -> jax.Array:
             result = call.default()
-            found.append(call.channel_mean(result))
+            found.append(call.form.channel_mean(result))
             return result
 
         run(graph, variables, x, layer=layer)

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from model_grid import function_case
 
-from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, quantization, with_quantization
 from dfq_jax.quantizers.qtensor import QTensor, fake_quant

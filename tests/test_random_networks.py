@@ -15,7 +15,7 @@ import pytest
 from random_networks import ACTIVATIONS, CONVOLUTIONS, NORMS, UNITS, RandomNetwork, random_network
 
 import dfq_jax
-from dfq_jax.graph.execution import apply_quantized, record_tensors, run
+from dfq_jax.graph import apply_quantized, record_tensors, run
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.quantizers.collection import dequantized

@@ -21,7 +21,7 @@ from flax import nnx
 import dfq_jax
 from dfq_jax.export import artifact
 from dfq_jax.export.artifact import ArtifactError
-from dfq_jax.graph.execution import run as trace_run
+from dfq_jax.graph import run as trace_run
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError, GraphWarning
 from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS

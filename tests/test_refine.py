@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_synthesis import CONFIG, GRAPH, KEY, VARIABLES, natural_images
 
-from dfq_jax.graph.execution import apply_quantized
+from dfq_jax.graph import apply_quantized
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
 from dfq_jax.synthesis import RefineConfig, SynthesisConfig, refine, synthesize

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from model_grid import linen_case
 
-from dfq_jax.graph.execution import run
+from dfq_jax.graph import run
 from dfq_jax.graph.graph import trace
-from dfq_jax.graph.matrix_form import Codes, kernel_codes, kernel_form
+from dfq_jax.graph.matrix_form import Codes, kernel_codes
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.rounding import GPTQConfig, gptq, squant, squant_codes
@@ -203,7 +203,7 @@ def test_gptq_of_a_depthwise_layer_is_gptq_of_each_channel():
     better = gptq(graph, variables, qvariables, images, GPTQConfig(centered=False, order="natural"))
     layer = graph.layer("depthwise")
     leaf, kernel, found = (graph.leaf(v, layer.kernel) for v in (variables, qvariables, better))
-    given, found = (kernel_codes(kernel_form(graph, layer), k, leaf) for k in (kernel, found))
+    given, found = (kernel_codes(graph.form(layer).kernel, k, leaf) for k in (kernel, found))
     padded = np.pad(np.asarray(images, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
     for channel in range(5):
         windows = np.lib.stride_tricks.sliding_window_view(padded[..., channel], (3, 3), axis=(1, 2)).reshape(-1, 9)

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import dfq_jax
-from dfq_jax.graph.execution import apply_quantized, run
+from dfq_jax.graph import apply_quantized, run
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.quantizers.collection import dequantized, without_quantization

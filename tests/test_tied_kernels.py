@@ -8,7 +8,7 @@ from jax import lax
 from model_grid import function_case
 
 import dfq_jax
-from dfq_jax.graph.execution import apply_quantized, run
+from dfq_jax.graph import apply_quantized, run
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.matrix_form import common_form
 from dfq_jax.graph.tracing.structure import GraphError
@@ -294,7 +294,7 @@ def test_gptq_adds_up_the_inputs_of_layers_of_one_form():
 
         def note(call):
             if call.layer.kernel == "w":
-                results = [call.product(call.operand, w) for w in (variables["w"], kernel.dequantize())]
+                results = [call.form.product(call.operand, w) for w in (variables["w"], kernel.dequantize())]
                 errors.append(jnp.sum(jnp.square(results[0] - results[1])))
             return call.default()
 

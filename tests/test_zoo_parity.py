@@ -12,8 +12,8 @@ from test_execute import assert_same_outputs
 
 import dfq_jax
 from dfq_jax import zoo
+from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.adapters import as_function
-from dfq_jax.graph.execution import apply_quantized
 from dfq_jax.zoo.checkpoint import flatten_names, load_checkpoint
 from dfq_jax.zoo.cifar_resnet import CifarResNet
 from dfq_jax.zoo.densenet import DenseNet

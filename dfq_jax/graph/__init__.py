@@ -1,41 +1,43 @@
 """What a network computes, found in its jaxpr (`trace`), and running it by rules (`run`, `apply_quantized`)."""
 
 from dfq_jax.graph.adapters import ApplyFn, as_function, linen_shapes, on_device, variable_shapes
-from dfq_jax.graph.checks import check_images, check_variables, doubtful_statistics
-from dfq_jax.graph.computed import compute_kernels, computed_kernels
-from dfq_jax.graph.execution import (
+from dfq_jax.graph.batch_norm import (
     BatchNormParameters,
-    BatchNormRule,
-    LayerCall,
-    LayerRule,
-    TensorRule,
+    affine,
     along_channels,
-    apply_quantized,
-    as_argument,
-    batch_norm_affine,
     batch_norm_parameters,
     channel_moments,
     normalize,
-    quantized_rules,
+)
+from dfq_jax.graph.call import LayerCall
+from dfq_jax.graph.checks import check_images, check_variables, doubtful_statistics
+from dfq_jax.graph.computed import compute_kernels, computed_kernels
+from dfq_jax.graph.execution import (
+    BatchNormRule,
+    LayerRule,
+    Rules,
+    TensorRule,
+    as_argument,
     record_tensors,
     run,
     run_block,
     run_leaves,
 )
+from dfq_jax.graph.form import KernelForm, LayerForm
 from dfq_jax.graph.gradients import loop_friendly
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.matrix_form import (
     Codes,
-    KernelForm,
     common_form,
     input_channels,
     kernel_codes,
-    kernel_form,
     patches,
     quantized_kernels,
     with_codes,
 )
+from dfq_jax.graph.quantized import apply_quantized, quantized_rules
 from dfq_jax.graph.subnetwork import Subnetwork, subnetwork
+from dfq_jax.graph.tracing.axes import operand_axes
 from dfq_jax.graph.tracing.blocks import merge_blocks
 from dfq_jax.graph.tracing.failures import where
 from dfq_jax.graph.tracing.program import (
@@ -65,14 +67,17 @@ __all__ = [
     "KernelForm",
     "Layer",
     "LayerCall",
+    "LayerForm",
     "LayerRule",
     "Op",
     "Operand",
     "Program",
+    "Rules",
     "Skipped",
     "Subnetwork",
     "Tensor",
     "TensorRule",
+    "affine",
     "along_channels",
     "apply_quantized",
     "as_argument",
@@ -89,12 +94,12 @@ __all__ = [
     "doubtful_statistics",
     "input_channels",
     "kernel_codes",
-    "kernel_form",
     "linen_shapes",
     "loop_friendly",
     "merge_blocks",
     "normalize",
     "on_device",
+    "operand_axes",
     "patches",
     "quantized_kernels",
     "quantized_rules",

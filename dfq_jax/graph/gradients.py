@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dfq_jax.graph.execution import LayerCall
+from dfq_jax.graph.call import LayerCall
 from dfq_jax.quantizers import QTensor
 
 
@@ -19,10 +19,10 @@ def loop_friendly(call: LayerCall) -> jax.Array:
     `lax.scan` such gradients fall to plain loops, tens of times slower. Here the kernel itself is transposed instead.
     Depthwise convolutions have a way of their own (`dfq_jax.graph.depthwise`).
     """
-    if call.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
+    form = call.form  # the derivative outlives the trace, to which the call's values belong
+    if form.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
         return call.default()
-
-    op = call.op  # the derivative outlives the trace, to which the call's values belong
+    op = form.op
 
     @jax.custom_vjp
     def product(operand: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -44,4 +44,4 @@ def loop_friendly(call: LayerCall) -> jax.Array:
         return *to_operand(gradient), *to_kernel(gradient)
 
     product.defvjp(forward, backward)
-    return product(call.operand, call.kernel_operand(call.kernel, cast=True))
+    return product(call.operand, form.rearrange_kernel(call.kernel, cast=True))

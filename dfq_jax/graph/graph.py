@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dfq_jax.graph.adapters import is_module
+from dfq_jax.graph.form import LayerForm
 from dfq_jax.graph.tracing.analysis import Structure, analyze
 from dfq_jax.graph.tracing.canonical import canonical
 from dfq_jax.graph.tracing.failures import check_outputs, explain_trace_failure
@@ -118,6 +119,14 @@ class Graph:
         )
 
     # --- lookups ---
+
+    def form(self, layer: Layer) -> LayerForm:
+        """What a layer does with whatever values it meets."""
+        return self._forms[layer.name]
+
+    @functools.cached_property
+    def _forms(self) -> dict[str, LayerForm]:
+        return {layer.name: LayerForm.of(layer, self.program) for layer in self.layers}
 
     def layer(self, name: str) -> Layer:
         """The layer of this name."""

@@ -19,58 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dfq_jax.graph.execution import LayerCall
+from dfq_jax.graph.form import KernelForm, LayerForm
 from dfq_jax.graph.graph import Graph
-from dfq_jax.graph.tracing.program import Op
-from dfq_jax.graph.tracing.structure import Layer
 from dfq_jax.quantizers import QTensor, bounds
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelForm:
-    """How a kernel leaf becomes a matrix; hashable, and the same for layers of the same kind and shape.
-
-    Attributes:
-      shape: of the leaf.
-      chain: operations between leaf and layer, other than casts.
-      order: of the axes, then.
-      sizes: of the matrix, groups, outputs, inputs and window; outputs and inputs of one group.
-    """
-
-    shape: tuple[int, ...]
-    chain: tuple[Op, ...]
-    order: tuple[int, ...]
-    sizes: tuple[int, int, int, int]
-
-    def matrix(self, leaf: Float[Array, "..."]) -> Float[Array, "g o i k"]:
-        """The leaf as a matrix."""
-        for op in self.chain:
-            (leaf,) = op(leaf)
-        return leaf.transpose(self.order).reshape(self.sizes)
-
-    def leaf(self, matrix: Float[Array, "g o i k"]) -> Float[Array, "..."]:
-        """The inverse of `matrix`, float32."""
-        # The way there only rearranges elements, so its transpose is the way back.
-        transpose = jax.linear_transpose(self.matrix, jax.ShapeDtypeStruct(self.shape, jnp.float32))
-        return transpose(matrix.astype(jnp.float32))[0]
-
-
-def kernel_form(graph: Graph, layer: Layer) -> KernelForm:
-    """The form of a layer's kernel."""
-    program = graph.program
-    op = program.ops[layer.op]
-    chain = tuple(program.ops[i] for i in layer.kernel_chain if program.ops[i].name != "convert_element_type")
-    shape = program.avals[op.inputs[layer.kernel_operand]].shape
-    if layer.kind == "conv":
-        order = tuple(op.params["dimension_numbers"].rhs_spec)
-        outputs, inputs, *window = (shape[a] for a in order)
-        sizes = layer.groups, outputs // layer.groups, inputs, math.prod(window)
-    else:
-        contract, batch = (axes[layer.kernel_operand] for axes in op.params["dimension_numbers"])
-        free = [a for a in range(len(shape)) if a not in (*contract, *batch)]
-        order = (*batch, *free, *contract)
-        sizes = *(math.prod(shape[a] for a in axes) for axes in (batch, free, contract)), 1
-    return KernelForm(tuple(layer.kernel_shape), chain, order, sizes)
 
 
 def common_form(graph: Graph, path: str) -> KernelForm | None:
@@ -78,7 +29,7 @@ def common_form(graph: Graph, path: str) -> KernelForm | None:
 
     Then what makes one layer's errors cancel says nothing about the others.
     """
-    first, *others = (kernel_form(graph, layer) for layer in graph.kernels[path])
+    first, *others = (graph.form(layer).kernel for layer in graph.kernels[path])
     if others:
         labels = np.arange(math.prod(first.shape), dtype=np.int32).reshape(first.shape)
         with jax.ensure_compile_time_eval():
@@ -88,21 +39,15 @@ def common_form(graph: Graph, path: str) -> KernelForm | None:
     return first
 
 
-def patches(call: LayerCall) -> Float[Array, "m g d"]:
+def patches(form: LayerForm, operand: Float[Array, "..."]) -> Float[Array, "m g d"]:
     """What a layer's kernel meets at each image and position, `[positions, groups, inputs * window]`, float32."""
-    params, x = call.op.params, call.operand.astype(jnp.float32)
-    if call.layer.kind == "dense":
-        return _dense_operand(call, x)
-    numbers = params["dimension_numbers"]
-    x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-    spatial = zip(params["padding"], params["lhs_dilation"], strict=True)
-    config = [(0, 0, 0), *((low, high, dilation - 1) for (low, high), dilation in spatial), (0, 0, 0)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), config)
-    kernel = call.op.inputs[call.layer.kernel_operand]
-    shape = call.graph.program.avals[kernel].shape
-    window = [shape[a] for a in numbers.rhs_spec[2:]]
-    out = call.graph.program.avals[call.op.outputs[0]].shape
-    size = [out[a] for a in numbers.out_spec[2:]]
+    x = operand.astype(jnp.float32)
+    if form.layer.kind == "dense":
+        return _dense_operand(form, x)
+    params, (images, *positions) = form.op.params, form.input_axes.free
+    x = form.pad(x, 0).transpose(images, *positions, *form.input_axes.summed)
+    window = [form.shapes[1][a] for a in form.kernel_axes.summed[1:]]
+    size = [form.result_shape[a] for a in params["dimension_numbers"].out_spec[2:]]
     shifted = []
     for offset in itertools.product(*map(range, window)):
         start = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
@@ -111,39 +56,37 @@ def patches(call: LayerCall) -> Float[Array, "m g d"]:
             lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *params["window_strides"], 1))
         )
     stacked = jnp.stack(shifted, axis=-1)  # [images, ..., channels, window]
-    groups = call.layer.groups
+    groups = form.layer.groups
     return stacked.reshape(-1, groups, stacked.shape[-2] // groups * stacked.shape[-1])
 
 
-def _dense_operand(call: LayerCall, x: Any) -> Any:
-    contract, batch = (axes[1 - call.layer.kernel_operand] for axes in call.op.params["dimension_numbers"])
-    free = [a for a in range(x.ndim) if a not in (*contract, *batch)]
-    sizes = [math.prod(x.shape[a] for a in axes) for axes in (free, batch, contract)]
-    return x.transpose(*free, *batch, *contract).reshape(sizes)
+def _dense_operand(form: LayerForm, x: Any) -> Any:
+    batch, free, summed = form.input_axes
+    sizes = [math.prod(x.shape[a] for a in axes) for axes in (free, batch, summed)]
+    return x.transpose(*free, *batch, *summed).reshape(sizes)
 
 
-def input_channels(graph: Graph, layer: Layer, axis: int) -> Int[np.ndarray, "g i"] | None:
+def input_channels(form: LayerForm, axis: int) -> Int[np.ndarray, "g i"] | None:
     """For each input of each group, the index along an axis of the tensor that the layer reads.
 
     None if there is no such index because an input runs over several (a layer of another axis, say).
     """
-    call = LayerCall(layer, graph.program.ops[layer.op], graph, *[None] * 3)
-    shape = graph.tensor(layer.tensor).shape
+    shape = form.source_shape
     labels = 1 + np.arange(shape[axis], dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
     with jax.ensure_compile_time_eval():
-        operand = np.asarray(call.rearrange(jnp.broadcast_to(labels, shape)))  # padding has the label 0
-    if layer.kind == "conv":
-        operand = np.moveaxis(operand, call.op.params["dimension_numbers"].lhs_spec[1], -1)
-        found = operand.reshape(-1, layer.groups, operand.shape[-1] // layer.groups)
+        operand = np.asarray(form.rearrange(jnp.broadcast_to(labels, shape)))  # padding has the label 0
+    if form.layer.kind == "conv":
+        operand = np.moveaxis(operand, form.input_axes.summed, [-1])
+        found = operand.reshape(-1, form.layer.groups, operand.shape[-1] // form.layer.groups)
     else:
-        found = _dense_operand(call, operand)
+        found = _dense_operand(form, operand)
     largest = found.max(0)
     unique = np.where(found == 0, largest, found).min(0) == largest
     return largest.astype(int) - 1 if unique.all() else None
 
 
 class Codes(NamedTuple):
-    """A kernel's weights in units of their scale, in the form of `kernel_matrix`, float32.
+    """A kernel's weights in units of their scale, in the form of `KernelForm.matrix`, float32.
 
     `codes` are centered (less the zero point), integers from `low` to `high`; the nearest ones are
     `clip(round(values), low, high)`.

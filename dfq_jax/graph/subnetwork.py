@@ -12,7 +12,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dfq_jax.graph.execution import LayerCall, block_outputs, place_block, run_block_leaves
+from dfq_jax.graph.call import LayerCall
+from dfq_jax.graph.execution import Rules, block_operations, place_block, run_block_leaves
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.structure import Block, GraphError
 from dfq_jax.quantizers import is_quantized, quantization, with_quantization
@@ -70,12 +71,7 @@ def subnetwork(graph: Graph, block: Block, batch_size: int) -> Subnetwork:
     graph = graph.at((batch_size, *graph.input.shape[1:]), graph.input.dtype)
     block = place_block(graph, block)
     program = graph.program
-    used = dict.fromkeys(
-        v
-        for op in program.between(block.input, block_outputs(graph, block))
-        for v in op.value_inputs
-        if v < program.num_leaves
-    )
+    used = dict.fromkeys(v for op in block_operations(graph, block) for v in op.value_inputs if v < program.num_leaves)
     width = len(str(len(used)))
     names = {f"leaf{i:0{width}}": leaf for i, leaf in enumerate(used)}
     x = program.avals[block.input]
@@ -84,7 +80,7 @@ def subnetwork(graph: Graph, block: Block, batch_size: int) -> Subnetwork:
         leaves = list(graph.leaf_shapes)
         for name, leaf in names.items():
             leaves[leaf] = own[name]
-        return run_block_leaves(graph, block, leaves, value, layer=LayerCall.verbatim)
+        return run_block_leaves(graph, block, leaves, value, Rules(layer=LayerCall.verbatim))
 
     own = trace(apply_fn, {name: graph.leaf_shapes[leaf] for name, leaf in names.items()}, x)
     kernels = [graph.leaf_paths[names[layer.kernel]] for layer in own.layers]

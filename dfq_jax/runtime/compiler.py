@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dfq_jax.base import may_transfer, platform_of
-from dfq_jax.graph import Graph, Layer, LayerCall, batch_norm_affine
+from dfq_jax.graph import Graph, Layer, affine, batch_norm_parameters
 from dfq_jax.quantizers import (
     ActivationQuantizers,
     QTensor,
@@ -137,10 +137,7 @@ class _Network:
         `Fusion`).
         """
         graph, kernel = self.graph, self.leaves[layer.kernel_index]
-        op = graph.program.ops[layer.op]
-        call = LayerCall(layer, op, graph, None, None, kernel)
-        shape = graph.program.avals[op.outputs[0]].shape
-        channels = [size if axis in call.channel_axes else 1 for axis, size in enumerate(shape)]
+        channels = graph.form(layer).channel_shape
 
         def vector(leaf: Any) -> np.ndarray:
             return np.asarray(leaf, np.float64).reshape(channels)
@@ -160,8 +157,8 @@ class _Network:
             offset = offset + vector(self.leaves[layer.bias_index])
         if layer.batch_norm is not None and not bare:
             bn = graph.batch_norm(layer.batch_norm)
-            along = [-1 if axis == bn.channel_axis else 1 for axis in range(len(shape))]
-            factor, shift = (v.reshape(along) for v in batch_norm_affine(bn, self.leaves))
+            along = [-1 if axis == bn.channel_axis else 1 for axis in range(len(channels))]
+            factor, shift = (v.reshape(along) for v in affine(bn, batch_norm_parameters(bn, self.leaves), np))
             multiplier, offset = multiplier * factor, offset * factor + shift
         if own.requantizes is not None:
             step = float(self.quantizers[own.requantizes].scale)

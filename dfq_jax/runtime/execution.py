@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.graph import Layer, LayerCall, Tensor, run_leaves
+from dfq_jax.graph import Layer, LayerCall, Rules, Tensor, run_leaves
 from dfq_jax.quantizers import unpack
 from dfq_jax.runtime.plan import IntegerPlan, LayerPlan
 from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED
@@ -79,19 +79,19 @@ def apply_plan(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array, "n
         return result.astype(graph.program.avals[fusion.results[own.name]].dtype)
 
     leaves = [ivariables["leaves"].get(path) for path in graph.leaf_paths]
-    return run_leaves(graph, leaves, x, layer=layer, tensor=tensor, live=fusion.live, results=fusion.results)
+    return run_leaves(graph, leaves, x, Rules(layer, tensor), live=fusion.live, results=fusion.results)
 
 
 def _product(plan: IntegerPlan, own: LayerPlan, call: LayerCall, arrays: dict[str, jax.Array]) -> jax.Array:
     """The sum of products of codes."""
-    source, kernel = call.source, _kernel(own, call.layer, arrays)
+    form, source, kernel = call.form, call.source, _kernel(own, call.layer, arrays)
     if own.decision.runs == INT8:
-        codes = call.rearrange(source.int8(), 0 if source.zero is None else source.zero.astype(jnp.int8))
+        codes = form.rearrange(source.int8(), 0 if source.zero is None else source.zero.astype(jnp.int8))
         zero = None if source.zero is None else source.zero.astype(jnp.int8)
-        kernel = call.kernel_operand(kernel.astype(jnp.int8))
-        return call.integer_product(codes, kernel, zero, jnp.dtype(plan.policy.accumulator))
+        kernel = form.rearrange_kernel(kernel.astype(jnp.int8))
+        return form.integer_product(codes, kernel, zero, jnp.dtype(plan.policy.accumulator))
     values = source.centered if own.decision.runs == FLOAT else source.astype(jnp.float32)
-    return call.float32_product(call.rearrange(values), call.kernel_operand(kernel.astype(jnp.float32)))
+    return form.float32_product(form.rearrange(values), form.rearrange_kernel(kernel.astype(jnp.float32)))
 
 
 def _kernel(own: LayerPlan, layer: Layer, arrays: dict[str, jax.Array]) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.graph import Graph, LayerCall
+from dfq_jax.graph import Graph, LayerForm
 from dfq_jax.runtime.policy import Policy
 
 _PASSED: dict[tuple[Any, ...], bool] = {}
@@ -22,12 +22,11 @@ _PASSED: dict[tuple[Any, ...], bool] = {}
 
 def signature(graph: Graph, name: str, accumulator: str) -> tuple[Any, ...]:
     """What two layers have in common whose kernels are the same program."""
-    layer = graph.layer(name)
-    op = graph.program.ops[layer.op]
-    shapes = tuple(graph.program.avals[v].shape for v in op.inputs)
+    form = graph.form(graph.layer(name))
+    op = form.op
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "dimension_numbers")
     params = tuple(repr(op.params[n]) for n in names if n in op.params)
-    return (op.name, layer.kernel_operand, shapes, params, accumulator)
+    return (op.name, form.layer.kernel_operand, form.shapes, params, accumulator)
 
 
 def _device(backend: str) -> jax.Device | None:
@@ -69,22 +68,16 @@ def self_test(graph: Graph, names: Sequence[str], policy: Policy) -> dict[str, b
     return {name: _PASSED[key] for name, key in keys.items()}
 
 
-def layer_call(graph: Graph, name: str) -> LayerCall:
-    """A call of a layer without values."""
-    layer = graph.layer(name)
-    return LayerCall(layer, graph.program.ops[layer.op], graph, None, None, None)
-
-
 def random_codes(graph: Graph, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """int8 operands of a layer: its input and its kernel."""
-    op, side = graph.program.ops[graph.layer(name).op], graph.layer(name).kernel_operand
-    shapes = [graph.program.avals[op.inputs[i]].shape for i in (1 - side, side)]
-    return tuple(rng.integers(-128, 128, shape, np.int8) for shape in shapes)
+    form = graph.form(graph.layer(name))
+    side = form.layer.kernel_operand
+    return tuple(rng.integers(-128, 128, form.shapes[i], np.int8) for i in (1 - side, side))
 
 
-def integer_sums(call: LayerCall, codes: jax.Array, kernel: jax.Array, accumulator: str) -> jax.Array:
+def integer_sums(form: LayerForm, codes: jax.Array, kernel: jax.Array, accumulator: str) -> jax.Array:
     """The int8 kernel of a layer, as integer execution calls it."""
-    return call.integer_product(codes, kernel, None, jnp.dtype(accumulator)).astype(jnp.float32)
+    return form.integer_product(codes, kernel, None, jnp.dtype(accumulator)).astype(jnp.float32)
 
 
 def _both_sums(
@@ -92,7 +85,7 @@ def _both_sums(
 ) -> list[tuple[jax.Array, jax.Array]]:
     result = []
     for name, (codes, kernel) in zip(names, operands, strict=True):
-        call = layer_call(graph, name)
-        exact = call.float32_product(codes.astype(jnp.float32), kernel.astype(jnp.float32))
-        result.append((integer_sums(call, codes, kernel, accumulator), exact))
+        form = graph.form(graph.layer(name))
+        exact = form.float32_product(codes.astype(jnp.float32), kernel.astype(jnp.float32))
+        result.append((integer_sums(form, codes, kernel, accumulator), exact))
     return result

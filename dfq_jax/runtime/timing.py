@@ -21,7 +21,7 @@ from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_plan
 from dfq_jax.runtime.plan import IntegerPlan
 from dfq_jax.runtime.policy import Policy, default_policy
-from dfq_jax.runtime.self_test import integer_sums, layer_call, random_codes, signature
+from dfq_jax.runtime.self_test import integer_sums, random_codes, signature
 
 # Seconds that one timed round of one kernel takes at least, so that the clock's grain and the dispatch do not count.
 MIN_ROUND = 0.005
@@ -142,17 +142,17 @@ def measure_kernels(graph: Graph, policy: Policy, *, rounds: int = 7, timer: Tim
 def _speed_ratio(graph: Graph, name: str, policy: Policy, rounds: int, timer: Timer | None) -> float:
     """Time of the float kernel over that of the int8 kernel."""
     codes, kernel = random_codes(graph, name, np.random.default_rng(0))
-    call = layer_call(graph, name)
+    form = graph.form(graph.layer(name))
     step = jnp.float32(1.0 / (127.0 * np.sqrt(kernel.size)))
 
     def requantized(total: jax.Array, scale: jax.Array) -> jax.Array:
         return jnp.round(jnp.clip(total * scale, -128, 127))
 
     def integer(codes: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        return requantized(integer_sums(call, codes, kernel, policy.accumulator), scale).astype(jnp.int8)
+        return requantized(integer_sums(form, codes, kernel, policy.accumulator), scale).astype(jnp.int8)
 
     def floating(codes: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        return requantized(call.float32_product(codes, kernel), scale)
+        return requantized(form.float32_product(codes, kernel), scale)
 
     small = tuple(map(jnp.asarray, (codes, kernel, step)))
     wide = (small[0].astype(jnp.float32), small[1].astype(jnp.float32), step)

@@ -307,7 +307,7 @@ def _correct_bias(
 
 def _shifted_mean(call: LayerCall, result: jax.Array, shift: jax.Array) -> jax.Array:
     """Mean per channel of a layer's result with the leaf behind it added."""
-    mean = call.channel_mean(result)
+    mean = call.form.channel_mean(result)
     return mean + shift.astype(jnp.float32).reshape(mean.shape)
 
 

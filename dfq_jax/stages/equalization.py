@@ -28,12 +28,11 @@ from dfq_jax.graph import (
     BatchNorm,
     Graph,
     Layer,
-    LayerCall,
     Skipped,
     Tensor,
+    affine,
     batch_norm_parameters,
     input_channels,
-    kernel_form,
 )
 from dfq_jax.stages.batch_norm import offset_leaves, output_moments
 from dfq_jax.stages.folding import layer_operations
@@ -93,7 +92,7 @@ def _pair(graph: Graph, layer: Layer, tensor: Tensor | None) -> Pair | str:
         return "something else than layers reads its result"
     if layer.activation not in HOMOGENEOUS:
         return f"{layer.activation} does not commute with a scale"
-    axes = LayerCall(layer, graph.program.ops[layer.op], graph, *[None] * 3).channel_axes if bn is None else ()
+    axes = graph.form(layer).channel_axes if bn is None else ()
     if len(axes) > 1:
         return "its channels have several axes"
     if bn is not None and bn.scale is None:
@@ -106,7 +105,7 @@ def _pair(graph: Graph, layer: Layer, tensor: Tensor | None) -> Pair | str:
         reader = graph.layer(name)
         if not _serve_only(graph, (reader.kernel_index,), (reader.op,)):
             return f"the kernel of {name!r} serves other places too"
-        if input_channels(graph, reader, axis) is None:
+        if input_channels(graph.form(reader), axis) is None:
             return f"{name!r} mixes its channels with positions"
     return Pair(first=layer.name, readers=tensor.layers, tensor=tensor.name, axis=axis)
 
@@ -162,13 +161,13 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
         bn = _batch_norm(graph, first)
         for leaf in _scaled(first, bn):
             if leaf == first.kernel_index:
-                form = kernel_form(graph, first)
+                form = graph.form(first).kernel
                 matrix = form.matrix(new[leaf].astype(jnp.float32))
                 new[leaf] = form.leaf(matrix / factor.reshape(*matrix.shape[:2], 1, 1))
             elif leaf is not None:
                 new[leaf] = new[leaf] / factor.reshape(new[leaf].shape)
         for reader, channels in _readers(graph, pair):
-            form = kernel_form(graph, reader)
+            form = graph.form(reader).kernel
             matrix = form.matrix(new[reader.kernel_index].astype(jnp.float32))
             new[reader.kernel_index] = form.leaf(matrix * factor[channels][:, None, :, None])
     paths = graph.leaf_paths
@@ -180,7 +179,7 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
 def _readers(graph: Graph, pair: Pair) -> Iterator[tuple[Layer, Int[np.ndarray, "g i"]]]:
     for name in pair.readers:
         layer = graph.layer(name)
-        yield layer, input_channels(graph, layer, pair.axis)
+        yield layer, input_channels(graph.form(layer), pair.axis)
 
 
 def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[Any]) -> dict[str, Float[Array, " c"]]:
@@ -220,15 +219,13 @@ def _bounded(sizes: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _sizes(graph: Graph, layer: Layer, leaves: list[Any]) -> Float[Array, "g o i"]:
-    matrix = kernel_form(graph, layer).matrix(leaves[layer.kernel_index].astype(jnp.float32))
+    matrix = graph.form(layer).kernel.matrix(leaves[layer.kernel_index].astype(jnp.float32))
     sizes = jnp.abs(matrix).max(-1)
     bn = _batch_norm(graph, layer)
     if bn is None:
         return sizes
-    roles = bn.indices
-    scale = 1.0 if roles.scale is None else leaves[roles.scale].reshape(-1).astype(jnp.float32)
-    factor = jnp.abs(scale) / jnp.sqrt(leaves[roles.var].reshape(-1).astype(jnp.float32) + bn.epsilon)
-    return sizes * factor.reshape(*sizes.shape[:2], 1)
+    factor, _ = affine(bn, batch_norm_parameters(bn, leaves))
+    return sizes * jnp.abs(factor).reshape(*sizes.shape[:2], 1)
 
 
 def _peaks(graph: Graph, pair: Pair, leaves: list[Any]) -> Float[Array, " c"]:
@@ -240,7 +237,7 @@ def _peaks(graph: Graph, pair: Pair, leaves: list[Any]) -> Float[Array, " c"]:
     if layer.batch_norm is not None:
         center, spread = _center_and_spread(graph, pair, leaves)
     else:
-        form = kernel_form(graph, layer)
+        form = graph.form(layer).kernel
         spread = jnp.sqrt(jnp.square(form.matrix(leaves[layer.kernel_index].astype(jnp.float32))).sum((2, 3)))
         spread = spread.reshape(-1)
         center = jnp.zeros_like(spread)
@@ -293,7 +290,7 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
         constant = jnp.maximum(center - sigmas * spread, 0.0)
         updates[path] = updates.get(path, leaves[path]) - constant.reshape(leaves[path].shape)
         for reader, channels in _readers(graph, pair):
-            matrix = kernel_form(graph, reader).matrix(leaves[reader.kernel].astype(jnp.float32))
+            matrix = graph.form(reader).kernel.matrix(leaves[reader.kernel].astype(jnp.float32))
             shift = jnp.einsum("goik,gi->go", matrix, constant[channels], precision=jax.lax.Precision.HIGHEST)
             target, sign = offsets[reader.name]
             updates[target] = updates.get(target, leaves[target]) - sign * shift.reshape(leaves[target].shape)

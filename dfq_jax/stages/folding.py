@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dfq_jax.graph import Graph, Layer
+from dfq_jax.graph import Graph, Layer, affine, batch_norm_parameters
 
 
 def fold_batch_norm(graph: Graph, variables: Any) -> Any:
@@ -26,26 +26,25 @@ def fold_batch_norm(graph: Graph, variables: Any) -> Any:
       Variables of the same structure. Pure and traceable.
     """
     leaves = graph.leaves_by_path(variables)
+    in_order = list(leaves.values())
     updates: dict[str, Any] = {}
     for layer in graph.layers:
         if not foldable(graph, layer):
             continue
         bn = graph.batch_norm(layer.batch_norm)
-        mean, var = (leaves[p].astype(jnp.float32).reshape(-1) for p in (bn.mean, bn.var))
-        scale = 1.0 if bn.scale is None else leaves[bn.scale].astype(jnp.float32).reshape(-1)
-        factor = scale / jnp.sqrt(var + bn.epsilon)
+        parameters = batch_norm_parameters(bn, in_order)
+        added = 0.0 if layer.bias is None else leaves[layer.bias].astype(jnp.float32).reshape(-1)
+        factor, offset = affine(bn, parameters._replace(mean=parameters.mean - added))
         kernel = leaves[layer.kernel]
         shape = [kernel.shape[a] if a in layer.channel_axes else 1 for a in range(kernel.ndim)]
-        offset = 0.0 if layer.bias is None else leaves[layer.bias].astype(jnp.float32).reshape(-1)
-        bias = leaves[bn.bias].astype(jnp.float32).reshape(-1) + (offset - mean) * factor
         new = {
             layer.kernel: kernel * factor.reshape(shape),
-            bn.mean: jnp.zeros_like(mean),
-            bn.var: jnp.full_like(var, 1.0 - bn.epsilon),
-            bn.bias: bias,
+            bn.mean: jnp.zeros_like(offset),
+            bn.var: jnp.full_like(offset, 1.0 - bn.epsilon),
+            bn.bias: offset,
         }
         if bn.scale is not None:
-            new[bn.scale] = jnp.ones_like(var)
+            new[bn.scale] = jnp.ones_like(offset)
         if layer.bias is not None:
             new[layer.bias] = jnp.zeros_like(leaves[layer.bias])
         updates.update({p: v.reshape(leaves[p].shape).astype(leaves[p].dtype) for p, v in new.items()})

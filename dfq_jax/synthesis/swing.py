@@ -20,13 +20,13 @@ def swing(key: Key[Array, ""]) -> LayerRule:
     """
 
     def layer(call: LayerCall) -> jax.Array:
-        strided = call.layer.kind == "conv" and any(stride != 1 for stride in call.op.params["window_strides"])
+        strided = call.layer.kind == "conv" and any(stride != 1 for stride in call.layer.strides)
         if not strided or call.layer.kernel_operand != 1:
             return loop_friendly(call)
         x = call.operand
-        axes = call.op.params["dimension_numbers"].lhs_spec[2:]
+        axes = call.form.input_axes.free[1:]
         padded = jnp.pad(x, [(int(a in axes),) * 2 for a in range(x.ndim)], mode="reflect")
-        offsets = jax.random.randint(jax.random.fold_in(key, call.op.index), (len(axes),), 0, 3)
+        offsets = jax.random.randint(jax.random.fold_in(key, call.form.op.index), (len(axes),), 0, 3)
         starts = [0] * x.ndim
         for axis, offset in zip(axes, offsets, strict=True):
             starts[axis] = offset

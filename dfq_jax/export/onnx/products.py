@@ -14,7 +14,7 @@ from dfq_jax.export.onnx.batched import Shape
 from dfq_jax.export.onnx.operations import Unsupported, spread
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, Codes, integer_bias, scalar_params, stored_codes
 from dfq_jax.export.onnx.writer import Value, Writer, constant
-from dfq_jax.graph import LayerCall, Op
+from dfq_jax.graph import LayerForm, Op, operand_axes
 from dfq_jax.quantizers import MAX_BITS, QTensor, QuantizerParams
 
 
@@ -107,28 +107,28 @@ class Kernel:
 
 def channels_first(op: Op, kernel: Any, side: int) -> np.ndarray:
     """A kernel operand with its output channels first, those of a matrix product merged as its other axes are."""
-    kernel = np.asarray(kernel)
+    axes = operand_axes(op, side, np.ndim(kernel))
+    kernel = np.asarray(kernel).transpose(axes.order)
     if op.name == "conv_general_dilated":
-        return kernel.transpose(op.params["dimension_numbers"].rhs_spec)
-    contract, batch = (axes[side] for axes in op.params["dimension_numbers"])
-    free = [a for a in range(kernel.ndim) if a not in (*contract, *batch)]
-    inner = math.prod(kernel.shape[a] for a in contract)
-    return kernel.transpose(*batch, *free, *contract).reshape(-1, inner)
+        return kernel
+    return kernel.reshape(-1, math.prod(kernel.shape[kernel.ndim - len(axes.summed) :]))
 
 
-def layer_kernel(call: LayerCall, params: QuantizerParams | None, *, four_bit: bool, dtype: np.dtype) -> Kernel:
+def layer_kernel(
+    form: LayerForm, leaf: Any, params: QuantizerParams | None, *, four_bit: bool, dtype: np.dtype
+) -> Kernel:
     """The kernel of a layer that reads activations quantized so (None for float), without bias."""
-    leaf, side, name = call.kernel, call.layer.kernel_operand, call.layer.kernel
+    side, name = form.layer.kernel_operand, form.layer.kernel
     if not isinstance(leaf, QTensor):
-        kernel = np.asarray(call.kernel_operand(leaf)).astype(np.float64)
-        return Kernel(weights=channels_first(call.op, kernel, side), name=name)
+        kernel = np.asarray(form.rearrange_kernel(leaf)).astype(np.float64)
+        return Kernel(weights=channels_first(form.op, kernel, side), name=name)
     array, zero, bits, limits = stored_codes(leaf, four_bit=four_bit)
 
     def per_channel(values: Any) -> np.ndarray:
-        return np.asarray(call.channel_vector(np.asarray(values, np.float32)), np.float64).reshape(-1)
+        return np.asarray(form.channel_vector(np.asarray(values, np.float32)), np.float64).reshape(-1)
 
     weights = Codes(
-        array=channels_first(call.op, call.kernel_operand(array), side),
+        array=channels_first(form.op, form.rearrange_kernel(array), side),
         scale=per_channel(leaf.scale),
         zero_point=None if zero is None else per_channel(zero).astype(np.int64),
         bits=bits,
@@ -237,10 +237,9 @@ def has_batch_axes(op: Op) -> bool:
 def matrix_product(writer: Writer, op: Op, x: Value, kernel: Kernel, kernel_shape: Shape, side: int, shape: Shape):
     """The product of a value with a kernel that stands on one side of it; MatMul, Gemm for a matrix and a bias."""
     contract, _ = op.params["dimension_numbers"]
-    inner, own_inner = contract[1 - side], contract[side]
-    rank = len(x.shape)
-    outer = [a for a in range(rank) if a not in inner]
-    own_outer = [a for a in range(len(kernel_shape)) if a not in own_inner]
+    inner, rank = contract[1 - side], len(x.shape)
+    outer = operand_axes(op, 1 - side, rank).free
+    own_outer = operand_axes(op, side, len(kernel_shape)).free
     order = [a for a in x.axes if a not in inner]  # transposes least
     tensor = writer.whole(x, (*order, *inner))
     if len(inner) != 1:
@@ -262,9 +261,7 @@ def matrix_product(writer: Writer, op: Op, x: Value, kernel: Kernel, kernel_shap
 
 def kernel_operand(writer: Writer, op: Op, kernel: Kernel, kernel_shape: tuple[int, ...], side: int) -> Value:
     """A kernel as a tensor in the layout of the program's operand, for products that `matrix_product` cannot do."""
-    contract, batch = (axes[side] for axes in op.params["dimension_numbers"])
-    free = [a for a in range(len(kernel_shape)) if a not in (*contract, *batch)]
-    axes = (*batch, *free, *contract)
+    axes = operand_axes(op, side, len(kernel_shape)).order
     name = writer.reshape(kernel.write(writer), [kernel_shape[a] for a in axes])
     return Value(shape=kernel_shape, axes=axes, name=name)
 

@@ -16,7 +16,7 @@ from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_pr
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, quantize_dequantize
 from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
-from dfq_jax.graph import LAYER_PRIMITIVES, Constant, Graph, GraphError, LayerCall, Op, Operand, batch_norm_affine
+from dfq_jax.graph import LAYER_PRIMITIVES, Constant, Graph, GraphError, Op, Operand, affine, batch_norm_parameters
 from dfq_jax.quantizers import QTensor, flatten_with_paths, quantization
 
 LOGITS = "logits"
@@ -250,7 +250,7 @@ class _Translation:
 
     def _batch_norm(self, op: Op) -> None:
         bn = self.norms[op.index]
-        factor, offset = batch_norm_affine(bn, self.leaves)
+        factor, offset = affine(bn, batch_norm_parameters(bn, self.leaves), np)
         x, rank = self.env[bn.input], len(self.program.shapes[bn.input])
         for kind, vector in (("Mul", factor), ("Add", offset)):
             operand = products.along_axis(vector, bn.channel_axis, rank)
@@ -298,8 +298,8 @@ class _Translation:
             conv = op.name == "conv_general_dilated"
             axes = tuple(op.params["dimension_numbers"].lhs_spec) if conv else x.axes
             x = self._quantized(x, params, layer.tensor, axes)
-        call = LayerCall(layer, op, self.graph, None, None, leaf)
-        kernel, end = products.layer_kernel(call, params, four_bit=self.int4, dtype=self.weight_type), op.outputs[0]
+        form, end = self.graph.form(layer), op.outputs[0]
+        kernel = products.layer_kernel(form, leaf, params, four_bit=self.int4, dtype=self.weight_type)
         if products.has_batch_axes(op):
             return x, kernel, end
         if layer.bias_index is not None:
@@ -307,8 +307,8 @@ class _Translation:
             kernel, end = dataclasses.replace(kernel, bias=bias), layer.output
             self.done.update(self._between(op.outputs[0], end))
         bn = None if layer.batch_norm is None else self.graph.batch_norm(layer.batch_norm)
-        if bn is not None and call.channel_axes == (bn.channel_axis,):
-            folded = kernel.times(*batch_norm_affine(bn, self.leaves))
+        if bn is not None and form.channel_axes == (bn.channel_axis,):
+            folded = kernel.times(*affine(bn, batch_norm_parameters(bn, self.leaves), np))
             if folded is not None:
                 self.done.add(bn.chain[-1])
                 kernel, end = folded, bn.output

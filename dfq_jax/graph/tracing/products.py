@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dfq_jax.graph.tracing.axes import operand_axes, result_axes
 from dfq_jax.graph.tracing.layout import LAYOUT, Labels, move_labels
 from dfq_jax.graph.tracing.program import LAYER_PRIMITIVES, Constant, Op, Program
 from dfq_jax.graph.tracing.structure import Skipped
@@ -52,12 +53,9 @@ class Product:
 
 def count_macs(op: Op, program: Program) -> int:
     """Multiply-accumulates of a product for one example."""
-    left, right = (program.shape(operand) for operand in op.inputs)
+    kernel = program.shape(op.inputs[1])
     result = program.avals[op.outputs[0]].shape
-    if op.name == "conv_general_dilated":
-        each = math.prod(right) // max(right[op.params["dimension_numbers"].rhs_spec[0]], 1)
-    else:
-        each = math.prod(left[axis] for axis in op.params["dimension_numbers"][0][0])
+    each = math.prod(kernel[axis] for axis in operand_axes(op, 1, len(kernel)).summed)
     return math.prod(result) * each // program.avals[program.input].shape[0]
 
 
@@ -118,13 +116,15 @@ def _product(op: Op, program: Program, paths: Sequence[str]) -> Product | str:
     path, dtype = paths[kernel.leaf], program.avals[kernel.leaf].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"its kernel {path} has type {dtype}, not a float type"
-    channels, result_axes = _channels(op, side, program)
+    axes = operand_axes(op, side, len(kernel.labels))
+    channels = (*axes.batch, *axes.free)
     channel_axes = kernel.axes_in(channels)
     if set(channel_axes) & set(kernel.axes_in([a for a in range(len(kernel.labels)) if a not in channels])):
         return f"an axis of its kernel {path} is split into input and output channels"
+    in_result = result_axes(op, side, axes, len(program.shape(op.outputs[0])))
     if not kernel.in_order(channels):
         return f"its kernel {path} is rearranged so that its output channels come in another order"
-    return Product(op, side, kernel.leaf, kernel.chain, tuple(sorted(set(channel_axes))), result_axes)
+    return Product(op, side, kernel.leaf, kernel.chain, tuple(sorted(set(channel_axes))), in_result)
 
 
 def computed_operands(program: Program) -> list[int]:
@@ -187,17 +187,3 @@ def rearranged_leaf(value: int, program: Program, *, repeated: bool = False) -> 
             return None
         shape = new_shape
     return RearrangedLeaf(value, tuple(op.index for op in chain), labels, frozenset(permuted))
-
-
-def _channels(op: Op, side: int, program: Program) -> tuple[list[int], tuple[int, ...]]:
-    """The axes over output channels, in the same order: of the kernel operand, and of the result."""
-    if op.name == "conv_general_dilated":
-        numbers = op.params["dimension_numbers"]
-        return [numbers.rhs_spec[0]], (numbers.out_spec[1],)
-    contract, batch = op.params["dimension_numbers"]
-    rank = len(program.avals[op.inputs[side]].shape)
-    free = [axis for axis in range(rank) if axis not in (*contract[side], *batch[side])]
-    # The result has the batch axes first, then the free ones of the left and of the right operand.
-    result_rank = len(program.avals[op.outputs[0]].shape)
-    first = result_rank - len(free) if side == 1 else len(batch[0])
-    return [*batch[side], *free], (*range(len(batch[0])), *range(first, first + len(free)))

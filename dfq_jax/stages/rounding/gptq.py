@@ -150,7 +150,7 @@ def _moments(
     def measure(call: LayerCall, result: jax.Array) -> jax.Array:
         if call.layer.kernel not in paths:
             return result
-        x = _thinned(patches(call), max_patches)
+        x = _thinned(patches(call.form, call.operand), max_patches)
         second = jnp.einsum("mgd,mge->gde", x, x, precision=lax.Precision.HIGHEST)
         new = Moments(jnp.float32(x.shape[0]), x.sum(0), second)
         path = call.layer.kernel  # layers that share a kernel add up

@@ -1,0 +1,243 @@
+"""What a layer does with whatever values it meets: its product, the layout of its operands, its kernel as a matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dfq_jax.graph.batch_norm import apart
+from dfq_jax.graph.depthwise import by_platform, depthwise_product, is_supported
+from dfq_jax.graph.tracing.axes import Axes, operand_axes, result_axes
+from dfq_jax.graph.tracing.program import Op, Program
+from dfq_jax.graph.tracing.structure import Layer
+
+_CAST = "convert_element_type"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelForm:
+    """How a kernel leaf becomes a matrix; hashable, and the same for layers of the same kind and shape.
+
+    Attributes:
+      shape: of the leaf.
+      chain: operations between leaf and layer, other than casts.
+      order: of the axes, then.
+      sizes: of the matrix, groups, outputs, inputs and window; outputs and inputs of one group.
+    """
+
+    shape: tuple[int, ...]
+    chain: tuple[Op, ...]
+    order: tuple[int, ...]
+    sizes: tuple[int, int, int, int]
+
+    def matrix(self, leaf: Float[Array, "..."]) -> Float[Array, "g o i k"]:
+        """The leaf as a matrix."""
+        for op in self.chain:
+            (leaf,) = op(leaf)
+        return leaf.transpose(self.order).reshape(self.sizes)
+
+    def leaf(self, matrix: Float[Array, "g o i k"]) -> Float[Array, "..."]:
+        """The inverse of `matrix`, float32."""
+        # The way there only rearranges elements, so its transpose is the way back.
+        transpose = jax.linear_transpose(self.matrix, jax.ShapeDtypeStruct(self.shape, jnp.float32))
+        return transpose(matrix.astype(jnp.float32))[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerForm:
+    """What a layer does, whatever values it meets; hashable. `Graph.form` has that of each layer.
+
+    Attributes:
+      layer: whose form it is.
+      op: its product.
+      input_chain: the operations from the tensor that it reads to the product.
+      kernel_chain: those from the kernel's leaf to the product.
+      source_shape: of the tensor.
+      shapes: of the product's operands.
+      result_shape: of its result.
+    """
+
+    layer: Layer
+    op: Op
+    input_chain: tuple[Op, ...]
+    kernel_chain: tuple[Op, ...]
+    source_shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    result_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: Layer, program: Program) -> LayerForm:
+        """The form of a program's layer."""
+        op = program.ops[layer.op]
+        input_chain, kernel_chain = (tuple(program.ops[i] for i in c) for c in (layer.input_chain, layer.kernel_chain))
+        source = (*(step.inputs[0] for step in input_chain), op.inputs[1 - layer.kernel_operand])[0]
+        return cls(
+            layer=layer,
+            op=op,
+            input_chain=input_chain,
+            kernel_chain=kernel_chain,
+            source_shape=program.shape(source),
+            shapes=tuple(map(program.shape, op.inputs)),
+            result_shape=program.shape(op.outputs[0]),
+        )
+
+    # --- axes ---
+
+    @functools.cached_property
+    def input_axes(self) -> Axes:
+        """The axes of the operand that depends on x."""
+        side = 1 - self.layer.kernel_operand
+        return operand_axes(self.op, side, len(self.shapes[side]))
+
+    @functools.cached_property
+    def kernel_axes(self) -> Axes:
+        """The axes of the kernel operand."""
+        side = self.layer.kernel_operand
+        return operand_axes(self.op, side, len(self.shapes[side]))
+
+    @functools.cached_property
+    def channel_axes(self) -> tuple[int, ...]:
+        """Axes of the result that run over the layer's output channels."""
+        return result_axes(self.op, self.layer.kernel_operand, self.kernel_axes, len(self.result_shape))
+
+    @functools.cached_property
+    def channel_shape(self) -> tuple[int, ...]:
+        """The shape of a value for each output channel that broadcasts against the result."""
+        return tuple(size if axis in self.channel_axes else 1 for axis, size in enumerate(self.result_shape))
+
+    @functools.cached_property
+    def kernel(self) -> KernelForm:
+        """How the kernel becomes a matrix."""
+        chain = tuple(op for op in self.kernel_chain if op.name != _CAST)
+        shape = self.shapes[self.layer.kernel_operand]
+        batch, free, summed = ([shape[a] for a in axes] for axes in self.kernel_axes)
+        if self.layer.kind == "conv":
+            (outputs,), (inputs, *window), groups = free, summed, self.layer.groups
+            sizes = groups, outputs // groups, inputs, math.prod(window)
+        else:
+            sizes = math.prod(batch), math.prod(free), math.prod(summed), 1
+        return KernelForm(tuple(self.layer.kernel_shape), chain, self.kernel_axes.order, sizes)
+
+    # --- operands ---
+
+    def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
+        """The operand made from a value of the tensor, casts left out; padding takes `pad_value`."""
+        value = source
+        for op in self.input_chain:
+            if op.name == "pad":
+                value = lax.pad(value, jnp.asarray(pad_value, value.dtype), op.params["padding_config"])
+            elif op.name != _CAST:
+                (value,) = op(value)
+        return value
+
+    def rearrange_kernel(self, leaf: jax.Array, *, cast: bool = False) -> jax.Array:
+        """The kernel operand made from a value of the leaf, with or without the program's casts."""
+        value = leaf
+        for op in self.kernel_chain:
+            if cast or op.name != _CAST:
+                (value,) = op(value)
+        return value
+
+    def pad(self, operand: jax.Array, value: jax.Array | float) -> jax.Array:
+        """A convolution's operand with its padding, and what is between its dilated positions, of a given value."""
+        params, config = self.op.params, [(0, 0, 0)] * operand.ndim
+        spatial = zip(self.input_axes.free[1:], params["padding"], params["lhs_dilation"], strict=True)
+        for axis, (low, high), dilation in spatial:
+            config[axis] = (low, high, dilation - 1)
+        return lax.pad(operand, jnp.asarray(value, operand.dtype), config)
+
+    # --- products ---
+
+    def primitive(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The program's own primitive on other operands of the same types."""
+        return self.op(*self._ordered(operand, kernel))[0]
+
+    def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        """What `primitive` computes, in the way that is fast on the platform."""
+        if not self.shifted:
+            return self.primitive(operand, kernel)
+        return by_platform(self._shifted_product, self.primitive, operand, kernel)
+
+    def float32_product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The product of float32 operands, in full precision."""
+        return self._product(operand, kernel, jnp.float32)
+
+    def integer_product(
+        self, operand: jax.Array, kernel: jax.Array, pad_value: jax.Array | None, dtype: Any = jnp.int32
+    ) -> jax.Array:
+        """The product of int8 operands, summed in `dtype`; a convolution's padding takes `pad_value` (None: 0)."""
+        if self.layer.kind == "dense" or pad_value is None:
+            return self._product(operand, kernel, dtype)
+        return self._product(self.pad(operand, pad_value), kernel, dtype, padded=True)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the layer is computed as a sum of shifted products on CPU: a depthwise convolution."""
+        conv = self.layer.kind == "conv" and self.layer.kernel_operand == 1
+        return conv and is_supported(self.op.params, *self.shapes)
+
+    def _ordered(self, operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (kernel, operand) if self.layer.kernel_operand == 0 else (operand, kernel)
+
+    def _shifted_product(self, operand: jax.Array, kernel: jax.Array, padded: bool = False) -> jax.Array:
+        params = self.op.params
+        padding = ((0, 0), (0, 0)) if padded else tuple(map(tuple, params["padding"]))
+        return depthwise_product(operand, kernel, tuple(params["window_strides"]), padding)
+
+    def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padded: bool = False) -> jax.Array:
+        params = self.op.params
+
+        def plain(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            lhs, rhs = self._ordered(operand, kernel)
+            precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
+            if self.layer.kind == "dense":
+                return lax.dot_general(
+                    lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
+                )
+            return lax.conv_general_dilated(
+                lhs,
+                rhs,
+                window_strides=params["window_strides"],
+                padding=[(0, 0)] * len(params["padding"]) if padded else params["padding"],
+                lhs_dilation=None if padded else params["lhs_dilation"],
+                rhs_dilation=params["rhs_dilation"],
+                dimension_numbers=params["dimension_numbers"],
+                feature_group_count=params["feature_group_count"],
+                precision=precision,
+                preferred_element_type=dtype,
+            )
+
+        def shifted(operand: jax.Array, kernel: jax.Array) -> jax.Array:
+            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padded)
+
+        return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
+
+    # --- channels ---
+
+    def channel_vector(self, per_channel: jax.Array) -> jax.Array:
+        """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result.
+
+        Raises:
+          GraphError: it varies along an axis that the layer sums over.
+        """
+        self.layer.check_scale(jnp.shape(per_channel))
+        kernel = self.rearrange_kernel(jnp.broadcast_to(per_channel, self.layer.kernel_shape))
+        first = (..., *[0] * len(self.kernel_axes.summed))
+        return kernel.transpose(self.kernel_axes.order)[first].reshape(self.channel_shape)
+
+    def channel_mean(self, result: jax.Array) -> jax.Array:
+        """Mean of the result per output channel, in float32, dimensions kept."""
+        axes = tuple(a for a in range(result.ndim) if a not in self.channel_axes)
+        return apart(result.astype(jnp.float32)).mean(axes, keepdims=True)
+
+    def kernel_sum(self, kernel: jax.Array) -> jax.Array:
+        """The sum of a kernel leaf over everything but its channels, shaped to broadcast against the result."""
+        axes = tuple(a for a in range(kernel.ndim) if a not in self.layer.channel_axes)
+        return self.channel_vector(kernel.astype(jnp.int32).sum(axes, keepdims=True))
