@@ -60,6 +60,12 @@ def run(
 ) -> Any:
     """Run the network with rules in place of its arithmetic.
 
+    >>> import dfq_jax
+    >>> variables = {"kernel": jax.numpy.ones((3, 2))}
+    >>> graph = dfq_jax.trace(lambda v, x: x @ v["kernel"], variables, (1, 3))
+    >>> run(graph, variables, jax.numpy.ones((1, 3)), layer=lambda call: 2 * call.default())
+    Array([[6., 6.]], dtype=float32)
+
     Args:
       graph: from `trace`.
       variables: the traced tree or a quantized copy of it (`QTensor` kernels).
@@ -74,11 +80,6 @@ def run(
     Raises:
       GraphError: `variables` or `x` do not fit the graph.
       TypeError: `x` is no array.
-
-    Example:
-      >>> graph = trace(lambda v, x: x @ v["kernel"], {"kernel": jnp.ones((3, 2))}, (1, 3))
-      >>> run(graph, {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3)), layer=lambda call: 2 * call.default())
-      Array([[6., 6.]], dtype=float32)
     """
     graph = graph.at_input(x)
     return run_leaves(graph, graph.leaves(variables), x, Rules(layer, tensor, batch_norm))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,21 +27,16 @@ from dfq_jax.graph.tracing.flattening import flatten
 from dfq_jax.graph.tracing.naming import slice_paths
 from dfq_jax.graph.tracing.program import Constant, Program
 from dfq_jax.graph.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
-from dfq_jax.graph.tracing.views import count, put_together, take_apart
+from dfq_jax.graph.variables import VariableTree
 from dfq_jax.quantizers import (
-    QTensor,
-    dequantized,
     flatten_with_paths,
     is_qtensor,
-    is_quantized,
-    quantization,
-    with_quantization,
     without_quantization,
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Graph:
+class Graph(VariableTree):
     """A traced network. Static: it holds no arrays of weights, and is hashable and comparable by what it computes.
 
     Attributes:
@@ -50,14 +45,8 @@ class Graph:
       tensors: what layers read.
       blocks: consecutive pieces that together are the network.
       skipped: what stays in float, and why.
-      leaf_paths: of the leaves that the network reads: the variables' leaves, and in place of one that layers in a
-        scan read slice by slice, its slices, as "params/blocks/Conv_0/kernel[2]".
-      leaf_shapes: their shapes and types.
-      variable_paths: of the leaves of the variables as they are.
-      variable_shapes: their shapes and types.
       input: shape and type of x.
       program: the operations.
-      treedef: structure of the variables.
       output_treedef: structure of the outputs.
       logits_index: which leaf of the outputs is the class scores.
       digest: of the structure; the same for all input shapes and versions of JAX.
@@ -69,18 +58,13 @@ class Graph:
     tensors: tuple[Tensor, ...]
     blocks: tuple[Block, ...]
     skipped: tuple[Skipped, ...]
-    leaf_paths: tuple[str, ...]
-    leaf_shapes: tuple[jax.ShapeDtypeStruct, ...]
-    variable_paths: tuple[str, ...]
-    variable_shapes: tuple[jax.ShapeDtypeStruct, ...]
     input: jax.ShapeDtypeStruct
     program: Program
-    treedef: Any
     output_treedef: Any
     logits_index: int
     digest: str
     apply_fn: Callable[[Any, jax.Array], Any]
-    _cache: dict[Any, Graph] = dataclasses.field(default_factory=dict)
+    _traced: Callable[[jax.ShapeDtypeStruct], Graph]  # the same function at another input, cached
 
     def __hash__(self) -> int:
         return hash((self.digest, self.input.shape))
@@ -198,88 +182,6 @@ class Graph:
         """The layer that runs last."""
         return self.layers[-1]
 
-    # --- variables ---
-
-    def leaves(self, variables: Any) -> list[Any]:
-        """The leaves that the network reads, in the graph's order, `QTensor` nodes kept whole.
-
-        Raises:
-          GraphError: the tree is not the one that was traced; the message names the first differing paths.
-        """
-        pairs = zip(self._variable_leaves(variables), self.program.splits, strict=True)
-        return [item for leaf, split in pairs for item in take_apart(leaf, split)]
-
-    def _variable_leaves(self, variables: Any) -> list[Any]:
-        paths, leaves = flatten_with_paths(without_quantization(variables))
-        if tuple(paths) != self.variable_paths:
-            missing = [p for p in self.variable_paths if p not in set(paths)]
-            extra = [p for p in paths if p not in set(self.variable_paths)]
-            raise GraphError(
-                f"variables do not match the traced network: missing {missing[:5]}, unexpected {extra[:5]}. "
-                "Pass the tree given to trace(), or a quantized copy of it."
-            )
-        for path, leaf, expected in zip(paths, leaves, self.variable_shapes, strict=True):
-            shape = getattr(leaf, "shape", None)
-            if shape is not None and tuple(shape) != expected.shape:
-                raise GraphError(
-                    f"variables: {path!r} has shape {tuple(shape)}, the network was traced with {expected.shape}."
-                )
-        return leaves
-
-    def replace(self, variables: Any, new: Mapping[str, Any]) -> Any:
-        """`variables` with the leaves at the given paths replaced; the tree structure is kept.
-
-        Raises:
-          GraphError: there is no such leaf, or slices of one leaf of the variables are not quantized alike.
-        """
-        unknown = set(new) - set(self.leaf_paths)
-        if unknown:
-            raise GraphError(f"no leaf at {sorted(unknown)[:5]}; see Graph.leaf_paths.")
-        leaves = []
-        for leaf, split, paths in zip(self._variable_leaves(variables), self.program.splits, self._slices, strict=True):
-            own = {path: new[path] for path in paths if path in new}
-            if own and split is None:
-                (leaf,) = own.values()
-            elif own:
-                parts = take_apart(leaf, split)
-                if not any(map(is_qtensor, own.values())):
-                    parts = map(dequantized, parts)  # a slice that nothing reads follows the others
-                parts = [own.get(path, part) for path, part in zip(paths, parts, strict=True)]
-                if len(kinds := sorted(set(map(_kind, parts)))) > 1:
-                    raise GraphError(
-                        f"{paths[0]!r} to {paths[-1]!r} are slices of one leaf, so they are quantized alike or not at "
-                        f"all; found {', '.join(kinds)}."
-                    )
-                leaf = put_together(parts, split)
-            leaves.append(leaf)
-        tree = jax.tree.unflatten(self.treedef, leaves)
-        return with_quantization(tree, quantization(variables)) if is_quantized(variables) else tree
-
-    def leaves_by_path(self, variables: Any) -> dict[str, Any]:
-        """`leaves` by their paths."""
-        return dict(zip(self.leaf_paths, self.leaves(variables), strict=True))
-
-    def leaf(self, variables: Any, path: str | None) -> Any:
-        """One leaf by its path; None for None. Who reads several takes them from `leaves_by_path`."""
-        return None if path is None else self.leaves_by_path(variables)[path]
-
-    def together(self, path: str) -> tuple[str, ...]:
-        """The paths of all slices of the variables' leaf that the leaf at `path` is a slice of; `path` alone if whole.
-
-        They are stored as one, so they are quantized to the same bits, with a zero point or all without.
-        """
-        return self._together[path]
-
-    @functools.cached_property
-    def _slices(self) -> tuple[tuple[str, ...], ...]:
-        """For each leaf of the variables, the paths of its slices."""
-        rest = iter(self.leaf_paths)
-        return tuple(tuple(next(rest) for _ in range(count(split))) for split in self.program.splits)
-
-    @functools.cached_property
-    def _together(self) -> dict[str, tuple[str, ...]]:
-        return {path: paths for paths in self._slices for path in paths}
-
     def logits(self, outputs: Any) -> jax.Array:
         """The class scores `[N, classes]` among the outputs (a network may return a dict or a tuple)."""
         return jax.tree.leaves(outputs)[self.logits_index]
@@ -293,20 +195,14 @@ class Graph:
           GraphError: the network does not take such an input, or has other layers there.
         """
         spec = jax.ShapeDtypeStruct(tuple(shape), dtype or self.input.dtype)
-        if spec == self.input:
-            return self
-        key = (spec.shape, spec.dtype)
-        if key not in self._cache:
-            if len(spec.shape) != len(self.input.shape):
-                raise GraphError(
-                    f"x: expected an array like [N, {', '.join(map(str, self.input.shape[1:]))}], found shape "
-                    f"{spec.shape}."
-                )
-            graph = _trace(self.apply_fn, self.treedef, self.variable_paths, self.variable_shapes, spec, self._cache)
-            if graph.digest != self.digest:
-                raise GraphError(f"x: at shape {spec.shape} the network has other layers than at {self.input.shape}.")
-            self._cache[key] = graph
-        return self._cache[key]
+        if len(spec.shape) != len(self.input.shape):
+            raise GraphError(
+                f"x: expected an array like [N, {', '.join(map(str, self.input.shape[1:]))}], found shape {spec.shape}."
+            )
+        graph = self._traced(spec)
+        if graph.digest != self.digest:
+            raise GraphError(f"x: at shape {spec.shape} the network has other layers than at {self.input.shape}.")
+        return graph
 
     def at_input(self, x: Any) -> Graph:
         """The same network traced for the shape and type of an array.
@@ -355,14 +251,6 @@ class Graph:
     __str__ = table
 
 
-def _kind(leaf: Any) -> str:
-    """What slices of one leaf have in common, in words."""
-    if not isinstance(leaf, QTensor):
-        return "float"
-    zero = "with" if leaf.zero_point is not None else "without"
-    return f"{leaf.bits}-bit {'signed' if leaf.signed else 'unsigned'} {zero} zero point"
-
-
 def check_array(x: Any) -> None:
     """Refuse an input that is no array.
 
@@ -408,6 +296,7 @@ def trace(
             spec = jax.ShapeDtypeStruct(tuple(int(d) for d in spec), jnp.float32)
         except (TypeError, ValueError):
             raise TypeError(f"spec: expected a shape such as (1, 32, 32, 3), found {spec!r}.") from None
+    spec = jax.ShapeDtypeStruct(spec.shape, spec.dtype)  # and nothing else, such as where it lies
     variables = without_quantization(variables)
     paths, leaves = flatten_with_paths(variables)
     for path, leaf in zip(paths, leaves, strict=True):
@@ -422,10 +311,12 @@ def trace(
         raise TypeError(f"variables: two leaves have the path {twice!r}; give their keys distinct names.")
     shapes = tuple(jax.ShapeDtypeStruct(tuple(v.shape), v.dtype) for v in leaves)
     treedef = jax.tree.structure(variables, is_leaf=is_qtensor)
-    cache: dict[Any, Graph] = {}
-    graph = _trace(apply_fn, treedef, tuple(paths), shapes, spec, cache)
-    cache[spec.shape, spec.dtype] = graph
-    return graph
+
+    @functools.cache
+    def traced(spec: jax.ShapeDtypeStruct) -> Graph:
+        return _trace(apply_fn, treedef, tuple(paths), shapes, spec, traced)
+
+    return traced(spec)
 
 
 def _trace(
@@ -434,7 +325,7 @@ def _trace(
     paths: tuple[str, ...],
     shapes: tuple[jax.ShapeDtypeStruct, ...],
     spec: jax.ShapeDtypeStruct,
-    cache: dict[Any, Graph],
+    traced: Callable[[jax.ShapeDtypeStruct], Graph],
 ) -> Graph:
     if not spec.shape or any(d < 1 for d in spec.shape):
         raise GraphError(f"x: every dimension must be at least 1, found shape {spec.shape}.")
@@ -454,18 +345,19 @@ def _trace(
     structure = analyze(program, leaf_paths)
     return Graph(
         **structure._asdict(),
-        leaf_paths=leaf_paths,
-        leaf_shapes=leaf_shapes,
+        treedef=treedef,
         variable_paths=paths,
         variable_shapes=shapes,
+        splits=program.splits,
+        leaf_paths=leaf_paths,
+        leaf_shapes=leaf_shapes,
         input=spec,
         program=program,
-        treedef=treedef,
         output_treedef=output_treedef,
         logits_index=_logits_index(program, output_treedef),
         digest=_digest(leaf_paths, leaf_shapes, structure),
         apply_fn=apply_fn,
-        _cache=cache,
+        _traced=traced,
     )
 
 
