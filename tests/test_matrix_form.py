@@ -9,7 +9,6 @@ import pytest
 
 from dfq_jax.graph import run
 from dfq_jax.graph.graph import trace
-from dfq_jax.graph.matrix_form import input_channels, patches
 
 NAMES = ("dilated_grouped", "transposed_conv", "general_dense", "conv_1d", "conv_3d", "channels_first", "odd_sizes")
 
@@ -26,7 +25,7 @@ def test_patches_times_kernel_is_the_layer(name):
         form = call.form.kernel
         matrix = form.matrix(call.kernel)
         np.testing.assert_array_equal(form.leaf(matrix), call.kernel)
-        product = jnp.einsum("mgd,god->mgo", patches(call.form, call.operand), matrix.reshape(*matrix.shape[:2], -1))
+        product = jnp.einsum("mgd,god->mgo", call.form.patches(call.operand), matrix.reshape(*matrix.shape[:2], -1))
         axes = call.form.channel_axes
         expected = jnp.moveaxis(result, axes, range(-len(axes), 0)).reshape(product.shape)
         np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5 * float(jnp.abs(result).max()))
@@ -42,9 +41,9 @@ def test_input_channels():
     apply_fn, variables = case.function()
     graph = trace(apply_fn, variables, case.input_shape)
     grouped = graph.layer("grouped")
-    np.testing.assert_array_equal(input_channels(graph.form(grouped), 3), [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(graph.form(grouped).input_channels(3), [[0, 1], [2, 3]])
     # Along another axis every input runs over all indices.
-    assert input_channels(graph.form(grouped), 1) is None
+    assert graph.form(grouped).input_channels(1) is None
 
 
 def test_input_channels_behind_a_flattened_image():
@@ -57,5 +56,5 @@ def test_input_channels_behind_a_flattened_image():
     apply_fn, variables = case.function()
     graph = trace(apply_fn, variables, case.input_shape)
     (layer,) = graph.layers
-    np.testing.assert_array_equal(input_channels(graph.form(layer), 3), np.tile(np.arange(4), 6)[None])
-    np.testing.assert_array_equal(input_channels(graph.form(layer), 1), np.repeat(np.arange(2), 12)[None])
+    np.testing.assert_array_equal(graph.form(layer).input_channels(3), np.tile(np.arange(4), 6)[None])
+    np.testing.assert_array_equal(graph.form(layer).input_channels(1), np.repeat(np.arange(2), 12)[None])

@@ -15,10 +15,10 @@ from model_grid import linen_case
 
 from dfq_jax.graph import run
 from dfq_jax.graph.graph import trace
-from dfq_jax.graph.matrix_form import Codes, kernel_codes
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.rounding import GPTQConfig, gptq, squant, squant_codes
+from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes
 from dfq_jax.stages.rounding.gptq import Moments, nearest_plane, round_kernel
 
 # --- references ---
@@ -220,7 +220,9 @@ def test_gptq_of_a_depthwise_layer_is_gptq_of_each_channel():
 def test_centered_moments_do_not_see_the_mean():
     rng = np.random.default_rng(0)
     inputs, values = rng.normal(size=(200, 8)), rng.uniform(-3, 3, (1, 4, 8, 1))
-    codes = Codes(*map(jnp.float32, (values, np.round(values), np.full_like(values, -4), np.full_like(values, 4))))
+    codes = KernelCodes(
+        *map(jnp.float32, (values, np.round(values), np.full_like(values, -4), np.full_like(values, 4)))
+    )
 
     def solve(shift, centered):
         x = jnp.float32(inputs + shift)
@@ -233,7 +235,7 @@ def test_centered_moments_do_not_see_the_mean():
 
 def test_inputs_never_seen_round_to_nearest():
     values = jnp.float32(np.random.default_rng(0).uniform(-3, 3, (1, 2, 6, 1)))
-    codes = Codes(values, jnp.round(values), jnp.full_like(values, -4), jnp.full_like(values, 4))
+    codes = KernelCodes(values, jnp.round(values), jnp.full_like(values, -4), jnp.full_like(values, 4))
     nothing = Moments(jnp.float32(1), jnp.zeros((1, 6)), jnp.zeros((1, 6, 6)))
     np.testing.assert_array_equal(round_kernel(codes, nothing, GPTQConfig()), jnp.round(values))
 

@@ -10,7 +10,6 @@ from model_grid import function_case
 import dfq_jax
 from dfq_jax.graph import apply_quantized, run
 from dfq_jax.graph.graph import trace
-from dfq_jax.graph.matrix_form import common_form
 from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.quantizers.collection import dequantized
 from dfq_jax.quantizers.qtensor import QTensor
@@ -23,6 +22,7 @@ from dfq_jax.stages.finetuning import FinetuneConfig, finetune
 from dfq_jax.stages.folding import fold_batch_norm, foldable
 from dfq_jax.stages.ranges import estimate_ranges
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
+from dfq_jax.stages.rounding.codes import common_form
 
 NORM = {"scale": (8,), "bias": (8,), "mean": (8,), "var": (8,)}
 

@@ -26,15 +26,6 @@ from dfq_jax.graph.execution import (
 from dfq_jax.graph.form import KernelForm, LayerForm
 from dfq_jax.graph.gradients import loop_friendly
 from dfq_jax.graph.graph import Graph, trace
-from dfq_jax.graph.matrix_form import (
-    Codes,
-    common_form,
-    input_channels,
-    kernel_codes,
-    patches,
-    quantized_kernels,
-    with_codes,
-)
 from dfq_jax.graph.quantized import apply_quantized, quantized_rules
 from dfq_jax.graph.subnetwork import Subnetwork, subnetwork
 from dfq_jax.graph.tracing.axes import operand_axes
@@ -59,7 +50,6 @@ __all__ = [
     "BatchNorm",
     "BatchNormParameters",
     "BatchNormRule",
-    "Codes",
     "Constant",
     "Graph",
     "GraphError",
@@ -82,26 +72,20 @@ __all__ = [
     "apply_quantized",
     "as_argument",
     "as_function",
-    "batch_norm_affine",
     "batch_norm_parameters",
     "channel_moments",
     "check_images",
     "check_variables",
-    "common_form",
     "compute_kernels",
     "computed_kernels",
     "constant_bytes",
     "doubtful_statistics",
-    "input_channels",
-    "kernel_codes",
     "linen_shapes",
     "loop_friendly",
     "merge_blocks",
     "normalize",
     "on_device",
     "operand_axes",
-    "patches",
-    "quantized_kernels",
     "quantized_rules",
     "record_tensors",
     "run",
@@ -112,5 +96,4 @@ __all__ = [
     "trace",
     "variable_shapes",
     "where",
-    "with_codes",
 ]

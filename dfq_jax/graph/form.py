@@ -1,16 +1,24 @@
-"""What a layer does with whatever values it meets: its product, the layout of its operands, its kernel as a matrix."""
+"""What a layer does with whatever values it meets: its product, the layout of its operands, and both as matrices.
+
+As a product of matrices every layer is the same, whatever its kind and the layout of its kernel. In each group,
+`result[m, o] = sum_d patches[m, d] kernel[o, d]`: m runs over images and positions, d over the input channels of the
+group and the window, channels first. Dense layers have a window of one; a dense layer with batch axes has a group for
+each.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dfq_jax.graph.batch_norm import apart
 from dfq_jax.graph.depthwise import by_platform, depthwise_product, is_supported
@@ -112,19 +120,6 @@ class LayerForm:
         """The shape of a value for each output channel that broadcasts against the result."""
         return tuple(size if axis in self.channel_axes else 1 for axis, size in enumerate(self.result_shape))
 
-    @functools.cached_property
-    def kernel(self) -> KernelForm:
-        """How the kernel becomes a matrix."""
-        chain = tuple(op for op in self.kernel_chain if op.name != _CAST)
-        shape = self.shapes[self.layer.kernel_operand]
-        batch, free, summed = ([shape[a] for a in axes] for axes in self.kernel_axes)
-        if self.layer.kind == "conv":
-            (outputs,), (inputs, *window), groups = free, summed, self.layer.groups
-            sizes = groups, outputs // groups, inputs, math.prod(window)
-        else:
-            sizes = math.prod(batch), math.prod(free), math.prod(summed), 1
-        return KernelForm(tuple(self.layer.kernel_shape), chain, self.kernel_axes.order, sizes)
-
     # --- operands ---
 
     def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
@@ -152,6 +147,61 @@ class LayerForm:
         for axis, (low, high), dilation in spatial:
             config[axis] = (low, high, dilation - 1)
         return lax.pad(operand, jnp.asarray(value, operand.dtype), config)
+
+    # --- matrices ---
+
+    @functools.cached_property
+    def kernel(self) -> KernelForm:
+        """How the kernel becomes a matrix."""
+        chain = tuple(op for op in self.kernel_chain if op.name != _CAST)
+        shape = self.shapes[self.layer.kernel_operand]
+        batch, free, summed = ([shape[a] for a in axes] for axes in self.kernel_axes)
+        if self.layer.kind == "conv":
+            (outputs,), (inputs, *window), groups = free, summed, self.layer.groups
+            sizes = groups, outputs // groups, inputs, math.prod(window)
+        else:
+            sizes = math.prod(batch), math.prod(free), math.prod(summed), 1
+        return KernelForm(tuple(self.layer.kernel_shape), chain, self.kernel_axes.order, sizes)
+
+    def patches(self, operand: Float[Array, "..."]) -> Float[Array, "m g d"]:
+        """What the kernel meets at each image and position, `[positions, groups, inputs * window]`, float32."""
+        x = operand.astype(jnp.float32)
+        if self.layer.kind == "dense":
+            return self._grouped(x)
+        params, (images, *positions) = self.op.params, self.input_axes.free
+        x = self.pad(x, 0).transpose(images, *positions, *self.input_axes.summed)
+        window = [self.shapes[1][a] for a in self.kernel_axes.summed[1:]]
+        size = [self.result_shape[a] for a in params["dimension_numbers"].out_spec[2:]]
+        shifted = []
+        for offset in itertools.product(*map(range, window)):
+            start = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
+            stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, size, self.layer.strides, strict=True)]
+            shifted.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *self.layer.strides, 1)))
+        stacked = jnp.stack(shifted, axis=-1)  # [images, ..., channels, window]
+        groups = self.layer.groups
+        return stacked.reshape(-1, groups, stacked.shape[-2] // groups * stacked.shape[-1])
+
+    def input_channels(self, axis: int) -> Int[np.ndarray, "g i"] | None:
+        """For each input of each group, the index along an axis of the tensor that the layer reads.
+
+        None if there is no such index because an input runs over several (a layer of another axis, say).
+        """
+        shape = self.source_shape
+        labels = np.arange(1, shape[axis] + 1, dtype=np.float32)
+        labels = labels.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        with jax.ensure_compile_time_eval():
+            operand = np.asarray(self.rearrange(jnp.broadcast_to(labels, shape)))  # padding has the label 0
+        found = self._grouped(operand)
+        largest = found.max(0)
+        unique = np.where(found == 0, largest, found).min(0) == largest
+        return largest.astype(int) - 1 if unique.all() else None
+
+    def _grouped(self, operand: Any) -> Any:
+        """`[positions, groups, inputs]` of an operand, the window left out."""
+        batch, free, summed = self.input_axes
+        groups = self.layer.groups * math.prod(operand.shape[a] for a in batch)
+        inputs = math.prod(operand.shape[a] for a in summed) // self.layer.groups
+        return operand.transpose(*free, *batch, *summed).reshape(-1, groups, inputs)
 
     # --- products ---
 

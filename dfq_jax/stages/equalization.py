@@ -32,7 +32,6 @@ from dfq_jax.graph import (
     Tensor,
     affine,
     batch_norm_parameters,
-    input_channels,
 )
 from dfq_jax.stages.batch_norm import offset_leaves, output_moments
 from dfq_jax.stages.folding import layer_operations
@@ -105,7 +104,7 @@ def _pair(graph: Graph, layer: Layer, tensor: Tensor | None) -> Pair | str:
         reader = graph.layer(name)
         if not _serve_only(graph, (reader.kernel_index,), (reader.op,)):
             return f"the kernel of {name!r} serves other places too"
-        if input_channels(graph.form(reader), axis) is None:
+        if graph.form(reader).input_channels(axis) is None:
             return f"{name!r} mixes its channels with positions"
     return Pair(first=layer.name, readers=tensor.layers, tensor=tensor.name, axis=axis)
 
@@ -179,7 +178,7 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
 def _readers(graph: Graph, pair: Pair) -> Iterator[tuple[Layer, Int[np.ndarray, "g i"]]]:
     for name in pair.readers:
         layer = graph.layer(name)
-        yield layer, input_channels(graph.form(layer), pair.axis)
+        yield layer, graph.form(layer).input_channels(pair.axis)
 
 
 def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[Any]) -> dict[str, Float[Array, " c"]]:

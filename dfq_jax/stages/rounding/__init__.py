@@ -9,7 +9,7 @@ zero points and bits, and returns quantized variables:
                   scales, biases and activation steps are learned along with it
 
 The first two see a layer as a plain matrix product, whatever its kind and the layout of its kernel
-(`dfq_jax.graph.matrix_form`), and change the codes alone.
+(`graph.form(layer).kernel`), and change the codes alone.
 """
 
 from dfq_jax.stages.rounding.config import ReconstructionConfig

@@ -24,17 +24,13 @@ from jaxtyping import Array, Float
 from dfq_jax.base import batches, full_precision
 from dfq_jax.graph import (
     BatchNormRule,
-    Codes,
     Graph,
     LayerCall,
     apply_quantized,
     as_argument,
     check_images,
-    kernel_codes,
-    patches,
-    quantized_kernels,
-    with_codes,
 )
+from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes, quantized_kernels, with_codes
 
 ORDERS = ("natural", "activation")
 
@@ -150,7 +146,7 @@ def _moments(
     def measure(call: LayerCall, result: jax.Array) -> jax.Array:
         if call.layer.kernel not in paths:
             return result
-        x = _thinned(patches(call.form, call.operand), max_patches)
+        x = _thinned(call.form.patches(call.operand), max_patches)
         second = jnp.einsum("mgd,mge->gde", x, x, precision=lax.Precision.HIGHEST)
         new = Moments(jnp.float32(x.shape[0]), x.sum(0), second)
         path = call.layer.kernel  # layers that share a kernel add up
@@ -172,10 +168,10 @@ def _thinned(x: Float[Array, "m g d"], count: int) -> Float[Array, "n g d"]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def round_kernel(kernel: Codes, moments: Moments, config: GPTQConfig) -> Float[Array, "g o i k"]:
+def round_kernel(kernel: KernelCodes, moments: Moments, config: GPTQConfig) -> Float[Array, "g o i k"]:
     """Codes of a kernel; compiled once for each shape."""
     shape = kernel.values.shape
-    flat = Codes(*(a.reshape(*shape[:2], -1) for a in kernel))
+    flat = KernelCodes(*(a.reshape(*shape[:2], -1) for a in kernel))
     second = moments.second / moments.count
     if config.centered:
         mean = moments.first / moments.count
@@ -183,7 +179,7 @@ def round_kernel(kernel: Codes, moments: Moments, config: GPTQConfig) -> Float[A
     return jax.vmap(functools.partial(_round_group, config=config))(flat, second).reshape(shape)
 
 
-def _round_group(kernel: Codes, second: Float[Array, "d d"], config: GPTQConfig) -> Float[Array, "o d"]:
+def _round_group(kernel: KernelCodes, second: Float[Array, "d d"], config: GPTQConfig) -> Float[Array, "o d"]:
     size = second.shape[0]
     diagonal = jnp.diagonal(second)
     # The floor stands for inputs that are never seen: their weights are rounded to nearest.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dfq_jax.base import catch_interrupt, full_precision, platform_of, products
-from dfq_jax.graph import Graph, Subnetwork, apply_quantized, check_images, common_form, merge_blocks, subnetwork
+from dfq_jax.graph import Graph, Subnetwork, apply_quantized, check_images, merge_blocks, subnetwork
 from dfq_jax.quantizers import QTensor, is_quantized
 from dfq_jax.stages.rounding.block import (
     Cache,
@@ -33,6 +33,7 @@ from dfq_jax.stages.rounding.block import (
     make_optimizer,
     reconstruction_error,
 )
+from dfq_jax.stages.rounding.codes import common_form
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 
 # Optimizer steps in one compiled call, by backend.

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dfq_jax.graph import Graph, KernelForm, kernel_codes, quantized_kernels, with_codes
+from dfq_jax.graph import Graph, KernelForm
 from dfq_jax.quantizers import QTensor
+from dfq_jax.stages.rounding.codes import kernel_codes, quantized_kernels, with_codes
 
 
 def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
