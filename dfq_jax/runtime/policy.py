@@ -167,15 +167,13 @@ def _slow(policy: Policy, graph: Graph, layer: Layer) -> str:
         return f"int8 measured at {1 / ratio:.2f} of the float time"
     if layer.kind != "conv":
         return ""
-    params = graph.program.ops[layer.op].params
-    channel_axis = params["dimension_numbers"].lhs_spec[1]
-    kernel = graph.program.avals[graph.program.ops[layer.op].inputs[layer.kernel_operand]].shape
     if layer.depthwise:
         return "" if policy.depthwise else f"depthwise int8 convolutions are slow on {policy.backend}"
-    channels = kernel[params["dimension_numbers"].rhs_spec[1]]
+    form = graph.form(layer)
+    _, _, channels, _ = form.kernel.sizes
     if channels < policy.min_input_channels:
         return f"{channels} input channels: int8 convolutions of less than {policy.min_input_channels} are slow"
-    if not policy.channels_first and channel_axis != len(kernel) - 1:
+    if not policy.channels_first and form.input_axes.summed != (len(form.result_shape) - 1,):
         return f"channels-first int8 convolutions are slow on {policy.backend}"
     return ""
 

@@ -236,9 +236,7 @@ def has_batch_axes(op: Op) -> bool:
 
 def matrix_product(writer: Writer, op: Op, x: Value, kernel: Kernel, kernel_shape: Shape, side: int, shape: Shape):
     """The product of a value with a kernel that stands on one side of it; MatMul, Gemm for a matrix and a bias."""
-    contract, _ = op.params["dimension_numbers"]
-    inner, rank = contract[1 - side], len(x.shape)
-    outer = operand_axes(op, 1 - side, rank).free
+    _, outer, inner = operand_axes(op, 1 - side, len(x.shape))
     own_outer = operand_axes(op, side, len(kernel_shape)).free
     order = [a for a in x.axes if a not in inner]  # transposes least
     tensor = writer.whole(x, (*order, *inner))

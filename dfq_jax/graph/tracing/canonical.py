@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax import lax
 
+from dfq_jax.graph.tracing.axes import operand_axes
 from dfq_jax.graph.tracing.elementwise import POINTWISE
 from dfq_jax.graph.tracing.layout import matching_axes
 from dfq_jax.graph.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand, Program, live_ops
@@ -180,10 +181,8 @@ class _Canonical:
         if product is None or op.name != "transpose" or self.program.readers(value) != 1:
             return False
         contract, batch = product.params["dimension_numbers"]
-        left, right = (
-            len(self.avals[operand].shape) - len(contract[side]) - len(batch[side])
-            for side, operand in enumerate(product.inputs)
-        )
+        ranks = (len(self.avals[operand].shape) for operand in product.inputs)
+        left, right = (len(operand_axes(product, side, rank).free) for side, rank in enumerate(ranks))
         first = len(batch[0])
         swapped = (*range(first), *range(first + left, first + left + right), *range(first, first + left))
         if tuple(op.params["permutation"]) != swapped:

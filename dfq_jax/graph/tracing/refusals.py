@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dfq_jax.graph.tracing.axes import operand_axes, result_axes
 from dfq_jax.graph.tracing.flattening import MAX_STEPS
 from dfq_jax.graph.tracing.layout import LAYOUT, follow_axis
-from dfq_jax.graph.tracing.program import Op, Program, holds_layers, sub_jaxprs
+from dfq_jax.graph.tracing.program import LAYER_PRIMITIVES, Op, Program, holds_layers, sub_jaxprs
 from dfq_jax.graph.tracing.structure import GraphError
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"})
@@ -79,22 +80,10 @@ def _batch_axis_after(op: Op, source: int, axis: int, program: Program) -> int |
         return follow_axis(op, axis, shape)
     if op.name in _REDUCTIONS:
         return axis - sum(a < axis for a in op.params["axes"])
-    if op.name == "conv_general_dilated":
-        return op.params["dimension_numbers"].out_spec[0]
-    if op.name == "dot_general":
-        return _batch_axis_of_product(op, op.inputs.index(source), axis, program)
-    return axis if len(program.avals[op.outputs[0]].shape) == len(shape) else None
-
-
-def _batch_axis_of_product(op: Op, operand: int, axis: int, program: Program) -> int | None:
-    """The result of a matrix product has the batch axes first, then the free ones of the left and right operand."""
-    contract, batch = op.params["dimension_numbers"]
-    if axis in batch[operand]:
-        return batch[operand].index(axis)
-    if axis in contract[operand]:
-        return None
-    free = [
-        [a for a in range(len(program.shape(value))) if a not in (*contract[i], *batch[i])]
-        for i, value in enumerate(op.inputs)
-    ]
-    return len(batch[0]) + (len(free[0]) if operand == 1 else 0) + free[operand].index(axis)
+    result = program.avals[op.outputs[0]].shape
+    if op.name in LAYER_PRIMITIVES:
+        side = op.inputs.index(source)
+        axes = operand_axes(op, side, len(shape))
+        kept = dict(zip((*axes.batch, *axes.free), result_axes(op, side, axes, len(result)), strict=True))
+        return kept.get(axis)
+    return axis if len(result) == len(shape) else None
