@@ -14,7 +14,9 @@ TYPECHECKED = (
     "dfq_jax.stages.analytic",
     "dfq_jax.stages.batch_norm",
     "dfq_jax.data.evaluation",
+    "dfq_jax.graph.batch_norm",
     "dfq_jax.graph.execution",
+    "dfq_jax.graph.quantized",
     "dfq_jax.stages.ranges",
     "dfq_jax.synthesis",
 )

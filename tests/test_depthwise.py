@@ -8,9 +8,8 @@ import pytest
 from jax import lax
 
 from dfq_jax.base.backend import platform_of
-from dfq_jax.graph import apply_quantized, run
+from dfq_jax.graph import apply_quantized, loop_friendly, run
 from dfq_jax.graph.depthwise import depthwise_product, is_supported
-from dfq_jax.graph.gradients import loop_friendly
 from dfq_jax.graph.graph import trace
 from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.stages.convention import Convention, quantize_params

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 
-from dfq_jax.graph import run
-from dfq_jax.graph.gradients import loop_friendly
+from dfq_jax.graph import loop_friendly, run
 from dfq_jax.graph.graph import trace
 from dfq_jax.synthesis.swing import swing
 

@@ -9,7 +9,7 @@ from dfq_jax.graph.batch_norm import (
     channel_moments,
     normalize,
 )
-from dfq_jax.graph.call import LayerCall
+from dfq_jax.graph.call import LayerCall, loop_friendly
 from dfq_jax.graph.checks import check_images, check_variables, doubtful_statistics
 from dfq_jax.graph.computed import compute_kernels, computed_kernels
 from dfq_jax.graph.execution import (
@@ -24,7 +24,6 @@ from dfq_jax.graph.execution import (
     run_leaves,
 )
 from dfq_jax.graph.form import KernelForm, LayerForm
-from dfq_jax.graph.gradients import loop_friendly
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.quantized import apply_quantized, quantized_rules
 from dfq_jax.graph.subnetwork import Subnetwork, subnetwork

@@ -28,13 +28,7 @@ BatchNormRule = Callable[[BatchNorm, jax.Array, BatchNormParameters], jax.Array]
 
 
 class Rules(NamedTuple):
-    """What takes the place of a network's arithmetic; None for what the program has.
-
-    Attributes:
-      layer: computes a layer's product (without bias) from a `LayerCall`.
-      tensor: maps each tensor that layers read, `(tensor, value) -> value`, before anyone reads it.
-      batch_norm: computes each BatchNorm, `(batch_norm, input, parameters) -> output`.
-    """
+    """What takes the place of a network's arithmetic, as in `run`; None for what the program has."""
 
     layer: LayerRule | None = None
     tensor: TensorRule | None = None
@@ -191,15 +185,7 @@ def block_operations(graph: Graph, block: Block) -> tuple[Op, ...]:
 
 
 class _Execution:
-    """One run of some of a network's operations by rules: the values that are known so far.
-
-    Args:
-      graph: traced at the shape of the values.
-      leaves: of the variables, in the graph's order.
-      rules: in place of the program's arithmetic.
-      end: a value that the rule for tensors leaves alone.
-      results: as in `run_leaves`.
-    """
+    """One run of some of a network's operations by rules; that for tensors leaves the value `end` alone."""
 
     def __init__(
         self,

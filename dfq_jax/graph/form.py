@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from dfq_jax.graph.batch_norm import apart
 from dfq_jax.graph.depthwise import by_platform, depthwise_product, is_supported
 from dfq_jax.graph.tracing.axes import Axes, operand_axes, result_axes
-from dfq_jax.graph.tracing.program import Op, Program
+from dfq_jax.graph.tracing.program import PRODUCTS, Op, Program
 from dfq_jax.graph.tracing.structure import Layer
 
 _CAST = "convert_element_type"
@@ -242,27 +242,14 @@ class LayerForm:
         return depthwise_product(operand, kernel, tuple(params["window_strides"]), padding)
 
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padded: bool = False) -> jax.Array:
-        params = self.op.params
+        precision = lax.Precision.HIGHEST if jnp.issubdtype(operand.dtype, jnp.floating) else None
+        params = {**self.op.params, "precision": precision, "preferred_element_type": dtype}
+        if padded:
+            none = len(params["padding"])
+            params.update(padding=((0, 0),) * none, lhs_dilation=(1,) * none)
 
         def plain(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-            lhs, rhs = self._ordered(operand, kernel)
-            precision = lax.Precision.HIGHEST if jnp.issubdtype(lhs.dtype, jnp.floating) else None
-            if self.layer.kind == "dense":
-                return lax.dot_general(
-                    lhs, rhs, params["dimension_numbers"], precision=precision, preferred_element_type=dtype
-                )
-            return lax.conv_general_dilated(
-                lhs,
-                rhs,
-                window_strides=params["window_strides"],
-                padding=[(0, 0)] * len(params["padding"]) if padded else params["padding"],
-                lhs_dilation=None if padded else params["lhs_dilation"],
-                rhs_dilation=params["rhs_dilation"],
-                dimension_numbers=params["dimension_numbers"],
-                feature_group_count=params["feature_group_count"],
-                precision=precision,
-                preferred_element_type=dtype,
-            )
+            return PRODUCTS[self.op.name](*self._ordered(operand, kernel), **params)
 
         def shifted(operand: jax.Array, kernel: jax.Array) -> jax.Array:
             return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padded)

@@ -28,11 +28,7 @@ from dfq_jax.graph.tracing.naming import slice_paths
 from dfq_jax.graph.tracing.program import Constant, Program
 from dfq_jax.graph.tracing.structure import BatchNorm, Block, GraphError, Layer, Skipped, Tensor
 from dfq_jax.graph.variables import VariableTree
-from dfq_jax.quantizers import (
-    flatten_with_paths,
-    is_qtensor,
-    without_quantization,
-)
+from dfq_jax.quantizers import flatten_with_paths, is_qtensor, without_quantization
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -114,27 +110,19 @@ class Graph(VariableTree):
 
     def layer(self, name: str) -> Layer:
         """The layer of this name."""
-        return self._layers[name]
+        return self._named[Layer, name]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name."""
-        return self._tensors[name]
+        return self._named[Tensor, name]
 
     def batch_norm(self, name: str) -> BatchNorm:
         """The BatchNorm of this name."""
-        return self._batch_norms[name]
+        return self._named[BatchNorm, name]
 
     @functools.cached_property
-    def _layers(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
-
-    @functools.cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return {tensor.name: tensor for tensor in self.tensors}
-
-    @functools.cached_property
-    def _batch_norms(self) -> dict[str, BatchNorm]:
-        return {bn.name: bn for bn in self.batch_norms}
+    def _named(self) -> dict[tuple[type, str], Any]:
+        return {(type(item), item.name): item for item in (*self.layers, *self.tensors, *self.batch_norms)}
 
     @functools.cached_property
     def kernels(self) -> dict[str, tuple[Layer, ...]]:

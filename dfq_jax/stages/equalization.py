@@ -24,15 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dfq_jax.graph import (
-    BatchNorm,
-    Graph,
-    Layer,
-    Skipped,
-    Tensor,
-    affine,
-    batch_norm_parameters,
-)
+from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor, affine, batch_norm_parameters
 from dfq_jax.stages.batch_norm import offset_leaves, output_moments
 from dfq_jax.stages.folding import layer_operations
 

@@ -22,14 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.base import batches, full_precision
-from dfq_jax.graph import (
-    BatchNormRule,
-    Graph,
-    LayerCall,
-    apply_quantized,
-    as_argument,
-    check_images,
-)
+from dfq_jax.graph import BatchNormRule, Graph, LayerCall, apply_quantized, as_argument, check_images
 from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes, quantized_kernels, with_codes
 
 ORDERS = ("natural", "activation")
