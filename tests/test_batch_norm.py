@@ -8,7 +8,7 @@ import model_grid
 import numpy as np
 import pytest
 
-from dfq_jax.graph import apply_quantized
+from dfq_jax.graph import affine, apply_quantized, batch_norm_parameters
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.collection import QUANTIZATION
 from dfq_jax.quantizers.qtensor import QTensor
@@ -439,3 +439,13 @@ def test_bias_correction_without_batch_norm():
     same(corrected["bare"], q["bare"])
     assert (corrected["conv"]["bias"] != q["conv"]["bias"]).any()
     assert jax.tree.structure(correct_bias(graph, case.variables, q, IMAGES, normalized=False)) == jax.tree.structure(q)
+
+
+def test_a_batch_norm_is_a_factor_and_an_offset():
+    (bn,), leaves = GRAPH.batch_norms[:1], GRAPH.leaves(VARIABLES)
+    parameters = batch_norm_parameters(bn, leaves)
+    factor, offset = affine(bn, parameters)
+    assert factor.dtype == offset.dtype == jnp.float32
+    for found, exact in zip((factor, offset), affine(bn, parameters, np), strict=True):
+        assert exact.dtype == np.float64 and exact.shape == (bn.channels,)
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)

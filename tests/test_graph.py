@@ -651,6 +651,9 @@ def test_leaves_and_replace():
     _, variables = case.function()
     assert graph.leaf(variables, "params/conv1/kernel").shape == (3, 3, 3, 16)
     assert graph.leaf(variables, None) is None
+    by_path = graph.leaves_by_path(variables)
+    assert tuple(by_path) == graph.leaf_paths
+    assert all(found is leaf for found, leaf in zip(by_path.values(), graph.leaves(variables), strict=True))
     new = graph.replace(variables, {"params/linear/bias": jnp.full(10, 7.0)})
     assert jax.tree.structure(new) == jax.tree.structure(variables)
     assert new["params"]["linear"]["bias"][0] == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import model_grid
 import numpy as np
@@ -58,3 +59,24 @@ def test_input_channels_behind_a_flattened_image():
     (layer,) = graph.layers
     np.testing.assert_array_equal(graph.form(layer).input_channels(3), np.tile(np.arange(4), 6)[None])
     np.testing.assert_array_equal(graph.form(layer).input_channels(1), np.repeat(np.arange(2), 12)[None])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_axes_of_products_are_where_the_result_has_them(side):
+    shapes = (3, 2, 5, 7), (3, 7, 4)
+
+    def apply_fn(v, x):
+        return jax.lax.dot_general(*((v, x), (x, v))[side], (((3,), (1,)), ((0,), (0,))))
+
+    kernel, x = (jnp.ones(shapes[i]) for i in (side, 1 - side))
+    graph = trace(apply_fn, kernel, x.shape)
+    (layer,) = graph.layers
+    form = graph.form(layer)
+    assert form is graph.form(graph.layer(layer.name)) and {form: 1}[form] == 1
+    for own, axes in ((form.shapes[side], form.kernel_axes), (form.shapes[1 - side], form.input_axes)):
+        assert sorted(axes.order) == list(range(len(own)))
+        assert [own[a] for a in axes.batch] == [3] and [own[a] for a in axes.summed] == [7]
+    assert [form.result_shape[a] for a in form.channel_axes] == [
+        kernel.shape[a] for a in (*form.kernel_axes.batch, *form.kernel_axes.free)
+    ]
+    assert form.channel_vector(jnp.ones((1,) * kernel.ndim)).shape == form.channel_shape
