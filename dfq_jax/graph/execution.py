@@ -139,7 +139,9 @@ def run_block(
       variables: as in `run`.
       x: value of the block's input, any batch size. The rule for tensors applies to it, and not to the block's result,
         which is the next block's input.
-      layer, tensor, batch_norm: as in `run`.
+      layer: as in `run`.
+      tensor: as in `run`.
+      batch_norm: as in `run`.
 
     Returns:
       The value of the block's output; what `apply_fn` returns for the last block.
