@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from dfq_jax.zoo.torch_reader import Readers
+import numpy as np
 
+# The arrays of a file: name to a function that reads the array.
+Readers = dict[str, Callable[[], np.ndarray]]
 # Entries of a training state that a network in inference does not read, wherever the network's own variables lie.
 TRAINING_ONLY = frozenset(
     {
