@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The network of `dfq_jax.zoo.cifar_resnet.resnet20`, with the same names."""
+    """The network of `dfq_jax.zoo.cifar_resnet.CifarResNet(20)`, with the same names."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ class Network:
 
 
 def linen_network(seed: int) -> Network:
-    model = fashion.resnet20()
+    model = fashion.FashionResNet20()
     variables = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))
 
     def forward(params, stats, x, train):

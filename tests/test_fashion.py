@@ -26,7 +26,7 @@ def load_arrays(name: str) -> dict[str, np.ndarray]:
 def expected_shapes(network: str) -> dict[str, tuple[int, ...]]:
     """What the module itself holds, as flat paths and shapes."""
     if network == "resnet20":
-        tree = jax.eval_shape(fashion.resnet20().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+        tree = jax.eval_shape(fashion.FashionResNet20().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     else:
         tree = nnx.to_pure_dict(nnx.state(fashion.mobilenet()))
     return {key: value.shape for key, value in traverse_util.flatten_dict(tree, sep="/").items()}
@@ -36,7 +36,7 @@ def logits_function(network: str):
     """The network with its bundled weights, as a jitted function `[N, 28, 28, 1] -> [N, 10]`."""
     tree = traverse_util.unflatten_dict(load_arrays(f"fashion_{network}.npz"), sep="/")
     if network == "resnet20":
-        model = fashion.resnet20()
+        model = fashion.FashionResNet20()
         return jax.jit(lambda x: model.apply(tree, x))
     graph, state = nnx.split(fashion.mobilenet())
     nnx.replace_by_pure_dict(state, tree)

@@ -7,14 +7,14 @@ model = zoo.load_model("fashion_resnet20")
 model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
 """
 
-from dfq_jax.zoo.arrays import read_npz
+from dfq_jax.zoo.arrays import read_npz, read_torch
 from dfq_jax.zoo.checkpoint import load_checkpoint
+from dfq_jax.zoo.entry import Size, ZooEntry, abstract_model
 from dfq_jax.zoo.layouts import LAYOUTS, Layout, Rule
 from dfq_jax.zoo.loading import ZooModel, load_model
 from dfq_jax.zoo.packaged import PackagedWeights
 from dfq_jax.zoo.preprocessing import Preprocessing
-from dfq_jax.zoo.registry import Size, ZooEntry, abstract_model, list_models
-from dfq_jax.zoo.torch_reader import read_torch
+from dfq_jax.zoo.registry import list_models
 
 __all__ = [
     "LAYOUTS",

@@ -6,48 +6,48 @@ import zipfile
 from collections import Counter
 from typing import BinaryIO
 
-__all__ = ["MAX_BYTES", "check_archive", "open_archive", "read_member"]
+__all__ = ["MAX_BYTES", "open_archive", "read_member"]
 
 MAX_BYTES = 4 << 30
 
 
-def open_archive(file: BinaryIO) -> zipfile.ZipFile:
-    """Opens an archive; whatever is wrong with it is a ValueError."""
-    try:
-        return zipfile.ZipFile(file)
-    except Exception as error:  # besides BadZipFile, whatever damaged records lead to
-        raise ValueError(f"the zip archive is truncated or damaged ({error})") from error
-
-
-def check_archive(archive: zipfile.ZipFile, size: int, *, floor: int = 1 << 20, expansion: int = 16) -> None:
-    """Refuses a zip archive whose members would unpack to an absurd size.
+def open_archive(file: BinaryIO, size: int, *, floor: int = 1 << 20, expansion: int = 16) -> zipfile.ZipFile:
+    """Opens a zip archive, unless its members would unpack to an absurd size.
 
     Args:
-        archive: the open archive.
-        size: bytes of the archive's file.
-        floor: a total of so many unpacked bytes is always fine.
-        expansion: beyond the floor, how many times the file's size the members may take. Archives may be
-            repacked with compression, but weights hardly compress: far beyond the default it is a bomb.
+      file: the archive.
+      size: its bytes.
+      floor: a total of so many unpacked bytes is always fine.
+      expansion: beyond the floor, how many times the file's size the members may take. Archives may be
+        repacked with compression, but weights hardly compress: far beyond the default it is a bomb.
 
     Raises:
-        ValueError: if it is empty, the declared sizes are above the limits, or a name occurs twice.
+      ValueError: if it is damaged or empty, the declared sizes are above the limits, or a name occurs twice.
     """
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception as error:  # besides BadZipFile, whatever damaged records lead to
+        raise ValueError(f"the zip archive is truncated or damaged ({error})") from error
     members = archive.infolist()
     if not members:
         raise ValueError("the archive is empty")
     total = sum(member.file_size for member in members)
-    if total > MAX_BYTES or total > max(floor, expansion * size):
+    if total > min(MAX_BYTES, max(floor, expansion * size)) or sum(m.compress_size for m in members) > size:
         raise ValueError(f"the archive of {size} bytes declares {total} bytes of content: a zip bomb?")
-    name, count = max(Counter(member.filename for member in members).items(), key=lambda item: item[1])
+    # Of the others nobody's weights are; what they unpack a few bytes to cannot be limited.
+    if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+        raise ValueError("the archive is compressed by another method than deflate")
+    name, count = Counter(member.filename for member in members).most_common(1)[0]
     if count > 1:
         raise ValueError(f"the archive holds {name!r} more than once")
+    return archive
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Reads one member of a checked archive; anything wrong with it is a ValueError that names it."""
+    """Reads one member; anything wrong with it is a ValueError that names it."""
     try:
-        return archive.read(name)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"the archive's member {name!r} is damaged or unsupported: {error}") from error
+        with archive.open(name) as member:
+            # Never more than declared, which has been checked: `ZipFile.read` would unpack whatever is there.
+            return member.read(archive.getinfo(name).file_size)
     except Exception as error:  # zlib.error, lzma.LZMAError: the decompressors have exceptions of their own
-        raise ValueError(f"the archive's member {name!r} does not unpack: {error}") from error
+        raise ValueError(f"the archive's member {name!r} is damaged or unsupported: {error}") from error

@@ -7,7 +7,9 @@ size in memory and that of its largest array, not twice or three times its size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +20,15 @@ import msgpack
 import numpy as np
 import safetensors
 
-from dfq_jax.zoo.archive import check_archive, open_archive, read_member
+from dfq_jax.zoo.archive import MAX_BYTES, open_archive, read_member
 from dfq_jax.zoo.directories import find_checkpoint, open_orbax
-from dfq_jax.zoo.torch_reader import Readers, open_torch
+from dfq_jax.zoo.names import Readers
+from dfq_jax.zoo.torch_reader import open_torch
 
-__all__ = ["Readers", "open_arrays", "read_arrays", "read_npz"]
+__all__ = ["open_arrays", "read_arrays", "read_npz", "read_torch"]
+
+# Of an open file and its size in bytes.
+Opener = Callable[[BinaryIO, int], Readers]
 
 _FORMATS = "safetensors, torch (.pth, .pt, .th), npz, Flax msgpack, or a directory of Orbax"
 # What else people have, by its first bytes, and what to do.
@@ -47,49 +53,17 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads all named arrays of a file; the format is recognized by content, not by the file's name.
 
     Args:
-        path: what `open_arrays` opens.
+      path: what `open_arrays` opens.
 
     Returns:
-        Name to array; nested names of a msgpack file or directory joined with '/'.
+      Name to array; nested names of a msgpack file or directory joined with '/'.
 
     Raises:
-        ValueError: if there is no such file, it is in none of the formats, or is damaged.
-        ImportError: for a directory of Orbax without orbax-checkpoint.
+      ValueError: if there is no such file, it is in none of the formats, or is damaged.
+      ImportError: for a directory of Orbax without orbax-checkpoint.
     """
     with open_arrays(path) as readers:
         return {name: read() for name, read in readers.items()}
-
-
-@contextlib.contextmanager
-def open_arrays(path: str | os.PathLike[str]) -> Iterator[Readers]:
-    """Opens a file whose arrays are read one by one.
-
-    Args:
-        path: a safetensors, torch, npz or Flax msgpack file, recognized by its content; or a directory of Orbax or of
-            `flax.training.checkpoints`, the newest step of several.
-
-    Yields:
-        Name to a function that reads the array; in the file's order, to be called inside the `with` statement.
-
-    Raises:
-        ValueError: as `read_arrays`; the functions raise it, too.
-    """
-    with contextlib.ExitStack() as stack:
-        with _naming(path):
-            found = find_checkpoint(Path(path)) if os.path.isdir(path) else path
-        if isinstance(found, dict):
-            with _naming(path):
-                readers = open_orbax(found)
-            yield {name: _guarded(read, path, "cannot be read") for name, read in readers.items()}
-            return
-        path = found
-        with _naming(path):
-            size = os.stat(path).st_size
-            file = stack.enter_context(open(path, "rb"))
-            failure, opener = _recognize(file, size, path)
-        with _naming(path, failure):
-            readers = opener(file, size)
-        yield {name: _guarded(read, path, failure) for name, read in readers.items()}
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -99,190 +73,199 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     agree with the size of the member.
 
     Args:
-        path: the file.
+      path: the file.
 
     Returns:
-        Name to array, read-only.
+      Name to array, read-only.
 
     Raises:
-        ValueError: if there is no such file, it is no npz file, is damaged, or holds Python objects.
+      ValueError: if there is no such file, it is no npz file, is damaged, or holds Python objects.
     """
-    with _naming(path, _NPZ_FAILURE):
-        size = os.stat(path).st_size
-        with open(path, "rb") as file:
-            return {name: read() for name, read in _open_npz(file, size).items()}
+    with open_arrays(path, ("npz", _open_npz)) as readers:
+        return {name: read() for name, read in readers.items()}
+
+
+def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads the state dict of a torch file (`.pth`, `.pt`, `.th`; zip or the legacy format) as numpy arrays.
+
+    The state dict is the file's dictionary itself or, where that holds no tensors, what it has under
+    ``state_dict``, ``model``, ``net`` or ``model_state_dict``. The prefix ``module.`` is dropped where every
+    name has it. Scalars and strings among the tensors are passed over. No code of the file is run.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Name to array, in the file's order, each a copy of its own in C order; bfloat16 as `jax.numpy.bfloat16`.
+
+    Raises:
+      ValueError: if there is no such file, it is not a torch file, is truncated, refers to names other than
+        those of tensors, its tensors reach beyond their storages, or it declares absurd sizes.
+    """
+    with open_arrays(path, ("a torch file", open_torch)) as readers:
+        return {name: read() for name, read in readers.items()}
 
 
 @contextlib.contextmanager
-def _naming(path: Any, failure: str = "cannot be read") -> Iterator[None]:
-    """Errors of reading become a ValueError that names the file."""
-    shown = repr(os.fspath(path))
+def open_arrays(path: str | os.PathLike[str], kind: tuple[str, Opener] | None = None) -> Iterator[Readers]:
+    """Opens a file whose arrays are read one by one.
+
+    Args:
+      path: a safetensors, torch, npz or Flax msgpack file; or a directory of Orbax or of
+        `flax.training.checkpoints`, the newest step of several.
+      kind: a format's name and what opens it; None to recognize the format by the file's content.
+
+    Yields:
+      Name to a function that reads the array; in the file's order, to be called inside the `with` statement.
+
+    Raises:
+      ValueError: as `read_arrays`; the functions raise it, too.
+    """
+    with contextlib.ExitStack() as stack:
+        with _naming(path):
+            found = find_checkpoint(Path(path)) if kind is None and os.path.isdir(path) else path
+            if isinstance(found, dict):
+                name, open_ = "", functools.partial(open_orbax, found)
+            else:
+                path = found
+                file = stack.enter_context(open(path, "rb"))
+                size = os.fstat(file.fileno()).st_size
+                name, opener = _recognize(file, size) if kind is None else kind
+                open_ = functools.partial(opener, file, size)
+        with _naming(path, name):
+            readers = open_()
+
+        def read(array: str) -> np.ndarray:
+            with _naming(path, name, f"{array!r}: "):
+                return readers[array]()
+
+        yield {name: functools.partial(read, name) for name in readers}
+
+
+@contextlib.contextmanager
+def _naming(path: Any, kind: str = "", array: str = "") -> Iterator[None]:
+    """What a parser makes of damaged bytes, whichever error, becomes a ValueError that names the file."""
     try:
         yield
+    except ImportError:
+        raise
     except OSError as error:
-        raise ValueError(f"path: cannot read {shown}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"path: {shown} {failure}: {error}") from error
+        raise ValueError(f"path: cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
+    except Exception as error:
+        shown = f"{os.fspath(path)!r} cannot be read{kind and ' as ' + kind}"
+        raise ValueError(f"path: {shown}: {array}{str(error) or type(error).__name__}") from error
 
 
-def _guarded(read: Callable[[], np.ndarray], path: Any, failure: str) -> Callable[[], np.ndarray]:
-    def guarded() -> np.ndarray:
-        with _naming(path, failure):
-            return read()
-
-    return guarded
-
-
-def _recognize(file: BinaryIO, size: int, path: Any) -> tuple[str, Callable[[BinaryIO, int], Readers]]:
-    """What to say where reading fails, and the function that opens the format."""
+def _recognize(file: BinaryIO, size: int) -> tuple[str, Opener]:
+    """A format's name and what opens it."""
     start = file.read(9)
     file.seek(0)
     for magic, kind in _FOREIGN.items():
         if start.startswith(magic):
             raise ValueError(f"it is {kind}. Read here are: {_FORMATS}")
     if start.startswith(b"PK\x03\x04"):
-        return _TORCH if _holds_pickle(file) else _NPZ
+        names = open_archive(file, size, floor=MAX_BYTES).namelist()
+        file.seek(0)
+        return ("a torch file", open_torch) if any(name.endswith(".pkl") for name in names) else ("npz", _open_npz)
     if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-        return "is a damaged or unsupported safetensors file", lambda *_: _open_safetensors(path)
+        return "safetensors", _open_safetensors
     if start[:1] == b"\x80":
-        return _TORCH
-    if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
-        return "is no Flax msgpack file or damaged", _open_msgpack
+        return "a torch file", open_torch
+    if _is_map(start):
+        return "Flax msgpack", _open_msgpack
     what = "it is empty" if not start else f"it starts with {start!r}"
     raise ValueError(f"{what}, which is none of the formats read here: {_FORMATS}")
 
 
-def _holds_pickle(file: BinaryIO) -> bool:
-    with open_archive(file) as archive:
-        found = any(name.endswith(".pkl") for name in archive.namelist())
-    file.seek(0)
-    return found
-
-
-# npz
+# --- npz ---
 
 
 def _open_npz(file: BinaryIO, size: int) -> Readers:
-    archive = open_archive(file)
+    archive = open_archive(file, size, floor=_NPZ_FLOOR, expansion=_NPZ_EXPANSION)
     names = archive.namelist()
-    if names and not any(name.endswith(".npy") for name in names):
+    if not any(name.endswith(".npy") for name in names):
         keras = ": a Keras file, which Keras loads; pass the model" if "model.weights.h5" in names else ""
         raise ValueError(f"it is a zip archive of {', '.join(names[:5])}{keras}")
-    check_archive(archive, size, floor=_NPZ_FLOOR, expansion=_NPZ_EXPANSION)
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        return lambda: _parse_npy(name, read_member(archive, name))
+    def read(name: str) -> np.ndarray:
+        return _parse_npy(read_member(archive, name))
 
-    return {name.removesuffix(".npy"): reader(name) for name in archive.namelist()}
+    return {name.removesuffix(".npy"): functools.partial(read, name) for name in names}
 
 
-def _parse_npy(name: str, raw: bytes) -> np.ndarray:
+def _parse_npy(raw: bytes) -> np.ndarray:
     stream = io.BytesIO(raw)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except KeyError as error:
-        raise ValueError(f"member {name!r} is in npy format {error}, which is not read here") from error
-    except Exception as error:  # the header is a Python literal; anything may be wrong with it
-        raise ValueError(f"member {name!r} is no npy array: {error}") from error
+    version = np.lib.format.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"it is in npy format {version}, which is not read here")
+    shape, fortran, dtype = readers[version](stream)
     if dtype.hasobject:
-        raise ValueError(f"member {name!r} holds Python objects, stored as a pickle: refused")
-    start = stream.tell()
-    count = 1
-    for extent in shape:
-        count *= extent
+        raise ValueError("it holds Python objects, stored as a pickle: refused")
+    start, count = stream.tell(), math.prod(shape)
     if any(extent < 0 for extent in shape) or count * dtype.itemsize != len(raw) - start:
-        raise ValueError(f"member {name!r} declares {dtype} {shape} but has {len(raw) - start} bytes")
+        raise ValueError(f"it declares {dtype} {shape} but has {len(raw) - start} bytes")
     return np.frombuffer(raw, dtype, count, start).reshape(shape, order="F" if fortran else "C")
 
 
-_NPZ_FAILURE = "cannot be read as npz"
-_NPZ = _NPZ_FAILURE, _open_npz
-_TORCH = "cannot be read as a torch file", open_torch
+# --- safetensors ---
 
 
-# safetensors
+def _open_safetensors(file: BinaryIO, size: int) -> Readers:
+    mapped, unread = None, 0
+
+    def read(name: str) -> np.ndarray:
+        nonlocal mapped, unread
+        if unread <= 0:
+            mapped, unread = safetensors.safe_open(file.name, "numpy"), _MAPPED_BYTES
+        array = mapped.get_tensor(name)
+        unread -= array.nbytes
+        return array
+
+    with safetensors.safe_open(file.name, "numpy") as opened:
+        return {name: functools.partial(read, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
 
 
-def _open_safetensors(path: Any) -> Readers:
-    errors = (safetensors.SafetensorError, KeyError, TypeError)
-    mapped: Any = None
-    read_since = 0
-
-    def open_() -> Any:
-        try:
-            return safetensors.safe_open(path, framework="numpy").__enter__()
-        except errors as error:
-            raise ValueError(str(error)) from error
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            nonlocal mapped, read_since
-            if mapped is None or read_since > _MAPPED_BYTES:
-                mapped, read_since = open_(), 0
-            try:
-                array = mapped.get_tensor(name)
-            except errors as error:
-                raise ValueError(f"{name!r}: {error}") from error
-            read_since += array.nbytes
-            return array
-
-        return read
-
-    return {name: reader(name) for name in open_().keys()}  # noqa: SIM118 (no mapping)
-
-
-# Flax msgpack
+# --- Flax msgpack ---
 
 
 def _open_msgpack(file: BinaryIO, size: int) -> Readers:
-    try:
-        spans = _msgpack_spans(file, size)
-    except (msgpack.UnpackException, ValueError, TypeError, RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"{error or type(error).__name__}") from error
+    limit = max(size, 1 << 20)
+    unpacker = msgpack.Unpacker(file, read_size=1 << 20, max_buffer_size=limit, strict_map_key=False)
+    spans = _msgpack_spans(unpacker, file.fileno(), "")
+    if unpacker.tell() != size:
+        raise ValueError(f"it goes on for {size - unpacker.tell()} bytes after its end")
     if not spans:
         raise ValueError("it holds no arrays")
 
-    def reader(name: str, start: int, end: int) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            file.seek(start)
-            try:
-                leaf = flax.serialization.msgpack_restore(file.read(end - start))
-            except Exception as error:  # msgpack's own exceptions, and whatever Flax makes of wrong contents
-                raise ValueError(f"{name!r}: {error}") from error
-            if not isinstance(leaf, (np.ndarray, np.generic)):
-                raise ValueError(f"it holds {name!r}, a {type(leaf).__name__}, no array")
-            return np.asarray(leaf)
+    def read(start: int, end: int) -> np.ndarray:
+        file.seek(start)
+        leaf = flax.serialization.msgpack_restore(file.read(end - start))
+        if not isinstance(leaf, (np.ndarray, np.generic)):
+            raise ValueError(f"it is a {type(leaf).__name__}, no array")
+        return np.asarray(leaf)
 
-        return read
-
-    return {name: reader(name, *span) for name, span in spans.items()}
+    return {name: functools.partial(read, *span) for name, span in spans.items()}
 
 
-def _msgpack_spans(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
+def _msgpack_spans(unpacker: msgpack.Unpacker, descriptor: int, name: str) -> dict[str, tuple[int, int]]:
     """Where in the file each leaf of the nested dictionaries lies: name to first byte and end."""
-    limit = max(size, 1 << 20)
-    unpacker = msgpack.Unpacker(file, read_size=1 << 20, max_buffer_size=limit, strict_map_key=False)
+    start = unpacker.tell()
+    if not _is_map(os.pread(descriptor, 1, start)):
+        unpacker.skip()
+        return {name: (start, unpacker.tell())}
+    spans: dict[str, tuple[int, int]] = {}
+    for _ in range(unpacker.read_map_header()):
+        key = unpacker.unpack()
+        if isinstance(key, bool) or not isinstance(key, (str, int)):
+            raise ValueError(f"the key {key!r} is neither a string nor an integer")
+        inner = _msgpack_spans(unpacker, descriptor, f"{name}/{key}" if name else str(key))
+        if twice := spans.keys() & inner.keys():
+            raise ValueError(f"two leaves have the name {min(twice)!r}")
+        spans |= inner
+    return {name: (start, unpacker.tell())} if f"{name}/{_CHUNKED}" in spans else spans
 
-    def walk(name: str) -> dict[str, tuple[int, int]]:
-        start = unpacker.tell()
-        kind = os.pread(file.fileno(), 1, start)
-        if not (b"\x80" <= kind <= b"\x8f" or kind in (b"\xde", b"\xdf")):
-            unpacker.skip()
-            return {name: (start, unpacker.tell())}
-        spans: dict[str, tuple[int, int]] = {}
-        for _ in range(unpacker.read_map_header()):
-            key = unpacker.unpack()
-            if isinstance(key, bool) or not isinstance(key, (str, int)):
-                raise ValueError(f"the key {key!r} is neither a string nor an integer")
-            inner = walk(f"{name}/{key}" if name else str(key))
-            twice = spans.keys() & inner.keys()
-            if twice:
-                raise ValueError(f"two leaves have the name {min(twice)!r}")
-            spans |= inner
-        return {name: (start, unpacker.tell())} if f"{name}/{_CHUNKED}" in spans else spans
 
-    spans = walk("")
-    if unpacker.tell() != size:
-        raise ValueError(f"it goes on for {size - unpacker.tell()} bytes after its end")
-    return spans
+def _is_map(start: bytes) -> bool:
+    """Whether a msgpack object with this first byte is a dictionary."""
+    return b"\x80" <= start[:1] <= b"\x8f" or start[:1] in (b"\xde", b"\xdf")

@@ -20,9 +20,10 @@ from flax import nnx
 from dfq_jax.graph import linen_shapes
 from dfq_jax.zoo import hub
 from dfq_jax.zoo.arrays import Readers, open_arrays
+from dfq_jax.zoo.entry import ZooEntry
 from dfq_jax.zoo.layouts import FLAX, LAYOUTS, TRANSFORMS, Layout, Rule
 from dfq_jax.zoo.names import flax_names
-from dfq_jax.zoo.registry import ZooEntry, find_model
+from dfq_jax.zoo.registry import find_model
 
 __all__ = ["flatten_names", "load_checkpoint"]
 

@@ -10,32 +10,20 @@ Submodules are named so that checkpoints of other implementations map by reading
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import check_call
+from dfq_jax.zoo.layers import batch_norm, check_call, conv
 
-__all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+__all__ = ["BasicBlock", "CifarResNet"]
 
 _STAGE_CHANNELS = (16, 32, 64)
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-
-def _conv(features: int, stride: int, dtype: Any, name: str, kernel: int = 3) -> nn.Conv:
-    # Explicit padding: with stride 2, "SAME" would pad only at the end and shift the grid by one pixel
-    # against networks trained with symmetric padding.
-    padding = ((kernel // 2, kernel // 2),) * 2
-    return nn.Conv(
-        features, (kernel, kernel), (stride, stride), padding=padding, use_bias=False,
-        dtype=dtype, kernel_init=_KERNEL_INIT, name=name,
-    )  # fmt: skip
-
-
-def _norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
+_conv = functools.partial(conv, init=_KERNEL_INIT)
 
 
 class BasicBlock(nn.Module):
@@ -57,17 +45,17 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ho wo f"]:
         """Applies the block: `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`."""
-        y = _conv(self.features, self.stride, self.dtype, "conv1")(x)
-        y = nn.relu(_norm(train, self.dtype, "bn1")(y))
-        y = _conv(self.features, 1, self.dtype, "conv2")(y)
-        y = _norm(train, self.dtype, "bn2")(y)
+        y = _conv(self.features, 3, self.stride, self.dtype, "conv1")(x)
+        y = nn.relu(batch_norm(train, self.dtype, "bn1")(y))
+        y = _conv(self.features, 3, 1, self.dtype, "conv2")(y)
+        y = batch_norm(train, self.dtype, "bn2")(y)
         if self.stride != 1 or self.features != x.shape[-1]:
             x = self._project(x, train) if self.shortcut == "projection" else self._pad(x)
         return nn.relu(y + x)
 
     def _project(self, x: Array, train: bool) -> Array:
-        x = _conv(self.features, self.stride, self.dtype, "shortcut_conv", kernel=1)(x)
-        return _norm(train, self.dtype, "shortcut_bn")(x)
+        x = _conv(self.features, 1, self.stride, self.dtype, "shortcut_conv")(x)
+        return batch_norm(train, self.dtype, "shortcut_bn")(x)
 
     def _pad(self, x: Array) -> Array:
         x = x[:, :: self.stride, :: self.stride]
@@ -111,8 +99,8 @@ class CifarResNet(nn.Module):
         if self.shortcut not in ("pad", "projection"):
             raise ValueError(f"shortcut: must be 'pad' or 'projection', not {self.shortcut!r}")
         check_call(self.num_classes, x)
-        x = _conv(_STAGE_CHANNELS[0], 1, self.dtype, "conv1")(x)
-        x = nn.relu(_norm(train, self.dtype, "bn1")(x))
+        x = _conv(_STAGE_CHANNELS[0], 3, 1, self.dtype, "conv1")(x)
+        x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         for stage, features in enumerate(_STAGE_CHANNELS, start=1):
             for block in range((self.depth - 2) // 6):
                 stride = 2 if stage > 1 and block == 0 else 1
@@ -120,28 +108,3 @@ class CifarResNet(nn.Module):
                 x = BasicBlock(features, stride, self.dtype, self.shortcut, name=name)(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=_KERNEL_INIT, name="linear")(x)
-
-
-def resnet20(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
-    """CIFAR ResNet-20: 0.27 million parameters."""
-    return CifarResNet(depth=20, num_classes=num_classes, dtype=dtype)
-
-
-def resnet32(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
-    """CIFAR ResNet-32: 0.46 million parameters."""
-    return CifarResNet(depth=32, num_classes=num_classes, dtype=dtype)
-
-
-def resnet44(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
-    """CIFAR ResNet-44: 0.66 million parameters."""
-    return CifarResNet(depth=44, num_classes=num_classes, dtype=dtype)
-
-
-def resnet56(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
-    """CIFAR ResNet-56: 0.85 million parameters."""
-    return CifarResNet(depth=56, num_classes=num_classes, dtype=dtype)
-
-
-def resnet110(num_classes: int = 10, dtype: Any = None) -> CifarResNet:
-    """CIFAR ResNet-110: 1.7 million parameters."""
-    return CifarResNet(depth=110, num_classes=num_classes, dtype=dtype)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import KERNEL_INIT, ConvNorm, average_pool, batch_norm, check_call, max_pool
+from dfq_jax.zoo.layers import ConvNorm, average_pool, batch_norm, check_call, conv, max_pool
 
 __all__ = ["DEPTHS", "DenseNet"]
 
@@ -26,13 +26,6 @@ GROWTH = 32
 BOTTLENECK = 4 * GROWTH
 
 
-def _conv(features: int, kernel: int, dtype: Any, name: str) -> nn.Conv:
-    padding = ((kernel // 2, kernel // 2),) * 2
-    return nn.Conv(
-        features, (kernel, kernel), padding=padding, use_bias=False, kernel_init=KERNEL_INIT, dtype=dtype, name=name
-    )
-
-
 class DenseLayer(nn.Module):
     """Appends `GROWTH` channels, computed by a 1x1 and a 3x3 convolution with BatchNorm and ReLU before each."""
 
@@ -41,9 +34,9 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w d"]:
         y = nn.relu(batch_norm(train, self.dtype, "norm1")(x))
-        y = _conv(BOTTLENECK, 1, self.dtype, "conv1")(y)
+        y = conv(BOTTLENECK, 1, 1, self.dtype, "conv1")(y)
         y = nn.relu(batch_norm(train, self.dtype, "norm2")(y))
-        y = _conv(GROWTH, 3, self.dtype, "conv2")(y)
+        y = conv(GROWTH, 3, 1, self.dtype, "conv2")(y)
         return jnp.concatenate([x, y], axis=-1)
 
 
@@ -55,7 +48,7 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ho wo d"]:
         y = nn.relu(batch_norm(train, self.dtype, "norm")(x))
-        y = _conv(x.shape[-1] // 2, 1, self.dtype, "conv")(y)
+        y = conv(x.shape[-1] // 2, 1, 1, self.dtype, "conv")(y)
         return average_pool(y, 2, 2)
 
 

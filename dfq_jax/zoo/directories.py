@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.zoo.torch_reader import Readers
+from dfq_jax.zoo.names import Readers
 
 __all__ = ["find_checkpoint", "open_orbax"]
 

@@ -17,15 +17,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = [
-    "EfficientNetLite",
-    "InvertedBottleneck",
-    "efficientnet_lite0",
-    "efficientnet_lite1",
-    "efficientnet_lite2",
-    "efficientnet_lite3",
-    "efficientnet_lite4",
-]
+from dfq_jax.zoo.layers import KERNEL_INIT, check_call
+
+__all__ = ["EfficientNetLite", "InvertedBottleneck"]
 
 
 class _Stage(NamedTuple):
@@ -48,13 +42,12 @@ _STAGES = (
 _STEM_FEATURES = 32
 _HEAD_FEATURES = 1280
 _DIVISOR = 8
-_KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _conv(features: int, kernel: int, stride: int, groups: int, dtype: Any, name: str) -> nn.Conv:
     return nn.Conv(
         features, (kernel, kernel), (stride, stride), padding="SAME", feature_group_count=groups, use_bias=False,
-        dtype=dtype, kernel_init=_KERNEL_INIT, name=name,
+        dtype=dtype, kernel_init=KERNEL_INIT, name=name,
     )  # fmt: skip
 
 
@@ -98,8 +91,9 @@ class EfficientNetLite(nn.Module):
     """EfficientNet-Lite for any width and depth.
 
     Attributes:
-        width: factor for the channels of all stages, rounded to multiples of 8.
-        depth: factor for the blocks of all stages but the first and the last, rounded up.
+        width: factor for the channels of all stages, rounded to multiples of 8: 1.0, 1.0, 1.1, 1.2 and 1.4 from Lite0
+            to Lite4.
+        depth: factor for the blocks of all stages but the first and the last, rounded up: 1.0, 1.1, 1.2, 1.4 and 1.8.
         dropout: share of the pooled features that training drops.
         num_classes: number of logits.
         dtype: computation dtype; None takes that of the input and the parameters.
@@ -127,13 +121,9 @@ class EfficientNetLite(nn.Module):
         Returns:
             Logits `[N, num_classes]`.
         """
-        for name in ("width", "depth"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes: must be at least 1, not {self.num_classes}")
-        if x.ndim != 4:
-            raise ValueError(f"x: expected images [N, H, W, C], found shape {x.shape}; add the missing axes")
+        check_call(self.num_classes, x, self.width)
+        if not self.depth > 0:
+            raise ValueError(f"depth: must be positive, not {self.depth}")
         x = _conv(_STEM_FEATURES, 3, 2, 1, self.dtype, "conv_stem")(x)
         x = nn.relu6(_norm(train, self.dtype, "bn0")(x))
         index = 0
@@ -161,28 +151,3 @@ def _scaled(features: int, width: float) -> int:
     wanted = features * width
     rounded = max(_DIVISOR, int(wanted + _DIVISOR / 2) // _DIVISOR * _DIVISOR)
     return rounded if rounded >= 0.9 * wanted else rounded + _DIVISOR
-
-
-def efficientnet_lite0(num_classes: int = 1000, dtype: Any = None) -> EfficientNetLite:
-    """EfficientNet-Lite0 for images of 224 pixels: 4.7 million parameters."""
-    return EfficientNetLite(num_classes=num_classes, dtype=dtype)
-
-
-def efficientnet_lite1(num_classes: int = 1000, dtype: Any = None) -> EfficientNetLite:
-    """EfficientNet-Lite1 for images of 240 pixels: 5.4 million parameters."""
-    return EfficientNetLite(width=1.0, depth=1.1, num_classes=num_classes, dtype=dtype)
-
-
-def efficientnet_lite2(num_classes: int = 1000, dtype: Any = None) -> EfficientNetLite:
-    """EfficientNet-Lite2 for images of 260 pixels: 6.1 million parameters."""
-    return EfficientNetLite(width=1.1, depth=1.2, dropout=0.3, num_classes=num_classes, dtype=dtype)
-
-
-def efficientnet_lite3(num_classes: int = 1000, dtype: Any = None) -> EfficientNetLite:
-    """EfficientNet-Lite3 for images of 280 pixels: 8.2 million parameters."""
-    return EfficientNetLite(width=1.2, depth=1.4, dropout=0.3, num_classes=num_classes, dtype=dtype)
-
-
-def efficientnet_lite4(num_classes: int = 1000, dtype: Any = None) -> EfficientNetLite:
-    """EfficientNet-Lite4 for images of 300 pixels: 13 million parameters."""
-    return EfficientNetLite(width=1.4, depth=1.8, dropout=0.3, num_classes=num_classes, dtype=dtype)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dfq_jax.zoo.layers import batch_norm
+
 MEAN = 0.2860
 STD = 0.3530
 CLASSES = 10
@@ -20,10 +22,6 @@ STEM_WIDTH = 32
 HEAD_WIDTH = 256
 # (expansion, output channels, repeats, stride of the first repeat)
 INVERTED_RESIDUALS = ((1, 24, 1, 1), (3, 32, 3, 1), (4, 64, 4, 2))
-
-# One step of the running statistics weighs 10 %: the trainings are short, so 0.99 would lag behind.
-BN_MOMENTUM = 0.9
-BN_EPSILON = 1e-5
 
 
 class ResNetBlock(nn.Module):
@@ -37,12 +35,12 @@ class ResNetBlock(nn.Module):
         """The block's output."""
         shortcut = x
         y = _linen_conv(self.width, 3, self.stride, "conv1")(x)
-        y = nn.relu(_linen_norm(train, "bn1")(y))
+        y = nn.relu(batch_norm(train, None, "bn1")(y))
         y = _linen_conv(self.width, 3, 1, "conv2")(y)
-        y = _linen_norm(train, "bn2")(y)
+        y = batch_norm(train, None, "bn2")(y)
         if shortcut.shape != y.shape:
             shortcut = _linen_conv(self.width, 1, self.stride, "conv_proj")(x)
-            shortcut = _linen_norm(train, "bn_proj")(shortcut)
+            shortcut = batch_norm(train, None, "bn_proj")(shortcut)
         return nn.relu(y + shortcut)
 
 
@@ -53,7 +51,7 @@ class FashionResNet20(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """The block's output."""
         x = _linen_conv(STAGE_WIDTHS[0], 3, 1, "conv_init")(x)
-        x = nn.relu(_linen_norm(train, "bn_init")(x))
+        x = nn.relu(batch_norm(train, None, "bn_init")(x))
         for stage, width in enumerate(STAGE_WIDTHS):
             for block in range(BLOCKS_PER_STAGE):
                 stride = 2 if stage > 0 and block == 0 else 1
@@ -116,11 +114,6 @@ class FashionMobileNet(nnx.Module):
         return self.head(x)
 
 
-def resnet20() -> nn.Module:
-    """The Linen ResNet-20; its variables hold the collections `params` and `batch_stats`."""
-    return FashionResNet20()
-
-
 def mobilenet(rngs: nnx.Rngs | None = None) -> nnx.Module:
     """The NNX MobileNet with freshly initialized weights, in eval mode."""
     model = FashionMobileNet(rngs=nnx.Rngs(0) if rngs is None else rngs)
@@ -133,10 +126,6 @@ def _linen_conv(width: int, kernel: int, stride: int, name: str) -> nn.Conv:
     return nn.Conv(
         width, (kernel, kernel), (stride, stride), padding="SAME", use_bias=False, kernel_init=init, name=name
     )
-
-
-def _linen_norm(train: bool, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=not train, momentum=BN_MOMENTUM, epsilon=BN_EPSILON, name=name)
 
 
 def _nnx_conv(in_width: int, width: int, kernel: int, stride: int = 1, *, groups: int = 1, rngs: nnx.Rngs) -> nnx.Conv:
@@ -154,4 +143,4 @@ def _nnx_conv(in_width: int, width: int, kernel: int, stride: int = 1, *, groups
 
 
 def _nnx_norm(width: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    return nnx.BatchNorm(width, momentum=BN_MOMENTUM, epsilon=BN_EPSILON, rngs=rngs)
+    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)

@@ -6,7 +6,7 @@ by one pixel against networks trained that way. So every padding here is explici
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,9 @@ __all__ = [
     "batch_norm",
     "channel_shuffle",
     "check_call",
+    "conv",
     "max_pool",
+    "staged",
 ]
 
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -40,6 +42,14 @@ def _both_sides(padding: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
 def batch_norm(train: bool, dtype: Any, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """BatchNorm with torch's momentum 0.1, which Flax calls 0.9."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype, name=name)
+
+
+def conv(features: int, kernel: int, stride: int, dtype: Any, name: str, init: Any = KERNEL_INIT) -> nn.Conv:
+    """A convolution without bias, padded by half its window."""
+    return nn.Conv(
+        features, (kernel, kernel), (stride, stride), padding=_both_sides(kernel // 2), use_bias=False,
+        kernel_init=init, dtype=dtype, name=name,
+    )  # fmt: skip
 
 
 class ConvNorm(nn.Module):
@@ -114,6 +124,17 @@ def channel_shuffle(x: Float[Array, "n h w c"], groups: int) -> Float[Array, "n 
     n, height, width, channels = x.shape
     x = x.reshape(n, height, width, groups, channels // groups)
     return x.swapaxes(3, 4).reshape(n, height, width, channels)
+
+
+def staged(counts: Sequence[int], strides: Sequence[int]) -> Iterator[tuple[int, str, int]]:
+    """The blocks of some stages: index of the stage, name, and stride, which the first block of a stage has.
+
+    >>> list(staged((1, 2), (1, 2)))
+    [(0, 'stage1_block1', 1), (1, 'stage2_block1', 2), (1, 'stage2_block2', 1)]
+    """
+    for stage, (count, stride) in enumerate(zip(counts, strides, strict=True)):
+        for block in range(count):
+            yield stage, f"stage{stage + 1}_block{block + 1}", 1 if block else stride
 
 
 def check_call(num_classes: int, x: Array, width: float = 1.0) -> None:

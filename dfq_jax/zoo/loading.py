@@ -15,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from dfq_jax.zoo.checkpoint import load_checkpoint
+from dfq_jax.zoo.entry import ZooEntry, abstract_model
 from dfq_jax.zoo.layouts import Layout
 from dfq_jax.zoo.packaged import PackagedWeights
 from dfq_jax.zoo.preprocessing import Preprocessing
-from dfq_jax.zoo.registry import ZooEntry, abstract_model, find_model
+from dfq_jax.zoo.registry import find_model
 
 __all__ = ["ZooModel", "load_model"]
 

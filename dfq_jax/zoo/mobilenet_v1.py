@@ -13,12 +13,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import ConvNorm, check_call
+from dfq_jax.zoo.layers import ConvNorm, check_call, staged
 
 __all__ = ["MobileNetV1"]
 
 STEM = 32
-STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))  # channels and blocks of each
+CHANNELS, BLOCKS, STRIDES = (64, 128, 256, 512, 1024), (1, 2, 2, 6, 2), (1, 2, 2, 2, 2)  # of each stage
 
 
 class MobileNetV1(nn.Module):
@@ -46,11 +46,8 @@ class MobileNetV1(nn.Module):
         check_call(self.num_classes, x, self.width)
         style = dict(activation=self.activation, dtype=self.dtype)
         x = ConvNorm(int(self.width * STEM), 3, 2, **style, name="stem")(x, train)
-        for stage, (channels, count) in enumerate(STAGES, start=1):
-            for block in range(1, count + 1):
-                stride = 2 if stage > 1 and block == 1 else 1
-                features = int(self.width * channels)
-                x = SeparableBlock(features, stride, **style, name=f"stage{stage}_block{block}")(x, train)
+        for stage, name, stride in staged(BLOCKS, STRIDES):
+            x = SeparableBlock(int(self.width * CHANNELS[stage]), stride, **style, name=name)(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(jnp.mean(x, axis=(1, 2)))
 
 

@@ -11,13 +11,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import ConvNorm, check_call
+from dfq_jax.zoo.layers import ConvNorm, check_call, staged
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
 
 STEM, HEAD = 32, 1280
-# Expansion, channels, blocks, and stride of the first block of each stage.
-STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+# Of each stage; the stride is that of its first block.
+EXPANSIONS, CHANNELS = (1, 6, 6, 6, 6, 6, 6), (16, 24, 32, 64, 96, 160, 320)
+BLOCKS, STRIDES = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)
 
 
 class InvertedResidual(nn.Module):
@@ -76,14 +77,10 @@ class MobileNetV2(nn.Module):
         check_call(self.num_classes, x, self.width)
         style = dict(activation=nn.relu6, dtype=self.dtype)
         x = ConvNorm(int(self.width * STEM), 3, 2, **style, name="stem")(x, train)
-        for stage, (expansion, channels, count, first_stride) in enumerate(STAGES, start=1):
-            if expansion == 1 and not self.first_expansion:
-                expansion = 0
-            for block in range(1, count + 1):
-                x = InvertedResidual(
-                    int(self.width * channels), expansion, first_stride if block == 1 else 1, self.dtype,
-                    name=f"stage{stage}_block{block}",
-                )(x, train)  # fmt: skip
+        for stage, name, stride in staged(BLOCKS, STRIDES):
+            expansion = EXPANSIONS[stage] if stage or self.first_expansion else 0
+            features = int(self.width * CHANNELS[stage])
+            x = InvertedResidual(features, expansion, stride, self.dtype, name=name)(x, train)
         x = ConvNorm(int(max(self.width, 1.0) * HEAD), **style, name="head")(x, train)
         classifier = nn.Dense(self.num_classes, use_bias=self.classifier_bias, dtype=self.dtype, name="classifier")
         return classifier(jnp.mean(x, axis=(1, 2)))

@@ -9,41 +9,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from dfq_jax.zoo.torch_reader import Readers
+import numpy as np
 
+# The arrays of a file: name to a function that reads the array.
+Readers = dict[str, Callable[[], np.ndarray]]
 # Entries of a training state that a network in inference does not read, wherever the network's own variables lie.
-TRAINING_ONLY = frozenset(
-    {
-        "apply_fn",
-        "best_metric",
-        "dropout_key",
-        "dropout_rng",
-        "dynamic_scale",
-        "ema",
-        "ema_params",
-        "ema_state",
-        "epoch",
-        "global_step",
-        "iteration",
-        "key",
-        "loss_scale",
-        "metrics",
-        "opt",
-        "opt_state",
-        "opt_states",
-        "optimizer",
-        "optimizer_state",
-        "params_ema",
-        "rng",
-        "rng_key",
-        "rngs",
-        "scheduler",
-        "step",
-        "tx",
-    }
-)
+TRAINING_ONLY = frozenset((
+    "apply_fn", "best_metric", "dropout_key", "dropout_rng", "dynamic_scale", "ema", "ema_params", "ema_state",
+    "epoch", "global_step", "iteration", "key", "loss_scale", "metrics", "opt", "opt_state", "opt_states",
+    "optimizer", "optimizer_state", "params_ema", "rng", "rng_key", "rngs", "scheduler", "step", "tx",
+))  # fmt: skip
 _SEPARATORS = re.compile(r"[/.\[\]'\"]+")
 Parts = tuple[str, ...]
 # What stands before a variable's name in a file, and how many of the name's first parts are left out there.

