@@ -13,7 +13,7 @@ import numpy as np
 from dfq_jax.export.onnx.batched import Shape
 from dfq_jax.export.onnx.operations import Unsupported, spread
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, Codes, integer_bias, scalar_params, stored_codes
-from dfq_jax.export.onnx.writer import Value, Writer, constant
+from dfq_jax.export.onnx.writer import Value, Writer, constant, plain
 from dfq_jax.graph import LayerCall, Op
 from dfq_jax.quantizers import MAX_BITS, QTensor, QuantizerParams
 
@@ -289,7 +289,7 @@ def einsum(writer: Writer, op: Op, left: Value, right: Value, shape: Shape) -> V
         terms.append("".join(own[a] for a in axes))
         names.append(writer.whole(value, axes))
     name = writer.node("Einsum", names, equation=f"{','.join(terms)}->{result}")
-    return Value(shape=shape, axes=tuple(range(len(shape))), name=name)
+    return plain(name, shape)
 
 
 def along_axis(vector: np.ndarray, axis: int, rank: int) -> Value:
