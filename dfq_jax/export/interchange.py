@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfq_jax.export import require
+from dfq_jax.export.exporter import require
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, QuantizerParams, bounds, is_quantized, quantization
 from dfq_jax.stages import Ranges

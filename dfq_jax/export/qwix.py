@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export import Runner, as_batch, require
+from dfq_jax.export.exporter import Runner, as_batch, require
 from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
 from dfq_jax.quantizers import QTensor, QuantizerParams, quantization, without_quantization
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import may_transfer, write_atomically
-from dfq_jax.export import Runner, as_batch, require
+from dfq_jax.export.exporter import Runner, as_batch, require
 from dfq_jax.graph import GraphError
 from dfq_jax.runtime import Policy, apply_plan, compile_integer, default_policy
 

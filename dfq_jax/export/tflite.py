@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field, is_non_negative, write_atomically
-from dfq_jax.export import Runner
+from dfq_jax.export.exporter import Runner
 from dfq_jax.graph import Graph, LayerCall, record_tensors, run
 from dfq_jax.quantizers import QuantizerParams, dequantized, quantization
 from dfq_jax.stages import fold_batch_norm
@@ -77,12 +77,14 @@ class TFLiteExporter:
             raise ValueError(f"max_images: expected an integer of at least 1, found {self.max_images!r}.")
         check_field("headroom", self.headroom, "a finite number of at least 1", lambda v: is_non_negative(v) and v >= 1)
 
-    def check_installed(self) -> None:
+    def check(self, quantized: Quantized) -> None:
         """Refuse work that LiteRT could not finish.
 
         Raises:
           ImportError: a LiteRT package is missing, or the interpreter; the message says what to do.
+          ValueError: activations of other than 8 bits; the message names the tensor.
         """
+        check_expressible(quantization(quantized.variables).by_tensor)
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
             self._call("check", folder)
 

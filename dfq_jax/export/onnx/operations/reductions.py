@@ -14,6 +14,7 @@ from dfq_jax.export.onnx.writer import Value
     {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin", "reduce_prod": "ReduceProd"}
 )
 def reduction(call: Call, kind: str) -> Value:
+    """An operator that takes axes away."""
     (x,), gone = call.inputs, call.params["axes"]
     if not gone:
         return x

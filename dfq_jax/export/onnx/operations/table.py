@@ -30,9 +30,11 @@ class Call:
 
     @property
     def shape(self) -> Shape:
+        """Of the only result, or of the first."""
         return self.shapes[0]
 
     def elementwise(self, kind: str, *operands: Value, **attributes: Any) -> Value:
+        """The result of an operator on every element of the given operands, or of all."""
         return self.writer.elementwise(kind, operands or self.inputs, self.shape, **attributes)
 
     def like(self, x: Value, name: str) -> Value:
