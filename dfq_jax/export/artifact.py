@@ -1,7 +1,7 @@
 """A quantized network in one file.
 
-An artifact is a safetensors file (https://huggingface.co/docs/safetensors). Codes narrower than a byte are
-packed, and all that is not a tensor is one JSON object under the key ``dfq_jax`` of the file's metadata::
+An artifact is a safetensors file (https://huggingface.co/docs/safetensors). Codes narrower than a byte are packed, and
+all that is not a tensor is one JSON object under the key ``dfq_jax`` of the file's metadata::
 
     format, format_version   what wrote the file, and the layout of this object
     versions                 of the packages that wrote it
@@ -10,9 +10,9 @@ packed, and all that is not a tensor is one JSON object under the key ``dfq_jax`
     header                   the caller's own: recipe, graph digest, model name, ...
     sha256                   of all of the above and of the tensors' contents
 
-A leaf is named by its path in the user's tree, joined by "/" (in a key "~" becomes "~0" and "/" becomes "~1"), and
-the arrays of a node are named like leaves below it; activation quantizers are named below "quantization".
-Loading runs no code from the file.
+A leaf is named by its path in the user's tree, joined by "/" (in a key "~" becomes "~0" and "/" becomes "~1"), and the
+arrays of a node are named like leaves below it; activation quantizers are named below "quantization". Loading runs no
+code from the file.
 """
 
 from __future__ import annotations
@@ -108,20 +108,19 @@ def _jsonable(header: Any, argument: str) -> Any:
 def save(path: str | os.PathLike, variables: Any, *, header: Mapping[str, Any]) -> None:
     """Write a network's variables to one file, whole or not at all.
 
-    An existing file is replaced only when the new one is complete on disk. The encoded file is held in
-    memory meanwhile.
+    An existing file is replaced only when the new one is complete on disk. The encoded file is held in memory
+    meanwhile.
 
     Args:
       path: file to write, by convention ``*.safetensors``; its directory must exist.
-      variables: pytree whose leaves are arrays, `QTensor` or `QuantizerParams`. Its collection
-        "quantization", if any, must be nested dicts with str keys, since a float template cannot tell
-        `restore` its structure.
-      header: what else to record, JSON: recipe, model name, digests. `load` gives it back together with
-        the keys "format", "format_version", "versions" and "sha256", which it must not have.
+      variables: pytree whose leaves are arrays, `QTensor` or `QuantizerParams`. Its collection "quantization", if any,
+        must be nested dicts with str keys, since a float template cannot tell `restore` its structure.
+      header: what else to record, JSON: recipe, model name, digests. `load` gives it back together with the keys
+        "format", "format_version", "versions" and "sha256", which it must not have.
 
     Raises:
-      TypeError: a leaf is not numeric, a PRNG key or a tracer, `header` is not JSON, or "quantization"
-        has other nodes than dicts with str keys.
+      TypeError: a leaf is not numeric, a PRNG key or a tracer, `header` is not JSON, or "quantization" has other nodes
+        than dicts with str keys.
       ValueError: `header` has a reserved key, or names of leaves clash.
       OSError: the file cannot be written; nothing is left behind.
     """
@@ -184,15 +183,13 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
       path: file written by `save`.
 
     Returns:
-      ``(flat, header)``: leaves by name ("params/conv/kernel"), each an array, `QTensor` or
-      `QuantizerParams`, bit for bit as saved; arrays are JAX arrays on the default device (NumPy arrays
-      where JAX would narrow a 64-bit dtype). The header is the caller's with "format",
-      "format_version", "versions" and "sha256" added.
+      ``(flat, header)``: leaves by name ("params/conv/kernel"), each an array, `QTensor` or `QuantizerParams`, bit for
+      bit as saved; arrays are JAX arrays on the default device (NumPy arrays where JAX would narrow a 64-bit dtype).
+      The header is the caller's with "format", "format_version", "versions" and "sha256" added.
 
     Raises:
-      ArtifactError: the file is truncated, damaged, not safetensors, of another program, of a newer
-        format, has a malformed header or lacks tensors, or its contents do not have the recorded
-        digest; the message says which.
+      ArtifactError: the file is truncated, damaged, not safetensors, of another program, of a newer format, has a
+        malformed header or lacks tensors, or its contents do not have the recorded digest; the message says which.
       OSError: the file cannot be read.
     """
     path = os.fspath(path)
@@ -232,17 +229,17 @@ def restore(
 
     Args:
       path: file written by `save`.
-      template_variables: variables of the network, float or quantized; only structure, shapes and dtypes
-        count, so `jax.eval_shape` of its initialization will do. A float array may come back as a
-        `QTensor` of its shape and dtype, and a float template gains the collection "quantization".
+      template_variables: variables of the network, float or quantized; only structure, shapes and dtypes count, so
+        `jax.eval_shape` of its initialization will do. A float array may come back as a `QTensor` of its shape and
+        dtype, and a float template gains the collection "quantization".
       expect: header entries that must equal those of the file, e.g. ``{"graph": graph_digest}``.
 
     Returns:
       ``(variables, header)``, see `load`.
 
     Raises:
-      ArtifactError: as `load`, or the header differs from `expect`, or the leaves differ from those of
-        the template; the message says in what.
+      ArtifactError: as `load`, or the header differs from `expect`, or the leaves differ from those of the template;
+        the message says in what.
       TypeError: `expect` is not a JSON dict.
       OSError: the file cannot be read.
     """

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from dfq_jax.base import check_field
+
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
 
@@ -65,8 +67,7 @@ def get_exporter(name: str) -> Exporter:
       ValueError: there is no such format.
       ImportError: this installation lacks its module.
     """
-    if name not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, found {name!r}.")
+    check_field("format", name, f"one of {', '.join(FORMATS)}", lambda v: v in FORMATS)
     module = f"{__package__}.{name}"
     try:
         return importlib.import_module(module).EXPORTER

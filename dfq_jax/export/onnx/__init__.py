@@ -100,12 +100,8 @@ def open_onnx(path: str | os.PathLike[str]) -> Runner:
 class _Onnx:
     name = "onnx"
     extra = "onnx"
-
-    def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
-        export_onnx(quantized, path)
-
-    def open(self, path: str | os.PathLike[str]) -> Runner:
-        return open_onnx(path)
+    write = staticmethod(export_onnx)
+    open = staticmethod(open_onnx)
 
 
 EXPORTER = _Onnx()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.base import may_transfer
+from dfq_jax.base import check_field, may_transfer
 from dfq_jax.export.exporter import require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
@@ -46,8 +46,7 @@ def to_onnx(
         raise ValueError(f"opset: expected an integer from {MIN_OPSET} to {newest} (onnx {onnx.__version__}).")
     if int4 and opset < FOUR_BIT_OPSET:
         raise ValueError(f"int4: 4-bit weights need opset={FOUR_BIT_OPSET}, found opset={opset}.")
-    if integers not in INTEGER_TYPES:
-        raise ValueError(f"integers: expected one of {', '.join(INTEGER_TYPES)}, found {integers!r}.")
+    check_field("integers", integers, f"one of {', '.join(INTEGER_TYPES)}", lambda v: v in INTEGER_TYPES)
     translation = _Translation(onnx, batched_program(graph, batch), variables, int4, integers, float_bias)
     return translation.model(opset)
 
