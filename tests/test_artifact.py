@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dfq_jax.export import artifact
+from dfq_jax.export import artifact, container
 from dfq_jax.export.artifact import ArtifactError, load, restore, save
 from dfq_jax.quantizers.qtensor import QTensor, params_from_range, quantize_tensor
 
@@ -169,7 +169,7 @@ def rewrite(path, change):
     with safetensors.safe_open(path, framework="np") as file:
         meta = json.loads(file.metadata()["dfq_jax"])
     change(meta, stored)
-    meta["sha256"] = artifact._digest(meta, stored)
+    meta["sha256"] = container._digest(meta, stored)
     safetensors.numpy.save_file(stored, path, metadata={"dfq_jax": json.dumps(meta)})
 
 
@@ -338,7 +338,7 @@ def test_other_graph(path):
 @pytest.mark.parametrize(
     "variables,header,error,words",
     [
-        ({"w": "text"}, {}, TypeError, "'w'.*numeric array, got str"),
+        ({"w": "text"}, {}, TypeError, "'w'.*numeric array, found str"),
         ({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}, {}, TypeError, "'w'.*ShapeDtypeStruct"),
         ({"k": jax.random.key(0)}, {}, TypeError, "'k'.*PRNG key.*key_data"),
         (
@@ -351,9 +351,9 @@ def test_other_graph(path):
         ({"quantization": {"a": {0: array(1)}}}, {}, TypeError, "nested dicts with str keys"),
         ({"__metadata__": array(1)}, {}, ValueError, "__metadata__"),
         ({}, {"sha256": "x"}, ValueError, "reserved keys.*sha256"),
-        ({}, {"x": array(1)}, TypeError, "header must be JSON"),
-        ({}, {"x": float("nan")}, TypeError, "header must be JSON"),
-        ({}, "x", TypeError, "header must be a dict, got str"),
+        ({}, {"x": array(1)}, TypeError, "header: expected JSON"),
+        ({}, {"x": float("nan")}, TypeError, "header: expected JSON"),
+        ({}, "x", TypeError, "header: expected a dict, found str"),
     ],
 )
 def test_save_refuses(tmp_path, variables, header, error, words):

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfq_jax.export import require
+from dfq_jax.export.exporter import require
 from dfq_jax.graph import Graph
-from dfq_jax.quantizers import QTensor, QuantizerParams, bounds, is_quantized, quantization
+from dfq_jax.quantizers import QTensor, QuantizerParams, check_quantized, code_limits, quantization
 from dfq_jax.stages import Ranges
 
 if TYPE_CHECKING:
@@ -39,13 +39,9 @@ def ranges_of(qvariables: Any) -> Ranges:
     Raises:
       ValueError: `qvariables` are not quantized.
     """
-    return {name: (float(params.lo), float(params.hi)) for name, params in _quantizers(qvariables).items()}
-
-
-def _quantizers(qvariables: Any) -> dict[str, QuantizerParams]:
-    if not is_quantized(qvariables):
-        raise ValueError("qvariables: expected quantized variables, found no collection 'quantization'.")
-    return quantization(qvariables).by_tensor
+    check_quantized(qvariables)
+    quantizers = quantization(qvariables).by_tensor
+    return {name: (float(params.lo), float(params.hi)) for name, params in quantizers.items()}
 
 
 def _renamed(ranges: Ranges, names: Names) -> dict[str, tuple[float, float]]:
@@ -182,10 +178,11 @@ def to_aimet(
     Raises:
       ValueError: `qvariables` are not quantized, or a tensor has no name.
     """
+    check_quantized(qvariables)
     activations = {}
-    for tensor, params in _quantizers(qvariables).items():
+    for tensor, params in quantization(qvariables).by_tensor.items():
         for name in _renamed({tensor: (params.lo, params.hi)}, names):
-            activations[name] = [_encoding(params.bits, params.signed, float(params.scale), params.zero_point)]
+            activations[name] = _encodings(params)
     parameters, leaves = {}, graph.leaves_by_path(qvariables)
     for path in graph.kernels:
         kernel = leaves[path]
@@ -194,26 +191,25 @@ def to_aimet(
         name = path if kernel_names is None else kernel_names.get(path)
         if name is None:
             raise ValueError(f"kernel_names: no name for kernel {path!r}.")
-        scales = np.asarray(kernel.scale, np.float32).reshape(-1)
-        zeros = np.zeros(scales.size) if kernel.zero_point is None else np.asarray(kernel.zero_point).reshape(-1)
-        parameters[name] = [
-            _encoding(kernel.bits, kernel.signed, float(s), z, symmetric=kernel.zero_point is None)
-            for s, z in zip(scales, zeros, strict=True)
-        ]
+        parameters[name] = _encodings(kernel.params)
     return {"version": AIMET_VERSION, "activation_encodings": activations, "param_encodings": parameters}
 
 
-def _encoding(bits: int, signed: bool, scale: float, zero: Any, *, symmetric: bool = False) -> dict[str, Any]:
-    offset = bounds(bits, signed)[0] - (0 if zero is None else int(zero))
-    return {
-        "bitwidth": bits,
-        "dtype": "int",
-        "is_symmetric": str(symmetric),  # a string in this version
-        "max": scale * (offset + 2**bits - 1),
-        "min": scale * offset,
-        "offset": offset,
-        "scale": scale,
-    }
+def _encodings(params: QuantizerParams) -> list[dict[str, Any]]:
+    """One for each scale."""
+    offsets = np.broadcast_to(code_limits(params)[0], np.shape(params.scale)).reshape(-1)
+    return [
+        {
+            "bitwidth": params.bits,
+            "dtype": "int",
+            "is_symmetric": str(params.zero_point is None),  # a string in this version
+            "max": scale * (offset + 2**params.bits - 1),
+            "min": scale * offset,
+            "offset": offset,
+            "scale": scale,
+        }
+        for scale, offset in zip(map(float, np.ravel(params.scale)), map(int, offsets), strict=True)
+    ]
 
 
 def from_aimet(encodings: Mapping[str, Any] | str | Path, names: Names) -> Ranges:

@@ -26,9 +26,9 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export import Runner, as_batch, require
+from dfq_jax.export.exporter import Runner, as_batch, require
 from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
-from dfq_jax.quantizers import QTensor, QuantizerParams, quantization, without_quantization
+from dfq_jax.quantizers import QTensor, QuantizerParams, int8_zero, quantization, without_quantization
 
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
@@ -135,10 +135,9 @@ def _activation(name: str, params: QuantizerParams | None, template: Any) -> tup
     if params is None or params.bits != 8 or params.signed:
         found = "float" if params is None else f"{params.bits}-bit"
         raise ValueError(f"layer {name!r} has {found} activations; Qwix has 8-bit ones. Quantize with bits='w8a8'.")
-    zero = 0 if params.zero_point is None else int(params.zero_point)
     shape = template.array.shape
     scale = jnp.full(shape, params.scale, template.array.dtype)
-    return template.replace(array=scale), jnp.full(shape, zero - 128, jnp.int8)
+    return template.replace(array=scale), jnp.full(shape, int8_zero(params), jnp.int8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.base import may_transfer, write_atomically
-from dfq_jax.export import Runner, as_batch, require
+from dfq_jax.base import check_field, may_transfer, write_atomically
+from dfq_jax.export.exporter import Runner, as_batch, require
 from dfq_jax.graph import GraphError
 from dfq_jax.runtime import Policy, apply_plan, compile_integer, default_policy
 
@@ -52,9 +52,7 @@ class StableHLOExporter:
     extra = "stablehlo"
 
     def __post_init__(self) -> None:
-        unknown = set(self.platforms) - set(PLATFORMS)
-        if unknown or not self.platforms:
-            raise ValueError(f"platforms: expected some of {PLATFORMS}, found {self.platforms!r}.")
+        check_field("platforms", self.platforms, f"some of {PLATFORMS}", lambda v: v and set(v) <= set(PLATFORMS))
 
     def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
         """Write the network to a file, whole or not at all; see `Exporter.write`.

@@ -32,7 +32,8 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field, is_non_negative, write_atomically
-from dfq_jax.export import Runner
+from dfq_jax.export.exporter import Runner
+from dfq_jax.export.interchange import ranges_of
 from dfq_jax.graph import Graph, LayerCall, record_tensors, run
 from dfq_jax.quantizers import QuantizerParams, dequantized, quantization
 from dfq_jax.stages import fold_batch_norm
@@ -71,18 +72,18 @@ class TFLiteExporter:
     extra = "tflite"
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: expected a positive number of seconds, found {self.timeout!r}.")
-        if type(self.max_images) is not int or self.max_images < 1:
-            raise ValueError(f"max_images: expected an integer of at least 1, found {self.max_images!r}.")
+        check_field("timeout", self.timeout, "a positive number of seconds", lambda v: v > 0)
+        check_field("max_images", self.max_images, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         check_field("headroom", self.headroom, "a finite number of at least 1", lambda v: is_non_negative(v) and v >= 1)
 
-    def check_installed(self) -> None:
+    def check(self, quantized: Quantized) -> None:
         """Refuse work that LiteRT could not finish.
 
         Raises:
           ImportError: a LiteRT package is missing, or the interpreter; the message says what to do.
+          ValueError: activations of other than 8 bits; the message names the tensor.
         """
+        check_expressible(quantization(quantized.variables).by_tensor)
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
             self._call("check", folder)
 
@@ -106,14 +107,9 @@ class TFLiteExporter:
             )
         variables = float_variables(graph, quantized.variables)
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
-            Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
-            ranges = {name: (float(params.lo), float(params.hi)) for name, params in quantizers.items()}
-            job = {"weights_only": weights_only, "ranges": ranges, "headroom": self.headroom}
+            _lay_out(folder, graph, variables, None if weights_only else quantized.images[: self.max_images])
+            job = {"weights_only": weights_only, "ranges": ranges_of(quantized.variables), "headroom": self.headroom}
             Path(folder, "job.json").write_text(json.dumps(job))
-            if not weights_only:
-                images = np.asarray(quantized.images[: self.max_images], np.float32)
-                tensors = recorded(graph, variables, images[:1])
-                np.savez(Path(folder, "inputs.npz"), images=images, **{f"tensor:{k}": v for k, v in tensors.items()})
             result = self._call("convert", folder)
             if result["unmatched"]:
                 names = ", ".join(result["unmatched"][:5])
@@ -143,12 +139,8 @@ class TFLiteExporter:
           ImportError, ValueError, TimeoutError: as in `write`.
         """
         graph = graph.at((1, *graph.input.shape[1:]))
-        x = np.asarray(x[:1], np.float32)
-        variables = float_variables(graph, variables)
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
-            Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
-            tensors = recorded(graph, variables, x)
-            np.savez(Path(folder, "inputs.npz"), images=x, **{f"tensor:{k}": v for k, v in tensors.items()})
+            _lay_out(folder, graph, float_variables(graph, variables), x[:1])
             result = self._call("export", folder)
             return Path(folder, "model.tflite").read_bytes(), dict(result["names"])
 
@@ -233,7 +225,11 @@ def stablehlo_text(graph: Graph, variables: Any) -> str:
     return jax.export.export(function, platforms=("cpu",))(graph.input).mlir_module()
 
 
-def recorded(graph: Graph, variables: Any, x: Float[np.ndarray, "1 ..."]) -> dict[str, np.ndarray]:
-    """What layers read, for one image."""
-    _, tensors = jax.jit(lambda v, x: record_tensors(graph, v, x))(variables, x)
-    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+def _lay_out(folder: str, graph: Graph, variables: Any, images: Any) -> None:
+    """Put a float network into the worker's folder, and images with what layers read of the first one, if any."""
+    Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
+    if images is not None:
+        images = np.asarray(images, np.float32)
+        _, tensors = jax.jit(lambda v, x: record_tensors(graph, v, x))(variables, images[:1])
+        tensors = {f"tensor:{name}": np.asarray(value, np.float32) for name, value in tensors.items()}
+        np.savez(Path(folder, "inputs.npz"), images=images, **tensors)

@@ -10,7 +10,7 @@ others need newer. So `export.tflite` talks to it by files:
 """
 
 import json
-import os
+import pathlib
 import sys
 import time
 
@@ -31,29 +31,23 @@ def check(folder):
 
 def convert(folder):
     """StableHLO text to a LiteRT file, quantized with given ranges."""
-    with open(os.path.join(folder, "job.json")) as file:
-        job = json.load(file)
-    with open(os.path.join(folder, "module.mlir")) as file:
-        text = file.read()
-    model = to_float(text)
+    job = json.loads((folder / "job.json").read_text())
+    model = to_float((folder / "module.mlir").read_text())
     result = {"unmatched": []}
     if job["weights_only"]:
         model = quantized(model, "weight_only_wi8_afp32", None)
     else:
-        inputs = np.load(os.path.join(folder, "inputs.npz"))
+        inputs = np.load(folder / "inputs.npz")
         model, result["unmatched"] = to_int8(model, inputs, job["ranges"], job["headroom"])
-    with open(os.path.join(folder, "model.tflite"), "wb") as file:
-        file.write(model)
+    (folder / "model.tflite").write_bytes(model)
     return result
 
 
 def export(folder):
     """StableHLO text to a float LiteRT file, and LiteRT's names of our tensors."""
-    with open(os.path.join(folder, "module.mlir")) as file:
-        model = to_float(file.read())
-    with open(os.path.join(folder, "model.tflite"), "wb") as file:
-        file.write(model)
-    return {"names": tensor_names(model, np.load(os.path.join(folder, "inputs.npz")))}
+    model = to_float((folder / "module.mlir").read_text())
+    (folder / "model.tflite").write_bytes(model)
+    return {"names": tensor_names(model, np.load(folder / "inputs.npz"))}
 
 
 def to_float(text):
@@ -156,13 +150,11 @@ def load(model, preserve=False, threads=1):
 
 
 def run(folder):
-    """Logits of a batch, image by image; with "rounds", also the seconds of each call."""
-    with open(os.path.join(folder, "model.tflite"), "rb") as file:
-        model = file.read()
-    inputs = np.load(os.path.join(folder, "inputs.npz"))
-    interpreter = load(model, threads=int(inputs["threads"]) if "threads" in inputs else 1)
+    """Logits of images, "batch" of them in a call on "threads" threads, and the seconds of each call."""
+    inputs = np.load(folder / "inputs.npz")
+    interpreter = load((folder / "model.tflite").read_bytes(), threads=int(inputs["threads"]))
     (source,), result = interpreter.get_input_details(), interpreter.get_output_details()[0]
-    batch = int(inputs["batch"]) if "batch" in inputs else 1
+    batch = int(inputs["batch"])
     if batch != source["shape"][0]:
         interpreter.resize_tensor_input(source["index"], (batch, *source["shape"][1:]))
         interpreter.allocate_tensors()
@@ -173,7 +165,7 @@ def run(folder):
         interpreter.invoke()
         seconds.append(time.perf_counter() - began)
         outputs.append(decode(interpreter.get_tensor(result["index"]), result))
-    np.savez(os.path.join(folder, "outputs.npz"), logits=np.concatenate(outputs), seconds=seconds)
+    np.savez(folder / "outputs.npz", logits=np.concatenate(outputs), seconds=seconds)
     return {}
 
 
@@ -202,9 +194,8 @@ def main(command, folder):
         result = {"missing": error.name}
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}"}
-    with open(os.path.join(folder, "result.json"), "w") as file:
-        json.dump(result, file)
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], pathlib.Path(sys.argv[2]))

@@ -82,6 +82,18 @@ def _holds_quantizers(collection: Any) -> bool:
     return isinstance(collection, Mapping) and all(isinstance(leaf, QuantizerParams) for leaf in leaves)
 
 
+def check_quantized(qvariables: Any) -> None:
+    """Refuse variables without activation quantizers.
+
+    Raises:
+      ValueError: they have no collection "quantization" of ours.
+    """
+    if not is_quantized(qvariables):
+        raise ValueError(
+            "qvariables: expected quantized variables, found no collection 'quantization'. Quantize first."
+        )
+
+
 def quantization(variables: Any) -> ActivationQuantizers:
     """The activation quantizers of quantized variables; none of float variables."""
     if not is_quantized(variables):

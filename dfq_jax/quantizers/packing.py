@@ -14,8 +14,8 @@ from dfq_jax.quantizers.qtensor import bounds, storage_bits
 def pack(codes: Integer[ArrayLike, "..."], bits: int) -> UInt8[np.ndarray, " bytes"]:
     """Codes packed for storage, on the host.
 
-    Codes are taken in row-major order, the first in the lowest bits of a byte, two's complement if
-    negative; the last byte is filled up with zeros.
+    Codes are taken in row-major order, the first in the lowest bits of a byte, two's complement if negative; the last
+    byte is filled up with zeros.
 
     Args:
       codes: integers within the signed or the unsigned range of `bits`.

@@ -150,6 +150,10 @@ def params_from_range(
     scale that covers both ends, ``max(-lo / 2**(bits - 1), hi / (2**(bits - 1) - 1))``. A range of zero
     width gets a tiny positive scale. Can be traced; finite ends are the caller's to ensure.
 
+    >>> params = params_from_range(-5.0, 10.0, bits=4)
+    >>> float(params.scale), float(params.zero_point)
+    (1.0, 5.0)
+
     Args:
       lo: lower end, any shape that broadcasts with `hi`.
       hi: upper end.
@@ -222,6 +226,9 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Arr
 def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[Array, "..."]:
     """Real numbers of codes, ``scale * (q - zero_point)``, in float32.
 
+    >>> dequantize(jnp.array([0, 5, 15]), params_from_range(-5.0, 10.0, bits=4)).tolist()
+    [-5.0, 0.0, 10.0]
+
     Args:
       q: codes of any shape that broadcasts with ``params.scale``.
       params: the quantizer.
@@ -240,6 +247,9 @@ def fake_quant(x: Float[ArrayLike, "*shape"], params: QuantizerParams) -> Float[
     inside and the clipped ``q - zero_point`` elsewhere (Esser et al., "Learned Step Size Quantization",
     arXiv 1902.08153, without their gradient scale); that to ``params.zero_point`` is 0 inside and
     ``-scale`` elsewhere (as for the offset of LSQ+, arXiv 2004.09576).
+
+    >>> fake_quant(jnp.array([-9.0, 0.4, 2.6]), params_from_range(-5.0, 10.0, bits=4)).tolist()
+    [-5.0, 0.0, 3.0]
 
     Args:
       x: numbers of any shape against which ``params.scale`` broadcasts.

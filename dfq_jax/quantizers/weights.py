@@ -1,7 +1,7 @@
 """Ranges and quantization of weights.
 
-An estimator takes a kernel and returns the real range ``(lo, hi)`` to quantize it over, one range for
-each channel, in the form that `dfq_jax.quantizers.qtensor.params_from_range` takes::
+An estimator takes a kernel and returns the real range ``(lo, hi)`` to quantize it over, one range for each channel, in
+the form that `dfq_jax.quantizers.qtensor.params_from_range` takes::
 
     lo, hi = mse(w, bits=4, symmetric=True, channel_axes=(3,))
     q = quantize_tensor(w, params_from_range(lo, hi, bits=4, symmetric=True))
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.quantizers.qtensor import QTensor, bounds, fake_quant, params_from_range, quantize_tensor
 
 GRID_STEPS = 100  # fractions of the full range: 1.00, 0.99, ..., 0.01
@@ -53,8 +54,7 @@ def min_max(
       channel_axes: axes with a range for each index; () for one range over the whole tensor.
 
     Returns:
-      ``(lo, hi)``, float32, ``lo <= 0 <= hi``, in the shape of `w` with size 1 on the axes that share
-      a range.
+      ``(lo, hi)``, float32, ``lo <= 0 <= hi``, in the shape of `w` with size 1 on the axes that share a range.
 
     Raises:
       TypeError: `w` is not floating, or `channel_axes` is not a tuple of ints.
@@ -74,9 +74,9 @@ def lp(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Range of least mean ``|w - Q(w)|**p`` in each channel, by search.
 
-    The full range is shrunk, both ends together, by 1.00, 0.99, ..., 0.01, and then by finer steps around
-    the best of these fractions, which are taken where they lower the error. This is the initialization of
-    weight scales in BRECQ (Li et al., arXiv 2102.05426) and QDrop (arXiv 2203.05740).
+    The full range is shrunk, both ends together, by 1.00, 0.99, ..., 0.01, and then by finer steps around the best of
+    these fractions, which are taken where they lower the error. This is the initialization of weight scales in BRECQ
+    (Li et al., arXiv 2102.05426) and QDrop (arXiv 2203.05740).
 
     Args:
       w: kernel, floating, finite, not empty.
@@ -91,8 +91,7 @@ def lp(
     Raises:
       TypeError, ValueError: as `min_max`; ValueError if `p` is not positive.
     """
-    if not p > 0:
-        raise ValueError(f"p: expected a positive number, found {p}; pass e.g. p=2.4.")
+    check_field("p", p, "a positive number", lambda v: v > 0)
     lo, hi = min_max(w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)
     axes = _reduced_axes(jnp.asarray(w), channel_axes)
     return _search(jnp.asarray(w), lo, hi, bits=int(bits), symmetric=bool(symmetric), axes=axes, p=float(p))
@@ -163,8 +162,7 @@ def quantize_kernel(
     Raises:
       TypeError, ValueError: as `min_max`; ValueError if `method` is unknown.
     """
-    if method not in WEIGHT_RANGES:
-        raise ValueError(f"method: expected one of {', '.join(WEIGHT_RANGES)}, found {method!r}.")
+    check_field("method", method, f"one of {', '.join(WEIGHT_RANGES)}", lambda v: v in WEIGHT_RANGES)
     w = jnp.asarray(w)
     _reduced_axes(w, channel_axes)
     bounds(bits, signed=False)

@@ -15,9 +15,9 @@ from dfq_jax.quantizers import (
     ActivationQuantizers,
     QTensor,
     QuantizerParams,
+    check_quantized,
     code_limits,
     int8_zero,
-    is_quantized,
     pack,
     quantization,
     storage_bits,
@@ -46,10 +46,7 @@ def compile_integer(graph: Graph, qvariables: Any, policy: Policy | None = None)
     Raises:
       ValueError: `qvariables` are not quantized, or not of this graph.
     """
-    if not is_quantized(qvariables):
-        raise ValueError(
-            "qvariables: expected quantized variables, found no collection 'quantization'. Quantize first."
-        )
+    check_quantized(qvariables)
     policy = default_policy(platform_of(qvariables)) if policy is None else policy
     leaves = graph.leaves(qvariables)
     quantizers = quantization(qvariables) if policy.activations == "codes" else ActivationQuantizers()

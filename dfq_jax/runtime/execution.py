@@ -16,7 +16,7 @@ from dfq_jax.runtime.policy import FLOAT, INT8, UNQUANTIZED
 
 
 @dataclasses.dataclass(frozen=True)
-class Codes:
+class TensorCodes:
     """A quantized tensor on its way: centered codes, and what readers in float get."""
 
     centered: jax.Array  # code less zero point, integers in float32
@@ -55,13 +55,13 @@ def apply_plan(plan: IntegerPlan, ivariables: dict[str, Any], x: Float[Array, "n
     fusion = plan.fusion_at(graph)
     quantizers, layers = ivariables["tensors"], ivariables["layers"]
 
-    def quantized(name: str, steps: jax.Array, real: jax.Array | None) -> Codes:
+    def quantized(name: str, steps: jax.Array, real: jax.Array | None) -> TensorCodes:
         params = quantizers[name]
         codes = jnp.round(jnp.clip(steps, params["low"], params["high"]))
-        return Codes(codes, params["scale"], params.get("zero"), real)
+        return TensorCodes(codes, params["scale"], params.get("zero"), real)
 
     def tensor(item: Tensor, value: Any) -> Any:
-        if isinstance(value, Codes) or item.name not in quantizers:
+        if isinstance(value, TensorCodes) or item.name not in quantizers:
             return value
         # Divided as in the simulation: pixels may lie between two codes by the thousand.
         steps = value.astype(jnp.float32) / quantizers[item.name]["scale"]

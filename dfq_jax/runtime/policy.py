@@ -17,6 +17,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from dfq_jax.base import check_field
 from dfq_jax.graph import Graph, Layer
 from dfq_jax.quantizers import QTensor, QuantizerParams, code_limits, int8_zero
 
@@ -66,20 +67,12 @@ class Policy:
     network: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("backend", BACKENDS),
-            ("accumulator", ACCUMULATORS),
-            ("storage", STORAGE),
-            ("activations", ACTIVATIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}.")
-        if type(self.min_input_channels) is not int or self.min_input_channels < 1:
-            raise ValueError(
-                f"min_input_channels: expected an integer of at least 1, found {self.min_input_channels!r}."
-            )
-        if not self.min_speedup >= 0:
-            raise ValueError(f"min_speedup: expected a ratio of at least 0, found {self.min_speedup!r}.")
+        choices = {"backend": BACKENDS, "accumulator": ACCUMULATORS, "storage": STORAGE, "activations": ACTIVATIONS}
+        for name, allowed in choices.items():
+            check_field(name, getattr(self, name), f"one of {allowed}", lambda v, allowed=allowed: v in allowed)
+        channels = self.min_input_channels
+        check_field("min_input_channels", channels, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        check_field("min_speedup", self.min_speedup, "a ratio of at least 0", lambda v: v >= 0)
 
     def ratio(self, layer: str) -> float | None:
         """Measured time of the float kernel over that of the int8 kernel; above 1 where int8 is faster."""

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.base import platform_of
+from dfq_jax.base import check_field, platform_of
 from dfq_jax.graph import Graph
-from dfq_jax.quantizers import dequantized, is_quantized
+from dfq_jax.quantizers import check_quantized, dequantized
 from dfq_jax.runtime.compiler import compile_integer
 from dfq_jax.runtime.execution import apply_plan
 from dfq_jax.runtime.plan import IntegerPlan
@@ -85,10 +85,8 @@ def measure_policy(
     Raises:
       ValueError: `rounds` is no positive integer, or `qvariables` are not quantized.
     """
-    if type(rounds) is not int or rounds < 1:
-        raise ValueError(f"rounds: expected an integer of at least 1, found {rounds!r}.")
-    if not is_quantized(qvariables):
-        raise ValueError("qvariables: expected quantized variables, found no collection 'quantization'.")
+    check_field("rounds", rounds, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+    check_quantized(qvariables)
     policy = default_policy(platform_of(qvariables)) if policy is None else policy
     policy = measure_kernels(graph, policy, rounds=rounds, timer=timer)
     x = jnp.zeros(graph.input.shape, graph.input.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.graph import Graph, Layer, Tensor
 from dfq_jax.quantizers import (
     MAX_BITS,
@@ -66,19 +67,20 @@ class Convention:
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "edge_bits", "edge_input_bits", "second_input_bits"):
-            bits = getattr(self, name)
-            if bits is None and name != "weight_bits":
-                continue
-            if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
-                raise ValueError(f"{name}: expected an integer from {MIN_BITS} to {MAX_BITS}, found {bits!r}.")
-        if self.weight_range is not None and self.weight_range not in WEIGHT_RANGES:
-            raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
-        if self.shortcuts not in SHORTCUTS:
-            raise ValueError(f"shortcuts: expected one of {SHORTCUTS}, found {self.shortcuts!r}.")
+            bits, wanted = getattr(self, name), f"an integer from {MIN_BITS} to {MAX_BITS}"
+            if bits is not None or name == "weight_bits":
+                check_field(name, bits, wanted, lambda v: type(v) is int and MIN_BITS <= v <= MAX_BITS)
+        ranges = sorted(WEIGHT_RANGES)
+        check_field("weight_range", self.weight_range, f"one of {ranges}", lambda v: v is None or v in WEIGHT_RANGES)
+        check_field("shortcuts", self.shortcuts, f"one of {SHORTCUTS}", lambda v: v in SHORTCUTS)
 
     @classmethod
     def parse(cls, bits: str, *, edge_bits: int | None = 8, **fields: Any) -> Convention:
         """From a name such as "w4a4", "w2a4" or "w4a16" (float activations).
+
+        >>> convention = Convention.parse("w2a16", edge_bits=4)
+        >>> convention.weight_bits, convention.activation_bits, convention.edge_bits
+        (2, None, 4)
 
         Raises:
           ValueError: the name has another form, or bits are outside 2..8.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export import Runner, as_batch, require
+from dfq_jax.export.exporter import Runner, as_batch, require
 from dfq_jax.export.onnx.translate import LOGITS, MIN_OPSET, to_onnx
 from dfq_jax.export.onnx.writer import INPUT
 from dfq_jax.graph import Graph
-from dfq_jax.recipes import Quantized
+
+if TYPE_CHECKING:
+    from dfq_jax.recipes import Quantized
 
 FATAL = 4  # of ONNX Runtime's log levels
 
@@ -63,7 +65,7 @@ def export_onnx(
         the layer near it.
       OSError: the file cannot be written; nothing is left behind.
     """
-    graph, variables = (network.graph, network.variables) if isinstance(network, Quantized) else network
+    graph, variables = network if isinstance(network, tuple) else (network.graph, network.variables)
     model = to_onnx(graph, variables, opset=opset, batch=batch, int4=int4, integers=integers, float_bias=float_bias)
     write_atomically(path, model.SerializeToString())
 
@@ -98,12 +100,8 @@ def open_onnx(path: str | os.PathLike[str]) -> Runner:
 class _Onnx:
     name = "onnx"
     extra = "onnx"
-
-    def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
-        export_onnx(quantized, path)
-
-    def open(self, path: str | os.PathLike[str]) -> Runner:
-        return open_onnx(path)
+    write = staticmethod(export_onnx)
+    open = staticmethod(open_onnx)
 
 
 EXPORTER = _Onnx()

@@ -12,8 +12,8 @@ import numpy as np
 
 from dfq_jax.export.onnx.batched import Shape
 from dfq_jax.export.onnx.operations import Unsupported, spread
-from dfq_jax.export.onnx.quantization import INTEGER_TYPES, Codes, integer_bias, scalar_params, stored_codes
-from dfq_jax.export.onnx.writer import Value, Writer, constant
+from dfq_jax.export.onnx.quantization import INTEGER_TYPES, IntegerWeights, integer_bias, scalar_params, stored_codes
+from dfq_jax.export.onnx.writer import Value, Writer, constant, plain
 from dfq_jax.graph import LayerForm, Op, operand_axes
 from dfq_jax.quantizers import MAX_BITS, QTensor, QuantizerParams
 
@@ -31,7 +31,7 @@ class Kernel:
       dtype: in which 8-bit codes are stored.
     """
 
-    weights: np.ndarray | Codes
+    weights: np.ndarray | IntegerWeights
     name: str
     bias: np.ndarray | None = None
     input_scale: float | None = None
@@ -41,7 +41,7 @@ class Kernel:
     def times(self, factor: np.ndarray, offset: np.ndarray) -> Kernel | None:
         """With the result times a factor plus an offset for each channel; None where integer codes cannot have it."""
         weights = self.weights
-        if isinstance(weights, Codes):
+        if isinstance(weights, IntegerWeights):
             weights = weights.times(factor)
         else:
             weights = weights * factor.reshape(-1, *[1] * (weights.ndim - 1))
@@ -57,7 +57,7 @@ class Kernel:
         apart: bool = False,
     ) -> str:
         """The tensor of the weights, rearranged so that `axis` holds the channels."""
-        if isinstance(self.weights, Codes):
+        if isinstance(self.weights, IntegerWeights):
             return self.weights.moved(move).write(writer, axis, self.name, self.dtype, apart=apart)
         return writer.initializer(move(self.weights), self.name)
 
@@ -73,7 +73,7 @@ class Kernel:
           after: whether to add it afterwards in any case.
           among_codes: whether activations of the network are quantized.
         """
-        if not isinstance(self.weights, Codes) and among_codes:
+        if not isinstance(self.weights, IntegerWeights) and among_codes:
             # Between codes ONNX Runtime quantizes float weights, too, unless something stands after the product.
             bias = np.zeros(len(self.weights)) if self.bias is None else self.bias
             return dataclasses.replace(self, bias=bias, bias_after=True)
@@ -127,7 +127,7 @@ def layer_kernel(
     def per_channel(values: Any) -> np.ndarray:
         return np.asarray(form.channel_vector(np.asarray(values, np.float32)), np.float64).reshape(-1)
 
-    weights = Codes(
+    weights = IntegerWeights(
         array=channels_first(form.op, form.rearrange_kernel(array), side),
         scale=per_channel(leaf.scale),
         zero_point=None if zero is None else per_channel(zero).astype(np.int64),
@@ -176,7 +176,7 @@ def convolution(writer: Writer, op: Op, x: Value, kernel: Kernel, shape: Shape) 
 
 def _spatial(kernel: Kernel) -> list[int]:
     weights = kernel.weights
-    return list((weights.array if isinstance(weights, Codes) else weights).shape[2:])
+    return list((weights.array if isinstance(weights, IntegerWeights) else weights).shape[2:])
 
 
 def _output_padding(op: Op, kernel: Kernel) -> tuple[list[list[int]], list[int]]:
@@ -192,7 +192,7 @@ def _is_transposed(op: Op, kernel: Kernel) -> bool:
     Scales of its weights lie on an axis that groups do not share.
     """
     params, ((low, _), more) = op.params, _output_padding(op, kernel)
-    grouped = params["feature_group_count"] > 1 and isinstance(kernel.weights, Codes)
+    grouped = params["feature_group_count"] > 1 and isinstance(kernel.weights, IntegerWeights)
     fits = min(low) >= 0 and all(m < d for m, d in zip(more, params["lhs_dilation"], strict=True))
     return fits and not grouped and all(s == 1 for s in params["window_strides"])
 
@@ -284,7 +284,7 @@ def einsum(writer: Writer, op: Op, left: Value, right: Value, shape: Shape) -> V
         terms.append("".join(own[a] for a in axes))
         names.append(writer.whole(value, axes))
     name = writer.node("Einsum", names, equation=f"{','.join(terms)}->{result}")
-    return Value(shape=shape, axes=tuple(range(len(shape))), name=name)
+    return plain(name, shape)
 
 
 def along_axis(vector: np.ndarray, axis: int, rank: int) -> Value:

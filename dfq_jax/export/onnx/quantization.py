@@ -61,7 +61,7 @@ def scalar_params(params: QuantizerParams) -> tuple[float, int]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Codes:
+class IntegerWeights:
     """Integer weights `[channels, ...]`: real = scale (codes - zero_point).
 
     Attributes:
@@ -78,11 +78,11 @@ class Codes:
     bits: int
     limits: tuple[int, int]
 
-    def moved(self, move: Callable[[np.ndarray], np.ndarray]) -> Codes:
+    def moved(self, move: Callable[[np.ndarray], np.ndarray]) -> IntegerWeights:
         """The codes with their axes moved."""
         return dataclasses.replace(self, array=move(self.array))
 
-    def times(self, factor: np.ndarray) -> Codes | None:
+    def times(self, factor: np.ndarray) -> IntegerWeights | None:
         """The weights times a factor for each channel; None where that takes a code that the type does not have.
 
         Scales stay positive: where the factor is negative, the codes change sign.

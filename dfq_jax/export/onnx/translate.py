@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.base import may_transfer
-from dfq_jax.export import require
+from dfq_jax.base import check_field, may_transfer
+from dfq_jax.export.exporter import require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
 from dfq_jax.export.onnx.quantization import INTEGER_TYPES, quantize_dequantize
-from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype
+from dfq_jax.export.onnx.writer import INPUT, Value, Writer, constant, onnx_dtype, plain
 from dfq_jax.graph import LAYER_PRIMITIVES, Constant, Graph, GraphError, Op, Operand, affine, batch_norm_parameters
 from dfq_jax.quantizers import QTensor, flatten_with_paths, quantization
 
@@ -46,8 +46,7 @@ def to_onnx(
         raise ValueError(f"opset: expected an integer from {MIN_OPSET} to {newest} (onnx {onnx.__version__}).")
     if int4 and opset < FOUR_BIT_OPSET:
         raise ValueError(f"int4: 4-bit weights need opset={FOUR_BIT_OPSET}, found opset={opset}.")
-    if integers not in INTEGER_TYPES:
-        raise ValueError(f"integers: expected one of {', '.join(INTEGER_TYPES)}, found {integers!r}.")
+    check_field("integers", integers, f"one of {', '.join(INTEGER_TYPES)}", lambda v: v in INTEGER_TYPES)
     translation = _Translation(onnx, batched_program(graph, batch), variables, int4, integers, float_bias)
     return translation.model(opset)
 
@@ -79,7 +78,7 @@ class _Translation:
 
     def model(self, opset: int) -> Any:
         source = self.graph.program
-        x = Value(shape=self.program.shapes[source.input], axes=tuple(range(len(self.graph.input.shape))), name=INPUT)
+        x = plain(INPUT, self.program.shapes[source.input])
         self._store(source.input, x)
         for op in self.program.ops:
             static = source.parameter_only if op.index < len(source.ops) else ()
@@ -189,9 +188,10 @@ class _Translation:
             elif op.name in LAYER_PRIMITIVES:
                 self._product(op)
             elif op.name in ("reduce_sum", "reduce_window_sum") and (division := self._mean(op)) is not None:
-                emit = reduction("ReduceMean") if op.name == "reduce_sum" else average_pool
+                call = self._call(op)
                 self.done.add(division.index)
-                self._store(division.outputs[0], emit(self._call(op)))
+                mean = reduction(call, "ReduceMean") if op.name == "reduce_sum" else average_pool(call)
+                self._store(division.outputs[0], mean)
             else:
                 results = self._emitter(op)(self._call(op))
                 results = results if isinstance(results, list) else [results]

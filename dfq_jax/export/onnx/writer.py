@@ -67,6 +67,11 @@ def constant(array: Any, shape: Shape | None = None) -> Value:
     return Value(shape=shape, axes=tuple(range(len(shape))), narrow=narrow, array=array)
 
 
+def plain(name: str, shape: Shape) -> Value:
+    """An ONNX tensor whose axes are the program's."""
+    return Value(shape=shape, axes=tuple(range(len(shape))), name=name)
+
+
 def onnx_dtype(dtype: Any) -> np.dtype:
     """The type that a value has in ONNX: all floats are float32, in which runtimes have every operation."""
     return np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
@@ -190,6 +195,10 @@ class Writer:
         ranked = [v for v in operands if len(v.shape) == len(shape)]
         narrow = [i for i, size in enumerate(shape) if size != 1 and all(v.is_thin(i) for v in ranked)]
         return Value(shape=shape, axes=axes, narrow=frozenset(narrow), name=self.node(kind, names, **attributes))
+
+    def cast(self, value: Value, dtype: Any) -> Value:
+        """A value in another type."""
+        return self.elementwise("Cast", [value], value.shape, to=self.element_type(dtype))
 
     def is_ordered(self, value: Value) -> bool:
         """Whether the elements of the ONNX tensor lie in the program's order, whatever axes of size 1 do."""
