@@ -17,7 +17,9 @@ import pytest
 import dfq_jax.cli
 from dfq_jax import RECIPES, zoo
 from dfq_jax.cli import commands, output, progress
+from dfq_jax.cli.options import SynthesisOptions
 from dfq_jax.export import artifact
+from dfq_jax.recipes.steps import STEPS
 
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
@@ -368,11 +370,17 @@ def test_lossless_layers_are_valid_json(tmp_path):
 
 
 def test_batch_is_no_larger_than_the_number_of_images():
-    recipe = commands._adjusted(RECIPES["fast"], 8, None, None)
+    recipe = SynthesisOptions(num_images=8).within(RECIPES["fast"])
     assert recipe.synthesis.batch_size == 8
-    recipe = commands._adjusted(RECIPES["fast"], 1000, 7, 50)
+    recipe = SynthesisOptions(num_images=1000, steps=7, batch_size=50).within(RECIPES["fast"])
     assert (recipe.synthesis.num_images, recipe.synthesis.steps, recipe.synthesis.batch_size) == (1000, 7, 50)
-    assert commands._adjusted(RECIPES["fast"], None, None, None) == RECIPES["fast"]
+    assert SynthesisOptions().within(RECIPES["fast"]) == RECIPES["fast"]
+
+
+def test_options_that_are_fields_have_the_help_of_the_record():
+    text = " ".join(succeed("quantize", "--help").out.replace("│", " ").split())
+    for words in ("--edge-bits N|none bits of weights and input of the first", "--images N images in all."):
+        assert words in text, words
 
 
 @pytest.mark.slow
@@ -568,6 +576,48 @@ def test_interrupted_synthesis_goes_on(folder, files_before, monkeypatch, tmp_pa
     assert found["report"]["images"] == expected["report"]["images"]
     assert found["report"]["layers"] == expected["report"]["layers"]
     assert not resume.exists()
+
+
+@pytest.mark.parametrize("fails", ["evaluation", "output", "json"])
+def test_images_are_kept_until_all_is_written(fails, tmp_path, monkeypatch):
+    """What fails or is interrupted after the network is made is done again without making the images again."""
+    resume, target, facts = (tmp_path / name for name in ("images.npz", "net.safetensors", "facts.json"))
+    args = (*QUANTIZE, *SMALL, *ON_DATA, "--resume", resume, "--output", target, "--json", facts)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt if fails == "evaluation" else OSError(28, "No space left on device")
+
+    where = {
+        "evaluation": (commands, "_measure"),
+        "output": (dfq_jax.Quantized, "save"),
+        "json": (commands, "write_json"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*where[fails], broken)
+        result = run(*args)
+    assert result.code == (130 if fails == "evaluation" else 2)
+    assert ("goes on from" in result.err) == (fails == "evaluation")
+    assert resume.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Reporter, "on_progress", lambda *_: pytest.fail("images are made again"))
+        succeed(*args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.json", "net.safetensors"]
+
+
+def test_a_resume_file_that_is_not_used_is_left_alone(tmp_path):
+    resume = tmp_path / "mine.npz"
+    resume.write_bytes(b"mine")
+    succeed(*QUANTIZE, "--recipe", "noise", "--images", 8, "--resume", resume)
+    assert resume.read_bytes() == b"mine"
+
+
+def test_every_stage_has_a_title(clock, capsys):
+    reporter = progress.Reporter(progress.Lines(every=0))
+    for stage in ("trace", "images", *STEPS, "compare"):
+        reporter.on_stage(stage)
+    printed = capsys.readouterr().err.splitlines()
+    assert {"equalizing weight ranges", "fine-tuning the network", "rounding weights"} <= set(printed)
+    assert len(set(printed)) == len(printed) == len(STEPS) + 3
 
 
 def test_interrupt_elsewhere(monkeypatch):

@@ -17,11 +17,13 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dfq_jax.synthesis import SynthesisError
+
 PROGRAM = "dfq-jax"
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # What a user can cause; anything else is a defect, and shows its traceback.
-BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError)
+BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError, SynthesisError)
 REQUIRED = ("tyro", "rich")
 EPILOG = "--version prints the version; --debug, anywhere, shows the traceback of an error."
 
@@ -93,7 +95,7 @@ def _parse(commands: Mapping[str, Callable[..., None]], args: list[str]) -> Call
                 prog=PROGRAM,
                 description=f"Data-free quantization of Flax networks. {EPILOG}",
                 args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as stop:
         if not stop.code:

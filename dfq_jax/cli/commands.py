@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from dfq_jax import zoo
 from dfq_jax.cli.demo import demo
 from dfq_jax.cli.export import export
-from dfq_jax.cli.models import model_of, resolve
+from dfq_jax.cli.models import Measurement, Model, model_of, resolve
+from dfq_jax.cli.options import (
+    ConventionOptions,
+    Count,
+    Data,
+    ModelName,
+    OptionalData,
+    OptionalFile,
+    OptionalModel,
+    Saved,
+    SynthesisOptions,
+    Weights,
+)
 from dfq_jax.cli.output import (
     accuracy_facts,
     check_targets,
-    convention_facts,
-    environment,
+    network_facts,
     print_table,
     top5_with_margin,
     with_margin,
     write_json,
 )
 from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.data import accuracy
+from dfq_jax.data import Dataset
 from dfq_jax.graph import GraphWarning
-from dfq_jax.recipes import Quantized, Recipe, get_recipe, load
-from dfq_jax.recipes import quantize as quantize_network
-from dfq_jax.stages import Convention
-from dfq_jax.synthesis import SynthesisError
+from dfq_jax.recipes import Quantized, get_recipe, is_synthesized, load
+from dfq_jax.synthesis import remove_checkpoint
 from dfq_jax.zoo import PackagedWeights
-
-MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
-DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."
-ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
-Data = Annotated[str, arg(metavar="DATA", help=DATA_HELP)]
-OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
-OptionalData = Annotated[str | None, arg(metavar="DATA", help=DATA_HELP)]
-Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
-OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
-Count = Annotated[int | None, arg(metavar="N")]
-Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
 
 
 def inspect(model: Positional[ModelName], *, checkpoint: Weights = None) -> None:
@@ -61,13 +59,9 @@ def quantize(
     checkpoint: Weights = None,
     recipe: str = "fast",
     bits: str = "w8a8",
-    edge_bits: Bits = 8,
-    edge_input_bits: Count = None,
-    second_input_bits: Count = None,
+    convention: ConventionOptions = ConventionOptions(),
     seed: int = 0,
-    images: Count = None,
-    steps: Count = None,
-    batch_size: Count = None,
+    synthesis: SynthesisOptions = SynthesisOptions(),
     evaluate: OptionalData = None,
     limit: Count = None,
     output: OptionalFile = None,
@@ -81,13 +75,7 @@ def quantize(
             directory of Orbax, or hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
         recipe: instant, fast, best, finetune, paper or noise.
         bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
-        edge_bits: Bits of the first and the last layer; none for the same as all others.
-        edge_input_bits: Bits of the inputs of these two layers, where they differ.
-        second_input_bits: Bits of the second layer's input, where they differ.
         seed: Seed of all that is random.
-        images: Number of images to make, in place of the recipe's.
-        steps: Optimizer steps for each batch of images, in place of the recipe's.
-        batch_size: Images optimized together, in place of the recipe's.
         evaluate: Measure float and quantized accuracy on labeled images: bundled, npz:FILE, folder:DIR or
             tfds:NAME/SPLIT.
         limit: Evaluate on the first N images only.
@@ -98,79 +86,61 @@ def quantize(
     """
     began = time.perf_counter()
     check_targets(output, json, resume)
-    chosen = _adjusted(get_recipe(recipe), images, steps, batch_size)
-    convention = Convention.parse(
-        bits,
-        edge_bits=None if edge_bits == "none" else edge_bits,
-        edge_input_bits=edge_input_bits,
-        second_input_bits=second_input_bits,
-    )
+    settings = {"recipe": synthesis.within(get_recipe(recipe)), "convention": convention.of(bits), "key": seed}
     target = resolve(model, checkpoint)
     data = None if evaluate is None else target.load_data(evaluate, limit)
-    with open_display() as display, warnings.catch_warnings():
-        warnings.simplefilter("ignore", GraphWarning)  # the table begins with it
-        reporter = Reporter(display)
-        try:
-            quantized = quantize_network(
-                target.network,
-                target.variables,
-                input_shape=target.input_shape,
-                recipe=chosen,
-                convention=convention,
-                key=seed,
-                on_progress=reporter.on_progress,
-                on_stage=reporter.on_stage,
-                checkpoint=resume,
-            )
-        except SynthesisError as error:
-            raise ValueError(str(error)) from error
-        except KeyboardInterrupt as interrupt:
-            if resume is not None and resume.exists():
-                interrupt.add_note(f"the same command goes on from {str(resume)!r}")
-            raise
-        seconds = dict(quantized.report.seconds)
-        before = after = None
-        if data is not None:
-            (reference, labels), seconds["evaluate_float"] = reporter.timed(
-                "evaluating the float network", target.classify, *target.traced_function, data
-            )
-            (found, _), seconds["evaluate_quantized"] = reporter.timed(
-                "evaluating the quantized network",
-                target.classify,
-                quantized.apply,
-                quantized.variables,
-                data,
-            )
-            before, after = accuracy(reference, labels), accuracy(found, labels, reference)
-    if output is not None:
-        quantized.save(output, model=model, seed=seed)
+    with _resuming(resume):
+        with open_display() as display, warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphWarning)  # the table begins with it
+            reporter = Reporter(display)
+            quantized = target.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
+            found = {} if data is None else _measure(target, quantized, data, reporter)
+        if output is not None:
+            quantized.save(output, model=model, seed=seed)
+        _print(quantized, found)
+        if json is not None:
+            facts = {name: accuracy_facts(found[name].accuracy) if found else None for name in ("float", "quantized")}
+            seconds = quantized.report.seconds | {f"evaluate_{name}": m.seconds for name, m in found.items()}
+            facts = {"model": model, "data": evaluate, "n": found["float"].accuracy.n if found else None, **facts}
+            write_json(json, facts | network_facts(quantized, seconds, began))
+    if resume is not None and is_synthesized(quantized.graph, quantized.recipe, quantized.convention):
+        remove_checkpoint(resume)
+
+
+@contextlib.contextmanager
+def _resuming(file: Path | None) -> Iterator[None]:
+    """An interrupt says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if file is not None and file.exists():
+            interrupt.add_note(f"the same command goes on from {str(file)!r}")
+        raise
+
+
+def _measure(target: Model, quantized: Quantized, data: Dataset, reporter: Reporter) -> dict[str, Measurement]:
+    """The float and the quantized network on the same images."""
+    before = target.measure(reporter, "evaluating the float network", target.traced_function, data)
+    network = (quantized.apply, quantized.variables)
+    after = target.measure(reporter, "evaluating the quantized network", network, data, before)
+    return {"float": before, "quantized": after}
+
+
+def _print(quantized: Quantized, found: dict[str, Measurement]) -> None:
+    """The report, and what was measured."""
     print(quantized.report.table())
-    if after is not None:
-        rows = [
-            ("float", with_margin(before), top5_with_margin(before), "", str(before.n)),
-            (
-                quantized.convention.name.upper(),
-                with_margin(after),
-                top5_with_margin(after),
-                f"{after.agreement:.2f}",
-                str(after.n),
-            ),
-        ]
-        print()
-        print_table(("network", "top-1 %", "top-5 %", "agreement %", "images"), rows, right=("agreement %", "images"))
-    seconds["total"] = round(time.perf_counter() - began, 3)
-    if json is not None:
-        measured = {
-            "data": evaluate,
-            "n": None if after is None else after.n,
-            "float": None if before is None else accuracy_facts(before),
-            "quantized": None if after is None else accuracy_facts(after),
-        }
-        write_json(json, {"model": model, **measured, **_description(quantized, seconds)})
+    if not found:
+        return
+    rows = [
+        (name, with_margin(a), top5_with_margin(a), "" if a.agreement is None else f"{a.agreement:.2f}", str(a.n))
+        for name, (_, a, _) in zip(("float", quantized.convention.name.upper()), found.values(), strict=True)
+    ]
+    print()
+    print_table(("network", "top-1 %", "top-5 %", "agreement %", "images"), rows, right=("agreement %", "images"))
 
 
 def evaluate(
-    file: Positional[Annotated[Path, arg(metavar="FILE", help="What `dfq-jax quantize --output` saved.")]],
+    file: Positional[Saved],
     *,
     data: Data,
     model: OptionalModel = None,
@@ -192,20 +162,18 @@ def evaluate(
     target = resolve(name, weights=False)
     quantized = load(file, target.network, target.variables)
     images = target.load_data(data, limit)
+    apply_fn = quantized.apply_integer if integer else quantized.apply
+    network = (apply_fn, quantized.variables)
     with open_display() as display:
-        apply_fn = quantized.apply_integer if integer else quantized.apply
-        (found, labels), seconds = Reporter(display).timed(
-            "evaluating the quantized network", target.classify, apply_fn, quantized.variables, images
-        )
-    result = accuracy(found, labels)
+        _, result, seconds = target.measure(Reporter(display), "evaluating the quantized network", network, images)
     name_of_bits = quantized.convention.name.upper()
     row = (name_of_bits, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
     print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
     print(f"convention: {quantized.convention.describe()}")
     if json is not None:
-        timing = {"evaluate_quantized": seconds, "total": round(time.perf_counter() - began, 3)}
         measured = {"data": data, "n": result.n, "integer": integer, "quantized": accuracy_facts(result)}
-        write_json(json, {"model": name, "file": str(file), **measured, **_description(quantized, timing)})
+        facts = network_facts(quantized, {"evaluate_quantized": seconds}, began)
+        write_json(json, {"model": name, "file": str(file), **measured, **facts})
 
 
 def models(*, json: OptionalFile = None) -> None:
@@ -232,20 +200,9 @@ def models(*, json: OptionalFile = None) -> None:
         for entry in zoo.list_models()
     ]
     header = ("name", "input", "classes", "parameters", "MACs", "float top-1 %", "weights", "trained on", "source")
-    rows = [
-        (
-            model["name"],
-            "x".join(map(str, model["input"])),
-            str(model["classes"]),
-            _short(model["parameters"]),
-            _short(model["macs"]),
-            "" if model["float_top1"] is None else f"{model['float_top1']:.2f}",
-            model["weights"],
-            model["trained_on"],
-            model["source"],
-        )
-        for model in facts
-    ]
+    texts = {"input": lambda shape: "x".join(map(str, shape)), "parameters": _short, "macs": _short}
+    texts["float_top1"] = lambda percent: "" if percent is None else f"{percent:.2f}"
+    rows = [tuple(texts.get(name, str)(value) for name, value in model.items()) for model in facts]
     print_table(header, rows, right=("classes", "parameters", "MACs", "float top-1 %"))
     if json is not None:
         write_json(json, {"models": facts})
@@ -272,25 +229,3 @@ COMMANDS = {
     "export": export,
     "models": models,
 }
-
-
-def _adjusted(recipe: Recipe, images: int | None, steps: int | None, batch_size: int | None) -> Recipe:
-    """The recipe with what was asked for on the command line."""
-    if images is not None and batch_size is None:
-        # Images beyond those asked for would be made only to be thrown away.
-        batch_size = min(images, recipe.synthesis.batch_size)
-    fields = {"num_images": images, "steps": steps, "batch_size": batch_size}
-    given = {f"synthesis_{name}": value for name, value in fields.items() if value is not None}
-    return recipe.replace(**given)
-
-
-def _description(quantized: Quantized, seconds: dict[str, float]) -> dict[str, Any]:
-    """How a network was quantized, for JSON."""
-    return {
-        "seconds": seconds,
-        "convention": convention_facts(quantized.convention),
-        "recipe": dataclasses.asdict(quantized.recipe),
-        "key": quantized.report.key,
-        "versions": environment(),
-        "report": quantized.report.to_dict(),
-    }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import arg
-
-from dfq_jax.cli.models import resolve
+from dfq_jax.cli.models import Measurement, resolve
+from dfq_jax.cli.options import OptionalFile
 from dfq_jax.cli.output import (
     accuracy_facts,
     check_targets,
@@ -20,8 +18,7 @@ from dfq_jax.cli.output import (
     write_json,
 )
 from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.data import accuracy
-from dfq_jax.recipes import RECIPES, Recipe, quantize
+from dfq_jax.recipes import RECIPES, Quantized, Recipe
 
 MODEL = "fashion_resnet20"
 DATA = "bundled"
@@ -41,7 +38,7 @@ RANGE_WORDS = {
 HEADER = ("recipe", "images", "input ranges", "weight ranges", "then", "top-1 %", "agreement %", "seconds")
 
 
-def demo(*, json: Annotated[Path | None, arg(metavar="FILE")] = None) -> None:
+def demo(*, json: OptionalFile = None) -> None:
     """Quantize the bundled network to 4 bits in three ways, and compare them on 10,000 test images.
 
     Args:
@@ -51,69 +48,55 @@ def demo(*, json: Annotated[Path | None, arg(metavar="FILE")] = None) -> None:
     check_targets(json)
     model = resolve(MODEL)
     data = model.load_data(DATA)
+    rows: list[tuple[str, ...]] = []
+    results: list[dict[str, Any]] = []
     with open_display() as display:
-        reporter = Reporter(display)
-        (reference, labels), seconds = reporter.timed("float: evaluating", model.classify, *model.traced_function, data)
-        before = accuracy(reference, labels)
-        rows = [("float", "", "", "", "", with_margin(before), "", "")]
-        results: list[dict[str, Any]] = []
+        before = model.measure(Reporter(display), "float: evaluating", model.traced_function, data)
         for name in DEMONSTRATED:
             reporter = Reporter(display, name)
-            quantized = quantize(
-                model.network,
-                model.variables,
-                input_shape=model.input_shape,
-                recipe=RECIPES[name],
-                bits=BITS,
-                edge_bits=EDGE_BITS,
-                key=SEED,
-                on_progress=reporter.on_progress,
-                on_stage=reporter.on_stage,
-            )
-            (found, _), evaluated = reporter.timed(
-                "evaluating", model.classify, quantized.apply, quantized.variables, data
-            )
-            after = accuracy(found, labels, reference)
-            stages = quantized.report.seconds
-            rows.append(
-                (
-                    name,
-                    *_words(quantized.recipe),
-                    with_margin(after),
-                    f"{after.agreement:.2f}",
-                    f"{sum(stages.values()):.1f}",
-                )
-            )
-            results.append(
-                {
-                    "name": name,
-                    "quantized": accuracy_facts(after),
-                    "seconds": {**stages, "evaluate_quantized": evaluated},
-                    "convention": convention_facts(quantized.convention),
-                    "recipe": dataclasses.asdict(quantized.recipe),
-                    "report": quantized.report.to_dict(),
-                }
-            )
+            quantized = model.quantize(reporter, recipe=RECIPES[name], bits=BITS, edge_bits=EDGE_BITS, key=SEED)
+            network = (quantized.apply, quantized.variables)
+            after = model.measure(reporter, "evaluating", network, data, before)
+            rows.append(_row(quantized, after))
+            results.append(_facts(quantized, after))
     convention = quantized.convention
     shared = convention.describe().replace(f" ({convention.weight_range} ranges)", "")  # each row has its own
+    rows.insert(0, ("float", "", "", "", "", with_margin(before.accuracy), "", ""))
     print_table(HEADER, rows, right=("agreement %", "seconds"))
     print(f"convention: {shared}")
-    print(f"{MODEL} on all {before.n:,} test images of Fashion-MNIST, none used to quantize; seed {SEED}")
+    print(f"{MODEL} on all {len(data):,} test images of Fashion-MNIST, none used to quantize; seed {SEED}")
     if json is not None:
-        write_json(
-            json,
-            {
-                "model": MODEL,
-                "data": DATA,
-                "n": before.n,
-                "float": accuracy_facts(before),
-                "recipes": results,
-                "convention": shared,
-                "key": quantized.report.key,
-                "seconds": {"evaluate_float": seconds, "total": round(time.perf_counter() - began, 3)},
-                "versions": environment(),
-            },
-        )
+        content = {
+            "model": MODEL,
+            "data": DATA,
+            "n": len(data),
+            "float": accuracy_facts(before.accuracy),
+            "recipes": results,
+            "convention": shared,
+            "key": quantized.report.key,
+            "seconds": {"evaluate_float": before.seconds, "total": round(time.perf_counter() - began, 3)},
+            "versions": environment(),
+        }
+        write_json(json, content)
+
+
+def _row(quantized: Quantized, measured: Measurement) -> tuple[str, ...]:
+    """Of the table."""
+    found, seconds = measured.accuracy, sum(quantized.report.seconds.values())
+    words = _words(quantized.recipe)
+    return quantized.recipe.name, *words, with_margin(found), f"{found.agreement:.2f}", f"{seconds:.1f}"
+
+
+def _facts(quantized: Quantized, measured: Measurement) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "name": quantized.recipe.name,
+        "quantized": accuracy_facts(measured.accuracy),
+        "seconds": {**quantized.report.seconds, "evaluate_quantized": measured.seconds},
+        "convention": convention_facts(quantized.convention),
+        "recipe": dataclasses.asdict(quantized.recipe),
+        "report": quantized.report.to_dict(),
+    }
 
 
 def _words(recipe: Recipe) -> tuple[str, str, str, str]:

@@ -13,6 +13,7 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from dfq_jax.cli.models import Model, Progress, model_of, resolve
+from dfq_jax.cli.options import Count, OptionalData, OptionalFile, OptionalModel, Saved
 from dfq_jax.cli.output import check_targets, environment, print_table, write_json
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
@@ -23,24 +24,24 @@ from dfq_jax.stages import sqnr
 from dfq_jax.synthesis import synthesize
 
 RANGE_IMAGES = 64
-DATA_HELP = "Images to run both on: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT; labels are not used."
 
 
 def export(
-    file: Positional[Annotated[Path, arg(metavar="FILE", help="What `dfq-jax quantize --output` saved.")]],
+    file: Positional[Saved],
     *,
     to: Literal["onnx", "qwix", "stablehlo", "tflite"],
     output: Annotated[Path, arg(metavar="FILE")],
-    verify: Annotated[str | None, arg(metavar="DATA", help=DATA_HELP)] = None,
-    model: Annotated[str | None, arg(metavar="MODEL")] = None,
-    limit: Annotated[int | None, arg(metavar="N")] = None,
-    json: Annotated[Path | None, arg(metavar="FILE")] = None,
+    verify: OptionalData = None,
+    model: OptionalModel = None,
+    limit: Count = None,
+    json: OptionalFile = None,
 ) -> None:
     """Write a saved quantized network in another format, and compare it with this library.
 
     Args:
         to: The format.
         output: What to write.
+        verify: Images to run both on: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT; labels are not used.
         model: The model it was made from, where the file does not say; its weights are not needed.
         limit: Verify on the first N images only.
         json: Write what was measured, for machines.

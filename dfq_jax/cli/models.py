@@ -10,15 +10,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from dfq_jax import zoo
-from dfq_jax.data import Dataset, load_data, predict
+from dfq_jax.cli.progress import Reporter
+from dfq_jax.data import Accuracy, Dataset, accuracy, load_data, predict
 from dfq_jax.export import artifact
 from dfq_jax.graph import ApplyFn, Graph, as_function, run, trace, where
+from dfq_jax.recipes import Quantized, quantize
 from dfq_jax.zoo import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.
@@ -85,17 +87,41 @@ class Model:
         """Preprocessed images with their labels."""
         return data.batches(self.preprocessing, EVALUATION_BATCH)
 
-    def classify(
-        self, apply_fn: ApplyFn, variables: Any, data: Dataset, on_progress: Progress
-    ) -> tuple[Int[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
-        """The likeliest classes that this network, or a quantized form of it, sees in images; and their labels."""
-        return predict(
-            apply_fn,
-            variables,
-            self.batches(data),
-            logits=self.graph.logits,
-            on_progress=lambda done: on_progress(done, len(data)),
+    def quantize(self, reporter: Reporter, **settings: Any) -> Quantized:
+        """The network quantized, its progress shown; `settings` are those of `dfq_jax.quantize`."""
+        return quantize(
+            self.network,
+            self.variables,
+            input_shape=self.input_shape,
+            on_progress=reporter.on_progress,
+            on_stage=reporter.on_stage,
+            **settings,
         )
+
+    def measure(
+        self,
+        reporter: Reporter,
+        what: str,
+        network: tuple[ApplyFn, Any],
+        data: Dataset,
+        other: Measurement | None = None,
+    ) -> Measurement:
+        """The accuracy of this network, or of a quantized form of it, and its agreement with another one."""
+
+        def classify(on_progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+            options = {"logits": self.graph.logits, "on_progress": lambda done: on_progress(done, len(data))}
+            return predict(*network, self.batches(data), **options)
+
+        (classes, labels), seconds = reporter.timed(what, classify)
+        return Measurement(classes, accuracy(classes, labels, other and other.classes), seconds)
+
+
+class Measurement(NamedTuple):
+    """What a network made of labeled images: the likeliest classes of each, the accuracy, and in how much time."""
+
+    classes: Int[np.ndarray, "n k"]
+    accuracy: Accuracy
+    seconds: float
 
 
 def resolve(name: str, checkpoint: str | Path | None = None, *, weights: bool = True) -> Model:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from dfq_jax.base import write_atomically
 from dfq_jax.data import Accuracy
+from dfq_jax.recipes import Quantized
 from dfq_jax.stages import Convention
 
 PACKAGES = ("dfq_jax", "jax", "jaxlib", "flax", "numpy", "optax", "safetensors")
@@ -87,6 +89,18 @@ def top5_with_margin(accuracy: Accuracy) -> str:
 def convention_facts(convention: Convention) -> dict[str, Any]:
     """All of a convention for JSON, and its sentence."""
     return {**dataclasses.asdict(convention), "description": convention.describe()}
+
+
+def network_facts(quantized: Quantized, seconds: Mapping[str, float], began: float) -> dict[str, Any]:
+    """How a network was quantized, for JSON; `began` by `time.perf_counter`."""
+    return {
+        "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
+        "convention": convention_facts(quantized.convention),
+        "recipe": dataclasses.asdict(quantized.recipe),
+        "key": quantized.report.key,
+        "versions": environment(),
+        "report": quantized.report.to_dict(),
+    }
 
 
 def environment() -> dict[str, str]:

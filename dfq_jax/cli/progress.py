@@ -12,18 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from dfq_jax import synthesis
+from dfq_jax.recipes import STAGES
 
 SECONDS_BETWEEN_LINES = 5.0
-STAGES = {
-    "trace": "tracing the network",
-    "images": "making images",
-    "ranges": "measuring activation ranges",
-    "weights": "quantizing weights",
-    "rounding": "rounding weights",
-    "reconstruction": "reconstructing blocks",
-    "adapt": "adapting statistics",
-    "compare": "comparing with the float network",
-}
 
 
 class Display(Protocol):

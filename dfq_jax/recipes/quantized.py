@@ -97,24 +97,19 @@ class Quantized:
         """A table of what each layer runs as under a policy, the measured speed, and why a layer stays in float."""
         return self.integer(policy).kernels()
 
+    @may_transfer
     def save(self, path: str | Path, **header: Any) -> None:
         """Write one safetensors file that `dfq_jax.load` reads; `header` adds facts of your own."""
-        save_quantized(path, self, **header)
-
-
-@may_transfer
-def save_quantized(path: str | Path, quantized: Quantized, **header: Any) -> None:
-    """Write a quantized network to one safetensors file."""
-    facts = {
-        **header,
-        "graph": quantized.graph.digest,
-        "computed_kernels": list(computed_kernels(quantized.graph)),
-        "input_shape": list(quantized.graph.input.shape),
-        "recipe": dataclasses.asdict(quantized.recipe),
-        "convention": dataclasses.asdict(quantized.convention),
-        "report": quantized.report.to_dict(),
-    }
-    artifact.save(path, quantized.variables, header=facts)
+        facts = {
+            **header,
+            "graph": self.graph.digest,
+            "computed_kernels": list(computed_kernels(self.graph)),
+            "input_shape": list(self.graph.input.shape),
+            "recipe": dataclasses.asdict(self.recipe),
+            "convention": dataclasses.asdict(self.convention),
+            "report": self.report.to_dict(),
+        }
+        artifact.save(path, self.variables, header=facts)
 
 
 @may_transfer

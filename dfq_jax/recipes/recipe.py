@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args, get_type_hints
 
 from dfq_jax.base import check_field, known_fields
+from dfq_jax.graph import Graph
 from dfq_jax.quantizers import WEIGHT_RANGES
-from dfq_jax.stages import ESTIMATORS, BatchNormConfig, FinetuneConfig, GPTQConfig, ReconstructionConfig
+from dfq_jax.stages import (
+    ESTIMATORS,
+    BatchNormConfig,
+    FinetuneConfig,
+    GPTQConfig,
+    ReconstructionConfig,
+    gptq,
+    gptq_from_noise,
+    squant,
+)
 from dfq_jax.synthesis import SynthesisConfig
 
 SOURCES = ("synthesis", "noise", "analytic")
-ROUNDINGS = ("nearest", "squant", "gptq")
-# Fields that are records of their own, by type: `Recipe.replace` reaches into them by prefix.
-NESTED = {
-    "synthesis": SynthesisConfig,
-    "gptq": GPTQConfig,
-    "reconstruction": ReconstructionConfig,
-    "batch_norm": BatchNormConfig,
-    "finetune": FinetuneConfig,
+
+
+def _gptq(graph: Graph, variables: Any, qvariables: Any, images: Any, config: GPTQConfig, batch_size: int) -> Any:
+    if images is None:
+        return gptq_from_noise(graph, variables, qvariables, config)
+    return gptq(graph, variables, qvariables, images, config, batch_size=batch_size)
+
+
+# Better codes than the nearest ones, by name: the title in reports, and a function that gives quantized variables. Its
+# arguments are as of `_gptq`: there are no images where BatchNorm parameters take their place, and the config is the
+# recipe's field of that name, if it has one. A new rounding is a file in `stages/rounding` and a row here.
+ROUNDINGS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "squant": ("SQuant", lambda graph, variables, qvariables, *_: squant(graph, variables, qvariables)),
+    "gptq": ("GPTQ", _gptq),
 }
 
 
@@ -34,9 +50,9 @@ class Recipe:
       synthesis: how images are made.
       equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
         function, judged as the other steps are.
-      estimator: of activation ranges, a name in `ranges.ESTIMATORS`.
-      weight_range: of weight ranges, a name in `weights.WEIGHT_RANGES`; what a `Convention` takes that names none.
-      rounding: of weights: "nearest", "squant" or "gptq".
+      estimator: of activation ranges, a name in `stages.ESTIMATORS`.
+      weight_range: of weight ranges, a name in `quantizers.WEIGHT_RANGES`; what a `Convention` takes that names none.
+      rounding: of weights: "nearest", or a name in `ROUNDINGS`: "squant" or "gptq".
       gptq: settings of that rounding.
       reconstruction: learned rounding on top of it, block by block; None for none.
       bias_correction: correct the means of layer outputs that no BatchNorm follows (all, if `batch_norm` is None).
@@ -63,14 +79,14 @@ class Recipe:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"source: expected one of {SOURCES}, found {self.source!r}.")
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator: expected one of {sorted(ESTIMATORS)}, found {self.estimator!r}.")
-        if self.weight_range not in WEIGHT_RANGES:
-            raise ValueError(f"weight_range: expected one of {sorted(WEIGHT_RANGES)}, found {self.weight_range!r}.")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding: expected one of {ROUNDINGS}, found {self.rounding!r}.")
+        names = {
+            "source": SOURCES,
+            "estimator": sorted(ESTIMATORS),
+            "weight_range": sorted(WEIGHT_RANGES),
+            "rounding": ("nearest", *ROUNDINGS),
+        }
+        for name, known in names.items():
+            check_field(name, getattr(self, name), f"one of {known}", lambda v, known=known: v in known)
         check_field("equalize", self.equalize, "True or False", lambda v: isinstance(v, bool))
         for name in ("reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
@@ -100,6 +116,14 @@ class Recipe:
             fields[prefix] = dataclasses.replace(base, **values)
         return dataclasses.replace(self, **fields)
 
+
+# Fields that are records of their own, by type: `Recipe.replace` reaches into them by prefix.
+NESTED = {
+    name: kind
+    for name, hint in get_type_hints(Recipe).items()
+    for kind in (hint, *get_args(hint))
+    if dataclasses.is_dataclass(kind)
+}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

@@ -1,0 +1,61 @@
+"""The options that several commands have, and those that are fields of the library's records."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from dfq_jax.recipes import Recipe
+from dfq_jax.stages import Convention
+from dfq_jax.synthesis import SynthesisConfig
+
+MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
+DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."
+SAVED_HELP = "What `dfq-jax quantize --output` saved."
+ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
+Saved = Annotated[Path, arg(metavar="FILE", help=SAVED_HELP)]
+Data = Annotated[str, arg(metavar="DATA", help=DATA_HELP)]
+OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
+OptionalData = Annotated[str | None, arg(metavar="DATA")]
+Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
+Count = Annotated[int | None, arg(metavar="N")]
+Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConventionOptions:
+    """Fields of a convention; the help of each is the record's."""
+
+    __doc__ = Convention.__doc__
+
+    edge_bits: Bits = Convention.edge_bits
+    edge_input_bits: Count = None
+    second_input_bits: Count = None
+
+    def of(self, bits: str) -> Convention:
+        """The convention of a name such as "w4a4"."""
+        fields = {name: None if value == "none" else value for name, value in vars(self).items()}
+        return Convention.parse(bits, **fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SynthesisOptions:
+    """Fields of the settings of synthesis, in place of the recipe's; the help of each is the record's."""
+
+    __doc__ = (SynthesisConfig.__doc__ or "").replace(".", ", where it is not as the recipe says.", 1)
+
+    num_images: Annotated[Count, arg(name="images")] = None
+    steps: Count = None
+    batch_size: Count = None
+
+    def within(self, recipe: Recipe) -> Recipe:
+        """The recipe with what was asked for."""
+        given = {f"synthesis_{name}": value for name, value in vars(self).items() if value is not None}
+        if self.num_images is not None:
+            # Images beyond those asked for would be made only to be thrown away.
+            given.setdefault("synthesis_batch_size", min(self.num_images, recipe.synthesis.batch_size))
+        return recipe.replace(**given)

@@ -1,0 +1,227 @@
+"""The table of steps, in order: `quantize` folds a candidate through those that its recipe asks for.
+
+A step is a function of the work, which is what all steps of one call share, and of a candidate; it gives the candidate
+changed, or as it was where there is nothing to do or the judge finds the change no better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Key
+
+from dfq_jax.graph import Graph
+from dfq_jax.recipes.images import Images
+from dfq_jax.recipes.judge import Candidate, Judge
+from dfq_jax.recipes.recipe import ROUNDINGS, Recipe
+from dfq_jax.stages import (
+    ESTIMATORS,
+    BatchNormConfig,
+    BlockProgress,
+    Convention,
+    adapt_batch_norm,
+    analytic_correction,
+    analytic_summaries,
+    apply_estimator,
+    correct_bias,
+    equalize,
+    estimate_ranges,
+    find_pairs,
+    finetune,
+    quantize_params,
+    reconstruct,
+)
+from dfq_jax.synthesis import Progress
+
+# Fewer held-out images than this decide nothing.
+MIN_HELD_OUT = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """What the steps of one call share.
+
+    Attributes:
+      graph: from `trace`.
+      recipe, convention: what is asked for.
+      images: what there is to work with.
+      keys: for each step that draws at random, by its name.
+      on_progress: called while blocks are reconstructed and during fine-tuning.
+    """
+
+    graph: Graph
+    recipe: Recipe
+    convention: Convention
+    images: Images
+    keys: Mapping[str, Key[Array, ""]]
+    on_progress: Callable[[Progress], None] | None = None
+
+    @functools.cached_property
+    def fitted(self) -> Any:
+        """The images that steps are fitted to; the others are the judge's."""
+        return self.images.images[: self._num_fitted]
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """Who decides what is kept."""
+        return Judge(
+            graph=self.graph,
+            images=self.images.images[self._num_fitted :],
+            analytic=self.images.analytic,
+            batch_size=self.recipe.batch_size,
+        )
+
+    @property
+    def _num_fitted(self) -> int:
+        count = len(self.images.images)
+        held_out = round(self.recipe.held_out * count)
+        return count - (held_out if held_out >= MIN_HELD_OUT else 0)
+
+
+# --- the steps ---
+
+
+def _equalize(work: Work, start: Candidate) -> Candidate:
+    """Equalized weight ranges, unless nearest rounding loses by them, as far as there is a judge."""
+    if not find_pairs(work.graph)[0]:
+        return start
+    other = dataclasses.replace(start, variables=equalize(work.graph, start.variables))
+    if not (work.judge.has_images or work.graph.batch_norms):
+        return other.noting("equalization")
+    return work.judge.choose("equalization", *(_quantize(work, _measure(work, c)) for c in (start, other)))
+
+
+def _measure(work: Work, start: Candidate) -> Candidate:
+    """Ranges of activations."""
+    graph, variables, recipe, convention = work.graph, start.variables, work.recipe, work.convention
+    if start.ranges is not None:
+        return start
+    if convention.activation_bits is None:
+        ranges = {}
+    elif work.images.analytic:
+        summaries = analytic_summaries(graph, variables)
+        ranges = apply_estimator(graph, summaries, convention, ESTIMATORS[recipe.estimator])
+    else:
+        settings = {"estimator": recipe.estimator, "batch_size": recipe.batch_size}
+        ranges = estimate_ranges(graph, variables, work.images.images, convention, **settings)
+    return dataclasses.replace(start, ranges=ranges)
+
+
+def _quantize(work: Work, start: Candidate) -> Candidate:
+    """Quantized variables with the nearest codes."""
+    if start.quantized is not None:
+        return start
+    return start.moved(quantize_params(work.graph, start.variables, start.ranges, work.convention))
+
+
+def _round(work: Work, nearest: Candidate) -> Candidate:
+    """Rounding that knows more than the nearest code, with that for a rival where there are images to judge by."""
+    name = work.recipe.rounding
+    title, run = ROUNDINGS[name]
+    images, config = None if work.images.analytic else work.fitted, getattr(work.recipe, name, None)
+    rounded = nearest.moved(run(work.graph, *nearest.networks, images, config, work.recipe.batch_size))
+    return dataclasses.replace(rounded, rival=nearest) if work.judge.has_images else rounded.noting(title)
+
+
+def _settle(work: Work, candidate: Candidate) -> Candidate:
+    """The better of the candidate and its rival."""
+    if candidate.rival is None:
+        return candidate
+    alone = dataclasses.replace(candidate, rival=None)
+    return work.judge.choose(ROUNDINGS[work.recipe.rounding][0], candidate.rival, alone)
+
+
+def _reconstruct(work: Work, candidate: Candidate) -> Candidate:
+    """Learned rounding; it judges each block by itself, on images held out of those it is given."""
+
+    def report(progress: BlockProgress) -> None:
+        numbers = (progress.step, progress.steps, progress.loss, progress.seconds, progress.eta)
+        work.on_progress(Progress(progress.index + 1, progress.num_blocks, *numbers))
+
+    start = _settle(work, candidate)
+    settings = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
+    shown = None if work.on_progress is None else report
+    qvariables, info = reconstruct(work.graph, *start.networks, *settings, on_progress=shown)
+    if not info.completed:
+        raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
+    dropped = [block.name for block in info.blocks if not block.kept]
+    decision = f"reconstruction: {len(info.blocks) - len(dropped)} of {len(info.blocks)} blocks kept"
+    return start.moved(qvariables).noting(decision + (f", dropped {', '.join(dropped)}" if dropped else ""))
+
+
+def _adapt(work: Work, candidate: Candidate) -> Candidate:
+    """BatchNorm statistics and biases; what rounding is worth shows behind them, for they make up for its errors."""
+    rival = None if candidate.rival is None else _adapt_one(work, candidate.rival)
+    return _settle(work, dataclasses.replace(_adapt_one(work, candidate), rival=rival))
+
+
+def _adapt_one(work: Work, candidate: Candidate) -> Candidate:
+    graph, config = work.graph, work.recipe.batch_norm
+    if work.images.analytic and config is not None:
+        corrected = analytic_correction(graph, *candidate.networks, config)
+        return work.judge.consider("analytic correction of BatchNorms and biases", candidate, corrected)
+    if config is not None and graph.batch_norms:
+        candidate = _adapt_statistics(work, candidate, config)
+    if work.recipe.bias_correction:
+        # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
+        corrected = correct_bias(graph, *candidate.networks, work.fitted, normalized=config is None)
+        candidate = work.judge.consider("bias correction", candidate, corrected)
+    return candidate
+
+
+def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> Candidate:
+    """BatchNorm statistics adapted to the images, in full, or by half where that is better."""
+
+    def adapted(config: BatchNormConfig) -> Any:
+        return adapt_batch_norm(work.graph, *start.networks, work.fitted, config, batch_size=work.recipe.batch_size)
+
+    name = f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}"
+    result = work.judge.consider(name, start, adapted(config))
+    if not work.judge.has_images:
+        return result
+    half = dataclasses.replace(config, prior_images=2 * config.prior_images + len(work.fitted))
+    return work.judge.consider("half of it", result, adapted(half))
+
+
+def _finetune(work: Work, candidate: Candidate) -> Candidate:
+    """Distillation; it chooses among its own steps on images held out of those it is given."""
+    settings = (work.fitted, work.keys["fine-tuning"], work.recipe.finetune)
+    tuned, info = finetune(work.graph, *candidate.networks, *settings, on_progress=work.on_progress)
+    if not info.completed:
+        raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")
+    return work.judge.consider("fine-tuning", candidate, tuned)
+
+
+# --- the table ---
+
+
+class Step(NamedTuple):
+    """A title for who waits, the function, and the recipe's field that asks for it; without one, every recipe does."""
+
+    title: str
+    run: Callable[[Work, Candidate], Candidate]
+    field: str | None = None
+
+    def is_in(self, recipe: Recipe) -> bool:
+        return self.field is None or getattr(recipe, self.field) not in (None, False, "nearest")
+
+
+STEPS = {
+    "equalization": Step("equalizing weight ranges", _equalize, "equalize"),
+    "ranges": Step("measuring activation ranges", _measure),
+    "weights": Step("quantizing weights", _quantize),
+    "rounding": Step("rounding weights", _round, "rounding"),
+    "reconstruction": Step("reconstructing blocks", _reconstruct, "reconstruction"),
+    "adapt": Step("adapting statistics", _adapt),
+    "fine-tuning": Step("fine-tuning the network", _finetune, "finetune"),
+}
+# All that `quantize` calls `on_stage` with.
+STAGES = {
+    "trace": "tracing the network",
+    "images": "making images",
+    **{name: step.title for name, step in STEPS.items()},
+    "compare": "comparing with the float network",
+}
