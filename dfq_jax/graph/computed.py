@@ -56,6 +56,12 @@ def compute_kernels(graph: Graph, variables: Any) -> tuple[Graph, Any]:
     A computed kernel takes the place of a leaf of its shape that it is computed from, if nothing else reads that leaf:
     the standardized kernel that of the kernel, W + A B that of W. `quantize` and `load` do this by themselves.
 
+    >>> variables = {"kernel": jnp.ones((2, 2))}
+    >>> graph = trace(lambda v, x: x @ (v["kernel"] / jnp.linalg.norm(v["kernel"])), variables, (1, 2))
+    >>> graph, computed = compute_kernels(graph, variables)
+    >>> computed["kernel"].tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
+
     Args:
       graph: from `trace`.
       variables: float variables, or `jax.ShapeDtypeStruct` in their places.

@@ -54,11 +54,9 @@ def run(
 ) -> Any:
     """Run the network with rules in place of its arithmetic.
 
-    >>> import dfq_jax
-    >>> variables = {"kernel": jax.numpy.ones((3, 2))}
-    >>> graph = dfq_jax.trace(lambda v, x: x @ v["kernel"], variables, (1, 3))
-    >>> run(graph, variables, jax.numpy.ones((1, 3)), layer=lambda call: 2 * call.default())
-    Array([[6., 6.]], dtype=float32)
+    >>> outputs = run(graph, variables, images, layer=lambda call: call.default().at[:, 0].set(0))  # channels put out
+    >>> outputs[:, 0].tolist() == [variables["dense2"]["bias"][0]] * 8
+    True
 
     Args:
       graph: from `trace`.
@@ -108,7 +106,12 @@ def run_leaves(
 def record_tensors(
     graph: Graph, variables: Any, x: Float[Array, "n ..."], *, batch_norm: BatchNormRule | None = None
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Outputs, and every tensor that layers read, by name; `batch_norm` as in `run`."""
+    """Outputs, and every tensor that layers read, by name; `batch_norm` as in `run`.
+
+    >>> outputs, tensors = record_tensors(graph, variables, images)
+    >>> {name: value.shape for name, value in tensors.items()}
+    {'dense1': (8, 6), 'dense2': (8, 4)}
+    """
     recorded: dict[str, jax.Array] = {}
 
     def keep(tensor: Tensor, value: jax.Array) -> jax.Array:
@@ -132,6 +135,12 @@ def run_block(
     batch_norm: BatchNormRule | None = None,
 ) -> Any:
     """Run the operations of one block alone; the blocks of a network one after the other are the network.
+
+    >>> x = images
+    >>> for block in graph.blocks:
+    ...     x = run_block(graph, block, variables, x)
+    >>> bool(jnp.allclose(x, apply_fn(variables, images), atol=1e-5))
+    True
 
     Args:
       graph: from `trace`.

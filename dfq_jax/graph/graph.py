@@ -259,6 +259,9 @@ def trace(
 ) -> Graph:
     """Find what `apply_fn(variables, x)` computes.
 
+    >>> [(layer.name, layer.batch_norm, layer.activation) for layer in trace(apply_fn, variables, (1, 6)).layers]
+    [('dense1', 'bn1', 'relu'), ('dense2', None, 'none')]
+
     Args:
       apply_fn: the network in inference mode, a pure function of its variables and a batch.
       variables: any pytree of arrays (or `jax.ShapeDtypeStruct`).

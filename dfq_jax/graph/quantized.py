@@ -31,6 +31,10 @@ def apply_quantized(
 ) -> Any:
     """Run a quantized network.
 
+    >>> simulated, integer = (apply_quantized(graph, qvariables, images, integer=i) for i in (False, True))
+    >>> bool(jnp.allclose(simulated, integer, atol=1e-4))
+    True
+
     Both modes compute each quantized layer as `scale_x scale_w (sum of products of integer codes)`: `integer=False`
     holds the codes in float32, where they and their sums are exact up to 2^24, with straight-through gradients;
     `integer=True` holds them in int8 and sums in int32. So the two agree to the rounding of what is between layers.

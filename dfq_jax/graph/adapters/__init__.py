@@ -38,6 +38,11 @@ _KINDS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Any], tuple[ApplyFn, A
 def as_function(model: Any, variables: Any = None) -> tuple[ApplyFn, Any]:
     """The pure inference function of a model, and its variables.
 
+    >>> from flax import nnx
+    >>> apply_fn, variables = as_function(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    >>> apply_fn(variables, images).shape
+    (8, 3)
+
     Args:
       model: one of
 
