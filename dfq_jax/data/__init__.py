@@ -44,24 +44,24 @@ def load_data(
     """Opens a data set.
 
     Args:
-        spec: ``bundled``, ``npz:FILE``, ``folder:DIR`` or ``tfds:NAME/SPLIT``.
-        limit: take only so many images, the first ones; note that folders are sorted by class.
-        input_shape: the model's ``(1, H, W, C)``, to be checked against the images; leave it out where the
-            preprocessing resizes or crops.
-        channels: 1 or 3, to which encoded images are decoded; None for those of `input_shape` or, without it, for
-            gray where all images of a folder are gray, else RGB.
-        num_classes: number of the model's classes, to be checked against the labels.
-        data_dir: where prepared TensorFlow Datasets lie; None takes the environment variable
-            ``TFDS_DATA_DIR`` or that library's default, ``~/tensorflow_datasets``.
+      spec: ``bundled``, ``npz:FILE``, ``folder:DIR`` or ``tfds:NAME/SPLIT``.
+      limit: take only so many images, the first ones; note that folders are sorted by class.
+      input_shape: the model's ``(1, H, W, C)``, to be checked against the images; leave it out where the
+        preprocessing resizes or crops.
+      channels: 1 or 3, to which encoded images are decoded; None for those of `input_shape` or, without it, for
+        gray where all images of a folder are gray, else RGB.
+      num_classes: number of the model's classes, to be checked against the labels.
+      data_dir: where prepared TensorFlow Datasets lie; None takes the environment variable
+        ``TFDS_DATA_DIR`` or that library's default, ``~/tensorflow_datasets``.
 
     Returns:
-        The labeled images. Their first one has been read; what is wrong with another shows when it is read.
+      The labeled images. Their first one has been read; what is wrong with another shows when it is read.
 
     Raises:
-        TypeError: if images are not uint8 or labels not integers.
-        ValueError: if the spec is unknown, the data are missing, empty or damaged, or do not fit `input_shape` or
-            `num_classes`.
-        ImportError: if the spec needs an extra of the package that is not installed; the message names it.
+      TypeError: if images are not uint8 or labels not integers.
+      ValueError: if the spec is unknown, the data are missing, empty or damaged, or do not fit `input_shape` or
+        `num_classes`.
+      ImportError: if the spec needs an extra of the package that is not installed; the message names it.
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a string such as 'npz:FILE', found {type(spec).__name__}")

@@ -45,28 +45,28 @@ def load_checkpoint(
     what belongs to training alone (``step``, ``opt_state``, ...) is left out. Nothing in a file is executed.
 
     Args:
-        path: a safetensors, torch (zip or legacy format), npz or Flax msgpack file, recognized by its
-            content; a directory of Orbax or of `flax.training.checkpoints`, the newest step of several; or
-            ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
-        model: what the variables are of: a name of `list_models`, a `ZooEntry`, a Linen module (with
-            `input_shape`), an NNX module, or the variables themselves as nested dictionaries of
-            `jax.ShapeDtypeStruct` (or arrays), for example ``jax.eval_shape(module.init, key, x)``.
-        layout: how the file names its arrays: a `Layout`, the name of one of `LAYOUTS`, or None to recognize
-            it.
-        input_shape: shape ``(N, H, W, C)`` of a Linen module's input.
-        variables: what the file lacks, as nested dictionaries of arrays: ``{"batch_stats": ...}`` for a file of
-            parameters alone.
+      path: a safetensors, torch (zip or legacy format), npz or Flax msgpack file, recognized by its
+        content; a directory of Orbax or of `flax.training.checkpoints`, the newest step of several; or
+        ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
+      model: what the variables are of: a name of `list_models`, a `ZooEntry`, a Linen module (with
+        `input_shape`), an NNX module, or the variables themselves as nested dictionaries of
+        `jax.ShapeDtypeStruct` (or arrays), for example ``jax.eval_shape(module.init, key, x)``.
+      layout: how the file names its arrays: a `Layout`, the name of one of `LAYOUTS`, or None to recognize
+        it.
+      input_shape: shape ``(N, H, W, C)`` of a Linen module's input.
+      variables: what the file lacks, as nested dictionaries of arrays: ``{"batch_stats": ...}`` for a file of
+        parameters alone.
 
     Returns:
-        The variables as nested dictionaries of numpy arrays, in the model's shapes and dtypes: the collections
-        of a Linen module, or the state of an NNX module without its random streams as a pure dictionary, as
-        `dfq_jax.quantize` and `as_function` take them. The module itself is left as it is.
+      The variables as nested dictionaries of numpy arrays, in the model's shapes and dtypes: the collections
+      of a Linen module, or the state of an NNX module without its random streams as a pure dictionary, as
+      `dfq_jax.quantize` and `as_function` take them. The module itself is left as it is.
 
     Raises:
-        TypeError: if `model` is none of the above.
-        ValueError: if the file cannot be read or downloaded, its layout is unknown, or names are missing,
-            unexpected or of another shape or kind than the model's; the message names them.
-        ImportError: for ``hf:`` without huggingface_hub, and for a directory of Orbax without orbax-checkpoint.
+      TypeError: if `model` is none of the above.
+      ValueError: if the file cannot be read or downloaded, its layout is unknown, or names are missing,
+        unexpected or of another shape or kind than the model's; the message names them.
+      ImportError: for ``hf:`` without huggingface_hub, and for a directory of Orbax without orbax-checkpoint.
     """
     template = _template(model, input_shape)
     wanted = flatten_names(template, argument="model")
@@ -252,15 +252,15 @@ def flatten_names(tree: Mapping[Any, Any], *, argument: str = "tree") -> dict[st
     """Flattens nested dictionaries to '/'-joined names: ``{"a": {0: x}}`` to ``{"a/0": x}``.
 
     Args:
-        tree: nested dictionaries with string or integer keys.
-        argument: what to call it in error messages.
+      tree: nested dictionaries with string or integer keys.
+      argument: what to call it in error messages.
 
     Returns:
-        Name to leaf, in order.
+      Name to leaf, in order.
 
     Raises:
-        TypeError: if a key is neither string nor integer, or `tree` is no dictionary.
-        ValueError: if two leaves get the same name, or there are none.
+      TypeError: if a key is neither string nor integer, or `tree` is no dictionary.
+      ValueError: if two leaves get the same name, or there are none.
     """
     if not isinstance(tree, Mapping):
         raise TypeError(f"{argument}: expected nested dictionaries, found {type(tree).__name__}")

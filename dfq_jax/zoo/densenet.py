@@ -56,13 +56,13 @@ class DenseNet(nn.Module):
     """A DenseNet with growth rate 32.
 
     Attributes:
-        depth: 121, 169 or 201.
-        num_classes: number of logits.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      depth: 121, 169 or 201.
+      num_classes: number of logits.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     depth: int = 121

@@ -21,8 +21,8 @@ class Size(NamedTuple):
     """How large a network is.
 
     Attributes:
-        parameters: number of trained parameters, running statistics not counted.
-        macs: multiply-accumulates of its convolutions and matrix products for one image.
+      parameters: number of trained parameters, running statistics not counted.
+      macs: multiply-accumulates of its convolutions and matrix products for one image.
     """
 
     parameters: int
@@ -34,22 +34,22 @@ class ZooEntry:
     """A model that `load_model` knows.
 
     Attributes:
-        name: what to load it by.
-        build: makes the Linen or NNX module; without arguments, an NNX one also takes ``rngs``.
-        input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
-        num_classes: number of logits.
-        preprocessing: what turns pixels into its input.
-        float_top1: top-1 accuracy of the trained float32 network in percent, or None where it was not
-            measured.
-        trained_on: name of the training data.
-        source: where the architecture and the weights come from.
-        size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
-        weights: file of trained weights that comes with the package, those of another distribution, or None
-            where a checkpoint must be given.
+      name: what to load it by.
+      build: makes the Linen or NNX module; without arguments, an NNX one also takes ``rngs``.
+      input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
+      num_classes: number of logits.
+      preprocessing: what turns pixels into its input.
+      float_top1: top-1 accuracy of the trained float32 network in percent, or None where it was not
+        measured.
+      trained_on: name of the training data.
+      source: where the architecture and the weights come from.
+      size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
+      weights: file of trained weights that comes with the package, those of another distribution, or None
+        where a checkpoint must be given.
 
     Raises:
-        ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
-            preprocessing, or `num_classes` or `float_top1` is out of range.
+      ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
+        preprocessing, or `num_classes` or `float_top1` is out of range.
     """
 
     name: str

@@ -56,16 +56,16 @@ class ConvNorm(nn.Module):
     """A convolution, a BatchNorm and an activation; submodules `conv` and `bn`.
 
     Attributes:
-        features: output channels.
-        kernel: side of the window, or its height and width.
-        stride: of the window.
-        padding: zeros on both sides, one number or one for each axis; None for half the window, which with stride 1
-            keeps the image's size.
-        groups: of the convolution; as many as channels for a depthwise one.
-        use_bias: whether the convolution has a bias of its own.
-        activation: elementwise function, or None.
-        epsilon: of the BatchNorm.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      kernel: side of the window, or its height and width.
+      stride: of the window.
+      padding: zeros on both sides, one number or one for each axis; None for half the window, which with stride 1
+        keeps the image's size.
+      groups: of the convolution; as many as channels for a depthwise one.
+      use_bias: whether the convolution has a bias of its own.
+      activation: elementwise function, or None.
+      epsilon: of the BatchNorm.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -141,7 +141,7 @@ def check_call(num_classes: int, x: Array, width: float = 1.0) -> None:
     """The checks that every network makes at its first call.
 
     Raises:
-        ValueError: if `num_classes` is below 1, `width` is not positive or the images are not `[N, H, W, C]`.
+      ValueError: if `num_classes` is below 1, `width` is not positive or the images are not `[N, H, W, C]`.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes: must be at least 1, not {num_classes}")

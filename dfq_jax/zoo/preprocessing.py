@@ -19,17 +19,17 @@ class Preprocessing:
     """From pixels to a network's input: ``(pixels * scale - mean) / std``, after resizing and cropping.
 
     Attributes:
-        mean: mean of each channel, on the scale of ``pixels * scale``.
-        std: standard deviation of each channel, on the same scale.
-        scale: factor for the pixels 0...255.
-        resize: length in pixels to which an image's short side is resized, or None to leave it.
-        crop: side in pixels of the square cut from the center, or None not to cut.
-        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, for `resize`.
+      mean: mean of each channel, on the scale of ``pixels * scale``.
+      std: standard deviation of each channel, on the same scale.
+      scale: factor for the pixels 0...255.
+      resize: length in pixels to which an image's short side is resized, or None to leave it.
+      crop: side in pixels of the square cut from the center, or None not to cut.
+      interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, for `resize`.
 
     Raises:
-        TypeError: if `mean` or `std` is not a tuple of numbers.
-        ValueError: if `mean` and `std` differ in length or are empty, a number is not finite, a standard
-            deviation, `scale` or a size is not positive, or the interpolation is unknown.
+      TypeError: if `mean` or `std` is not a tuple of numbers.
+      ValueError: if `mean` and `std` differ in length or are empty, a number is not finite, a standard
+        deviation, `scale` or a size is not positive, or the interpolation is unknown.
     """
 
     mean: tuple[float, ...]
@@ -74,16 +74,16 @@ class Preprocessing:
         Images that already have the size of `crop` are neither resized nor cropped.
 
         Args:
-            images: pixels 0...255, `[N, H, W, C]`, uint8.
+          images: pixels 0...255, `[N, H, W, C]`, uint8.
 
         Returns:
-            The network's input `[N, H', W', C]`, float32.
+          The network's input `[N, H', W', C]`, float32.
 
         Raises:
-            TypeError: if the images are not a uint8 array.
-            ValueError: if they are not `[N, H, W, C]`, have another number of channels or are smaller than
-                `crop`.
-            ImportError: if they are to be resized and pillow is not installed.
+          TypeError: if the images are not a uint8 array.
+          ValueError: if they are not `[N, H, W, C]`, have another number of channels or are smaller than
+            `crop`.
+          ImportError: if they are to be resized and pillow is not installed.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8:

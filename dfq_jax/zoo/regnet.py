@@ -42,10 +42,10 @@ class GroupedBottleneck(nn.Module):
     """1x1, grouped 3x3, 1x1, all of the same width, and a shortcut.
 
     Attributes:
-        features: channels, inside and out.
-        group_width: channels of a group of the 3x3 convolution.
-        stride: of the 3x3 convolution and the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: channels, inside and out.
+      group_width: channels of a group of the 3x3 convolution.
+      stride: of the 3x3 convolution and the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -69,13 +69,13 @@ class RegNetX(nn.Module):
     """A RegNetX.
 
     Attributes:
-        variant: a name in `VARIANTS`.
-        num_classes: number of logits.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      variant: a name in `VARIANTS`.
+      num_classes: number of logits.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     variant: str = "600MF"

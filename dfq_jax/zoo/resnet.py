@@ -37,9 +37,9 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.
 
     Attributes:
-        features: output channels.
-        stride: of the first convolution and of the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      stride: of the first convolution and of the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -58,10 +58,10 @@ class Bottleneck(nn.Module):
     """A 3x3 convolution between two of 1x1, and a shortcut.
 
     Attributes:
-        features: output channels; a quarter of them inside.
-        stride: of the block.
-        stride_on_1x1: the first convolution has the stride, in place of the 3x3 one.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels; a quarter of them inside.
+      stride: of the block.
+      stride_on_1x1: the first convolution has the stride, in place of the 3x3 one.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -91,14 +91,14 @@ class ResNet(nn.Module):
     """A ResNet for ImageNet.
 
     Attributes:
-        depth: 18, 34, 50, 101 or 152.
-        num_classes: number of logits.
-        stride_on_1x1: where bottlenecks have their stride; see the module's docstring.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      depth: 18, 34, 50, 101 or 152.
+      num_classes: number of logits.
+      stride_on_1x1: where bottlenecks have their stride; see the module's docstring.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     depth: int = 50

@@ -84,14 +84,14 @@ class ResNet(nnx.Module):
     """A ResNet for ImageNet: images `[N, H, W, 3]` to logits `[N, num_classes]`.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
-        num_classes: number of logits.
-        stride_on_1x1: bottlenecks have their stride on the first convolution, in place of the 3x3 one.
-        dtype: computation dtype; None takes that of the input and the parameters.
-        rngs: where initial weights come from.
+      depth: 18, 34, 50, 101 or 152.
+      num_classes: number of logits.
+      stride_on_1x1: bottlenecks have their stride on the first convolution, in place of the 3x3 one.
+      dtype: computation dtype; None takes that of the input and the parameters.
+      rngs: where initial weights come from.
 
     Raises:
-        ValueError: if `depth` is another or `num_classes` is below 1.
+      ValueError: if `depth` is another or `num_classes` is below 1.
     """
 
     def __init__(

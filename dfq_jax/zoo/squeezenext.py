@@ -24,9 +24,9 @@ class SqueezeNextUnit(nn.Module):
     """Two 1x1 reductions, a 3x3 convolution as 1x3 and 3x1, a 1x1 expansion, and a shortcut.
 
     Attributes:
-        features: output channels.
-        stride: of the first convolution and the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      stride: of the first convolution and the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -54,14 +54,14 @@ class SqueezeNext(nn.Module):
     """A SqueezeNext-23.
 
     Attributes:
-        variant: "23", or "23v5" with more units in the third stage.
-        num_classes: number of logits.
-        width: factor on the channels of all layers: 1.0, 1.5 or 2.0.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      variant: "23", or "23v5" with more units in the third stage.
+      num_classes: number of logits.
+      width: factor on the channels of all layers: 1.0, 1.5 or 2.0.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1, `width` is not positive or
-            the images are not `[N, H, W, C]`.
+      ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1, `width` is not positive or
+        the images are not `[N, H, W, C]`.
     """
 
     variant: str = "23"

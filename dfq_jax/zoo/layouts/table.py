@@ -25,15 +25,15 @@ class Rule:
     r"""Where the arrays of some names go.
 
     Attributes:
-        pattern: regular expression for the whole name in the file.
-        target: '/'-joined path in the variables, with ``\1``... for the pattern's groups and ``{\1+1}`` or
-            ``{\1-2}`` for a group's number plus or minus another, as programs count from 0 or 1; None to leave
-            the array out.
-        transform: ``copy``, ``conv`` (OIHW to HWIO), ``linear`` (transpose) or ``conv_linear`` (a convolution
-            over its whole input, for a dense layer that reads channels first).
+      pattern: regular expression for the whole name in the file.
+      target: '/'-joined path in the variables, with ``\1``... for the pattern's groups and ``{\1+1}`` or
+        ``{\1-2}`` for a group's number plus or minus another, as programs count from 0 or 1; None to leave
+        the array out.
+      transform: ``copy``, ``conv`` (OIHW to HWIO), ``linear`` (transpose) or ``conv_linear`` (a convolution
+        over its whole input, for a dense layer that reads channels first).
 
     Raises:
-        ValueError: if the pattern is no regular expression or the transform is unknown.
+      ValueError: if the pattern is no regular expression or the transform is unknown.
     """
 
     pattern: str
@@ -68,14 +68,14 @@ class Layout:
     """How one program names and arranges its weights.
 
     Attributes:
-        name: what to call it.
-        description: one line for error messages.
-        signature: regular expressions, each of which matches some whole name of every file in this layout; by
-            them a file's layout is recognized.
-        rules: the table; the first rule that matches a name holds.
+      name: what to call it.
+      description: one line for error messages.
+      signature: regular expressions, each of which matches some whole name of every file in this layout; by
+        them a file's layout is recognized.
+      rules: the table; the first rule that matches a name holds.
 
     Raises:
-        ValueError: if there are no rules.
+      ValueError: if there are no rules.
     """
 
     name: str
