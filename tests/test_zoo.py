@@ -221,9 +221,9 @@ def test_checkpoint_of_another_depth():
 def test_cifar_resnet_arguments():
     x = jnp.zeros((1, 8, 8, 3))
     for depth in (2, 9, 21):
-        with pytest.raises(ValueError, match=f"depth: a CIFAR ResNet has depth .*, not {depth}"):
+        with pytest.raises(ValueError, match=f"depth: expected 6 n .*, found {depth}"):
             cifar_resnet.CifarResNet(depth=depth).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="num_classes: must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="num_classes: expected at least 1, found 0"):
         cifar_resnet.CifarResNet(depth=8, num_classes=0).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"x: expected images \[N, H, W, C\], found shape \(8, 8, 3\)"):
         cifar_resnet.CifarResNet(depth=8).init(jax.random.key(0), x[0])
@@ -301,13 +301,13 @@ def test_preprocessing_refuses(images, error, match):
         ({"mean": (0.5,)}, ValueError, "std: has 3 channels and mean 1"),
         ({"mean": (), "std": ()}, ValueError, "mean: expected finite numbers"),
         ({"mean": (float("nan"), 0.0, 0.0)}, ValueError, "mean: expected finite"),
-        ({"std": (1.0, 0.0, 1.0)}, ValueError, "std: must be positive"),
-        ({"scale": 0}, ValueError, "scale: must be a positive number"),
-        ({"scale": float("inf")}, ValueError, "scale: must be"),
-        ({"resize": 0}, ValueError, "resize: must be a positive number of pixels"),
-        ({"crop": 2.5}, ValueError, "crop: must be a positive number of pixels"),
+        ({"std": (1.0, 0.0, 1.0)}, ValueError, "std: expected positive numbers"),
+        ({"scale": 0}, ValueError, "scale: expected a positive number"),
+        ({"scale": float("inf")}, ValueError, "scale: expected"),
+        ({"resize": 0}, ValueError, "resize: expected a positive number of pixels"),
+        ({"crop": 2.5}, ValueError, "crop: expected a positive number of pixels"),
         ({"resize": 10, "crop": 20}, ValueError, "crop: 20 pixels do not fit"),
-        ({"interpolation": "cubic"}, ValueError, "interpolation: must be one of nearest"),
+        ({"interpolation": "cubic"}, ValueError, "interpolation: expected one of nearest"),
     ],
 )
 def test_preprocessing_is_validated(changes, error, match):
@@ -321,7 +321,7 @@ def test_preprocessing_is_validated(changes, error, match):
         ({"input_shape": (28, 28, 1)}, r"input_shape: expected \(1, H, W, C\)"),
         ({"input_shape": (2, 28, 28, 1)}, r"input_shape: expected \(1, H, W, C\)"),
         ({"input_shape": (1, 28, 28, 3)}, "input_shape: 3 channels, but preprocessing has 1"),
-        ({"num_classes": 0}, "num_classes: must be at least 1"),
+        ({"num_classes": 0}, "num_classes: expected at least 1"),
         ({"float_top1": 900.0}, "float_top1: expected percent"),
     ],
 )

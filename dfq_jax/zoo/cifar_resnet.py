@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import batch_norm, check_call, conv
 
 __all__ = ["BasicBlock", "CifarResNet"]
@@ -94,10 +95,8 @@ class CifarResNet(nn.Module):
         Returns:
           Logits `[N, num_classes]`.
         """
-        if self.depth < 8 or (self.depth - 2) % 6:
-            raise ValueError(f"depth: a CIFAR ResNet has depth 6 n + 2 (8, 14, 20, ...), not {self.depth}")
-        if self.shortcut not in ("pad", "projection"):
-            raise ValueError(f"shortcut: must be 'pad' or 'projection', not {self.shortcut!r}")
+        check_field("depth", self.depth, "6 n + 2 (8, 14, 20, ...)", lambda depth: depth >= 8 and depth % 6 == 2)
+        check_field("shortcut", self.shortcut, "'pad' or 'projection'", ("pad", "projection").__contains__)
         check_call(self.num_classes, x)
         x = _conv(_STAGE_CHANNELS[0], 3, 1, self.dtype, "conv1")(x)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import KERNEL_INIT, check_call
 
 __all__ = ["EfficientNetLite", "InvertedBottleneck"]
@@ -122,8 +123,7 @@ class EfficientNetLite(nn.Module):
           Logits `[N, num_classes]`.
         """
         check_call(self.num_classes, x, self.width)
-        if not self.depth > 0:
-            raise ValueError(f"depth: must be positive, not {self.depth}")
+        check_field("depth", self.depth, "a positive factor", lambda depth: depth > 0)
         x = _conv(_STEM_FEATURES, 3, 2, 1, self.dtype, "conv_stem")(x)
         x = nn.relu6(_norm(train, self.dtype, "bn0")(x))
         index = 0

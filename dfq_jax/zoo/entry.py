@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.packaged import PackagedWeights
 from dfq_jax.zoo.preprocessing import Preprocessing
 
@@ -69,10 +70,8 @@ class ZooEntry:
             raise ValueError(f"input_shape: expected (1, H, W, C), found {shape}")
         if shape[3] != self.preprocessing.channels:
             raise ValueError(f"input_shape: {shape[3]} channels, but preprocessing has {self.preprocessing.channels}")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes: must be at least 1, found {self.num_classes}")
-        if self.float_top1 is not None and not 0 <= self.float_top1 <= 100:
-            raise ValueError(f"float_top1: expected percent, found {self.float_top1}")
+        check_field("num_classes", self.num_classes, "at least 1", lambda number: number >= 1)
+        check_field("float_top1", self.float_top1, "percent or None", lambda top1: top1 is None or 0 <= top1 <= 100)
 
     def template(self) -> dict[str, Any]:
         """The model's variables as nested dictionaries of `jax.ShapeDtypeStruct`; computes nothing."""

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
+
 __all__ = [
     "ConvNorm",
     "adaptive_average_pool",
@@ -143,9 +145,7 @@ def check_call(num_classes: int, x: Array, width: float = 1.0) -> None:
     Raises:
       ValueError: if `num_classes` is below 1, `width` is not positive or the images are not `[N, H, W, C]`.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes: must be at least 1, not {num_classes}")
-    if not width > 0:
-        raise ValueError(f"width: must be positive, not {width}")
+    check_field("num_classes", num_classes, "at least 1", lambda number: number >= 1)
+    check_field("width", width, "a positive factor", lambda factor: factor > 0)
     if x.ndim != 4:
         raise ValueError(f"x: expected images [N, H, W, C], found shape {x.shape}; add the missing axes")

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool, staged
 
 __all__ = ["DEPTHS", "BasicBlock", "Bottleneck", "ResNet"]
@@ -110,8 +111,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x)
-        if self.depth not in DEPTHS:
-            raise ValueError(f"depth: must be one of {', '.join(map(str, DEPTHS))}, not {self.depth}")
+        check_field("depth", self.depth, f"one of {', '.join(map(str, DEPTHS))}", DEPTHS.__contains__)
         x = ConvNorm(64, 7, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
         for stage, name, stride in staged(DEPTHS[self.depth], STAGE_STRIDES):

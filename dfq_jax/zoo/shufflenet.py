@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, average_pool, channel_shuffle, check_call, max_pool, staged
 
 __all__ = ["ShuffleNetV1", "ShuffleNetV2"]
@@ -86,8 +87,7 @@ class ShuffleNetV1(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x, self.width)
-        if self.groups not in CHANNELS_V1:
-            raise ValueError(f"groups: must be one of {', '.join(map(str, CHANNELS_V1))}, not {self.groups}")
+        check_field("groups", self.groups, f"one of {', '.join(map(str, CHANNELS_V1))}", CHANNELS_V1.__contains__)
         x = ConvNorm(int(self.width * STEM), 3, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
         for stage, name, stride in staged(BLOCKS, STRIDES):
@@ -156,8 +156,7 @@ class ShuffleNetV2(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x)
-        if self.width not in CHANNELS_V2:
-            raise ValueError(f"width: must be one of {', '.join(map(str, CHANNELS_V2))}, not {self.width}")
+        check_field("width", self.width, f"one of {', '.join(map(str, CHANNELS_V2))}", CHANNELS_V2.__contains__)
         channels = CHANNELS_V2[self.width]
         x = ConvNorm(STEM, 3, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, self.pool_padding)

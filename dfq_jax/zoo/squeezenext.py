@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool, staged
 
 __all__ = ["VARIANTS", "SqueezeNext"]
@@ -73,8 +74,7 @@ class SqueezeNext(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x, self.width)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: must be one of {', '.join(VARIANTS)}, not {self.variant!r}")
+        check_field("variant", self.variant, f"one of {', '.join(VARIANTS)}", VARIANTS.__contains__)
         style = dict(use_bias=True, dtype=self.dtype)
         x = ConvNorm(int(self.width * STEM), 7, 2, padding=1, **style, name="stem")(x, train)
         x = max_pool(x, 3, 2, (0, 1))

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dfq_jax.base import check_field
+
 TRANSFORMS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     # name: (axes the source must have or -1 for any, how to turn them)
     "copy": (-1, lambda array: array),
@@ -45,8 +47,7 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"pattern: {self.pattern!r} is no regular expression: {error}") from error
-        if self.transform not in TRANSFORMS:
-            raise ValueError(f"transform: must be one of {', '.join(TRANSFORMS)}, not {self.transform!r}")
+        check_field("transform", self.transform, f"one of {', '.join(TRANSFORMS)}", TRANSFORMS.__contains__)
 
     @functools.cached_property
     def _regex(self) -> re.Pattern[str]:
