@@ -146,7 +146,7 @@ def _place(
     placed: dict[str, np.ndarray] = {}
     unexpected: list[str] = []
     misfits: list[str] = []
-    replicated: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, tuple[int, ...]] = {}
     for name, read in readers.items():
         place = layout.place(name)
         if place is not None and place[1] is None:
@@ -160,8 +160,8 @@ def _place(
             continue
         sources[target] = name
         array = read()
-        if layout is FLAX and array.shape[1:] == tuple(wanted[target].shape) and array.ndim > len(wanted[target].shape):
-            replicated[name] = array.shape
+        if layout is FLAX and array.ndim > len(shape := tuple(wanted[target].shape)) and array.shape[1:] == shape:
+            copies[name] = array.shape
             if any(copy.tobytes() != array[0].tobytes() for copy in array[1:]):
                 misfits.append(f"{name}: shape {array.shape}, and what lies along the first axis differs")
                 continue
@@ -171,19 +171,25 @@ def _place(
             misfits.append(f"{name}: {fitted}")
         else:
             placed[target] = fitted
-    counts = {shape[0] for shape in replicated.values()}
-    if len(counts) > 1 or 0 < len(replicated) < len(sources):
-        misfits += [f"{name}: shape {shape} has an axis too many" for name, shape in replicated.items()]
-    elif replicated and not misfits:
-        warnings.warn(
-            f"path: every array has a leading axis of {min(counts)}, equal along it, as flax.jax_utils.replicate makes "
-            "for as many devices; the first copy is taken.",
-            stacklevel=3,
-        )
+    misfits += _check_copies(copies, len(sources), quiet=bool(misfits))
     placed = {**given, **placed}
     missing = [name for name in wanted if name not in sources and name not in given]
     kinds = (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
     return placed, [f"{title}: {_some(names)}" for title, names in kinds if names]
+
+
+def _check_copies(copies: Mapping[str, tuple[int, ...]], count: int, *, quiet: bool) -> list[str]:
+    """What is wrong with the shapes of arrays that have one axis too many, of so many arrays in all."""
+    counts = {shape[0] for shape in copies.values()}
+    if len(counts) > 1 or 0 < len(copies) < count:
+        return [f"{name}: shape {shape} has an axis too many" for name, shape in copies.items()]
+    if copies and not quiet:
+        warnings.warn(
+            f"path: every array has a leading axis of {min(counts)}, equal along it, as flax.jax_utils.replicate makes "
+            "for as many devices; the first copy is taken.",
+            stacklevel=4,
+        )
+    return []
 
 
 def _find_layout(
@@ -245,11 +251,14 @@ def _some(names: list[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-# Names
+# --- names ---
 
 
 def flatten_names(tree: Mapping[Any, Any], *, argument: str = "tree") -> dict[str, Any]:
-    """Flattens nested dictionaries to '/'-joined names: ``{"a": {0: x}}`` to ``{"a/0": x}``.
+    """Flattens nested dictionaries to '/'-joined names.
+
+    >>> flatten_names({"a": {0: "x", "b": "y"}})
+    {'a/0': 'x', 'a/b': 'y'}
 
     Args:
       tree: nested dictionaries with string or integer keys.

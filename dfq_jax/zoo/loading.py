@@ -57,6 +57,10 @@ def load_model(
 ) -> ZooModel:
     """Loads a model with the weights that come with the package, of a checkpoint, or random ones.
 
+    >>> model = load_model("fashion_mobilenet")
+    >>> model.input_shape, model.num_classes
+    ((1, 28, 28, 1), 10)
+
     Args:
       name: a name of `list_models`.
       checkpoint: weights to load instead of the bundled ones: a file, a directory or ``hf:ORG/REPO``, as in

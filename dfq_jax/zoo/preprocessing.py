@@ -20,6 +20,9 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 class Preprocessing:
     """From pixels to a network's input: ``(pixels * scale - mean) / std``, after resizing and cropping.
 
+    >>> Preprocessing(mean=(0.5,), std=(0.5,))(np.array([[[[0], [255]]]], np.uint8)).ravel().tolist()
+    [-1.0, 1.0]
+
     Attributes:
       mean: mean of each channel, on the scale of ``pixels * scale``.
       std: standard deviation of each channel, on the same scale.

@@ -26,6 +26,10 @@ _SUM = re.compile(r"\{(\d+)([+-]\d+)\}")
 class Rule:
     r"""Where the arrays of some names go.
 
+    >>> rule = Rule(pattern=r"layer(\d)\.conv\.weight", target=r"params/layer{\1+1}/kernel", transform="conv")
+    >>> rule.path(rule.match("layer0.conv.weight"))
+    'params/layer1/kernel'
+
     Attributes:
       pattern: regular expression for the whole name in the file.
       target: '/'-joined path in the variables, with ``\1``... for the pattern's groups and ``{\1+1}`` or
