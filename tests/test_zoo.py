@@ -1,6 +1,7 @@
 """The zoo: its entries, preprocessing, random and loaded models, and the accuracy of public checkpoints."""
 
 import dataclasses
+import functools
 import importlib.resources
 import os
 import pathlib
@@ -15,10 +16,11 @@ from flax import nnx
 
 import dfq_jax
 from dfq_jax import zoo
-from dfq_jax.zoo import cifar_resnet, fashion
+from dfq_jax.zoo import cifar_resnet, fashion, layers, registry
 from dfq_jax.zoo.arrays import read_npz
 from dfq_jax.zoo.checkpoint import flatten_names
 from dfq_jax.zoo.entry import abstract_model
+from dfq_jax.zoo.layouts.table import Layout, conv_norm, linear
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("DFQ_JAX_DATA") or ROOT / ".." / "shared" / "data")
@@ -328,3 +330,53 @@ def test_preprocessing_is_validated(changes, error, match):
 def test_entries_are_validated(changes, match):
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(zoo.list_models()[0], **changes)
+
+
+# What CONTRIBUTING.md says of families and layouts
+
+
+class Toy(nn.Module):
+    """A network of a family that the zoo does not have."""
+
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for stage, name, stride in layers.staged((self.depth, 1), (1, 2)):
+            x = layers.ConvNorm(4 * (stage + 1), 3, stride, name=name)(x, train)
+        return nn.Dense(10, name="classifier")(x.mean((1, 2)))
+
+
+TOY = Layout(
+    name="toy",
+    description="The toy of another program: stages.0.0.conv.weight",
+    signature=(r"stages\.0\.0\.conv\.weight", r"head\.bias"),
+    rules=(
+        *conv_norm(r"stages\.(\d)\.(\d)\.conv", r"stages\.(\d)\.(\d)\.norm", r"stage{\1+1}_block{\2+1}"),
+        *linear("head", "classifier"),
+    ),
+)
+
+
+def test_a_family_is_its_module_and_a_row(tmp_path, monkeypatch):
+    row = (registry._CIFAR, "toy", functools.partial(Toy, 2), "nowhere", 10.0, 662, 331_856)
+    monkeypatch.setattr("dfq_jax.zoo.registry._ENTRIES", (*registry._ENTRIES, registry._entry(*row)))
+    assert zoo.list_models()[-1].name == "toy"
+    model = zoo.load_model("toy", random_key=jax.random.key(0))
+    graph = dfq_jax.trace(*dfq_jax.as_function(model.module, model.variables), model.input_shape)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"])), sum(l.macs for l in graph.layers)
+    assert (model.entry.num_parameters, model.entry.macs) == sizes
+
+    # The names of another program, by a layout that is entered.
+    monkeypatch.setattr("dfq_jax.zoo.checkpoint.LAYOUTS", (*zoo.LAYOUTS, TOY))
+    state = {}
+    for name, leaf in flatten_names(model.variables).items():
+        _, module, *_, kind = name.split("/")
+        kind = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}.get(kind, kind)
+        part = "norm" if "/bn/" in name else "conv"
+        where = "head" if module == "classifier" else f"stages.{int(module[5]) - 1}.{int(module[12]) - 1}.{part}"
+        leaf = np.asarray(leaf)
+        state[f"{where}.{kind}"] = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+    np.savez(tmp_path / "toy.npz", **state)
+    loaded = zoo.load_model("toy", tmp_path / "toy.npz")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
