@@ -270,7 +270,7 @@ def test_bad_template(tmp_path):
 def test_bad_rules():
     with pytest.raises(ValueError, match=r"pattern: .* is no regular expression"):
         Rule(pattern="(", target=None)
-    with pytest.raises(ValueError, match="transform: must be one of copy, conv, linear, conv_linear, not 'flip'"):
+    with pytest.raises(ValueError, match="transform: expected one of copy, conv, linear, conv_linear, found 'flip'"):
         Rule(pattern="a", target="b", transform="flip")
     with pytest.raises(ValueError, match="rules: layout 'x' has none"):
         Layout(name="x", description="", signature=(), rules=())

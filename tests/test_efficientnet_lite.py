@@ -76,7 +76,7 @@ def test_weights_are_found_without_importing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"width": 0.0}, "width: must be positive"), ({"num_classes": 0}, "num_classes: must be at least 1")],
+    [({"width": 0.0}, "width: expected a positive factor"), ({"num_classes": 0}, "num_classes: expected at least 1")],
 )
 def test_arguments(changes, match):
     with pytest.raises(ValueError, match=match):

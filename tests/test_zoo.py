@@ -1,6 +1,7 @@
 """The zoo: its entries, preprocessing, random and loaded models, and the accuracy of public checkpoints."""
 
 import dataclasses
+import functools
 import importlib.resources
 import os
 import pathlib
@@ -15,10 +16,11 @@ from flax import nnx
 
 import dfq_jax
 from dfq_jax import zoo
-from dfq_jax.zoo import cifar_resnet, fashion
+from dfq_jax.zoo import cifar_resnet, fashion, layers, registry
 from dfq_jax.zoo.arrays import read_npz
 from dfq_jax.zoo.checkpoint import flatten_names
 from dfq_jax.zoo.entry import abstract_model
+from dfq_jax.zoo.layouts.table import Layout, conv_norm, linear
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("DFQ_JAX_DATA") or ROOT / ".." / "shared" / "data")
@@ -221,9 +223,9 @@ def test_checkpoint_of_another_depth():
 def test_cifar_resnet_arguments():
     x = jnp.zeros((1, 8, 8, 3))
     for depth in (2, 9, 21):
-        with pytest.raises(ValueError, match=f"depth: a CIFAR ResNet has depth .*, not {depth}"):
+        with pytest.raises(ValueError, match=f"depth: expected 6 n .*, found {depth}"):
             cifar_resnet.CifarResNet(depth=depth).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="num_classes: must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="num_classes: expected at least 1, found 0"):
         cifar_resnet.CifarResNet(depth=8, num_classes=0).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"x: expected images \[N, H, W, C\], found shape \(8, 8, 3\)"):
         cifar_resnet.CifarResNet(depth=8).init(jax.random.key(0), x[0])
@@ -301,13 +303,13 @@ def test_preprocessing_refuses(images, error, match):
         ({"mean": (0.5,)}, ValueError, "std: has 3 channels and mean 1"),
         ({"mean": (), "std": ()}, ValueError, "mean: expected finite numbers"),
         ({"mean": (float("nan"), 0.0, 0.0)}, ValueError, "mean: expected finite"),
-        ({"std": (1.0, 0.0, 1.0)}, ValueError, "std: must be positive"),
-        ({"scale": 0}, ValueError, "scale: must be a positive number"),
-        ({"scale": float("inf")}, ValueError, "scale: must be"),
-        ({"resize": 0}, ValueError, "resize: must be a positive number of pixels"),
-        ({"crop": 2.5}, ValueError, "crop: must be a positive number of pixels"),
+        ({"std": (1.0, 0.0, 1.0)}, ValueError, "std: expected positive numbers"),
+        ({"scale": 0}, ValueError, "scale: expected a positive number"),
+        ({"scale": float("inf")}, ValueError, "scale: expected"),
+        ({"resize": 0}, ValueError, "resize: expected a positive number of pixels"),
+        ({"crop": 2.5}, ValueError, "crop: expected a positive number of pixels"),
         ({"resize": 10, "crop": 20}, ValueError, "crop: 20 pixels do not fit"),
-        ({"interpolation": "cubic"}, ValueError, "interpolation: must be one of nearest"),
+        ({"interpolation": "cubic"}, ValueError, "interpolation: expected one of nearest"),
     ],
 )
 def test_preprocessing_is_validated(changes, error, match):
@@ -321,10 +323,60 @@ def test_preprocessing_is_validated(changes, error, match):
         ({"input_shape": (28, 28, 1)}, r"input_shape: expected \(1, H, W, C\)"),
         ({"input_shape": (2, 28, 28, 1)}, r"input_shape: expected \(1, H, W, C\)"),
         ({"input_shape": (1, 28, 28, 3)}, "input_shape: 3 channels, but preprocessing has 1"),
-        ({"num_classes": 0}, "num_classes: must be at least 1"),
+        ({"num_classes": 0}, "num_classes: expected at least 1"),
         ({"float_top1": 900.0}, "float_top1: expected percent"),
     ],
 )
 def test_entries_are_validated(changes, match):
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(zoo.list_models()[0], **changes)
+
+
+# What CONTRIBUTING.md says of families and layouts
+
+
+class Toy(nn.Module):
+    """A network of a family that the zoo does not have."""
+
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for stage, name, stride in layers.staged((self.depth, 1), (1, 2)):
+            x = layers.ConvNorm(4 * (stage + 1), 3, stride, name=name)(x, train)
+        return nn.Dense(10, name="classifier")(x.mean((1, 2)))
+
+
+TOY = Layout(
+    name="toy",
+    description="The toy of another program: stages.0.0.conv.weight",
+    signature=(r"stages\.0\.0\.conv\.weight", r"head\.bias"),
+    rules=(
+        *conv_norm(r"stages\.(\d)\.(\d)\.conv", r"stages\.(\d)\.(\d)\.norm", r"stage{\1+1}_block{\2+1}"),
+        *linear("head", "classifier"),
+    ),
+)
+
+
+def test_a_family_is_its_module_and_a_row(tmp_path, monkeypatch):
+    row = (registry._CIFAR, "toy", functools.partial(Toy, 2), "nowhere", 10.0, 662, 331_856)
+    monkeypatch.setattr("dfq_jax.zoo.registry._ENTRIES", (*registry._ENTRIES, registry._entry(*row)))
+    assert zoo.list_models()[-1].name == "toy"
+    model = zoo.load_model("toy", random_key=jax.random.key(0))
+    graph = dfq_jax.trace(*dfq_jax.as_function(model.module, model.variables), model.input_shape)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"])), sum(l.macs for l in graph.layers)
+    assert (model.entry.num_parameters, model.entry.macs) == sizes
+
+    # The names of another program, by a layout that is entered.
+    monkeypatch.setattr("dfq_jax.zoo.checkpoint.LAYOUTS", (*zoo.LAYOUTS, TOY))
+    state = {}
+    for name, leaf in flatten_names(model.variables).items():
+        _, module, *_, kind = name.split("/")
+        kind = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}.get(kind, kind)
+        part = "norm" if "/bn/" in name else "conv"
+        where = "head" if module == "classifier" else f"stages.{int(module[5]) - 1}.{int(module[12]) - 1}.{part}"
+        leaf = np.asarray(leaf)
+        state[f"{where}.{kind}"] = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+    np.savez(tmp_path / "toy.npz", **state)
+    loaded = zoo.load_model("toy", tmp_path / "toy.npz")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)

@@ -400,18 +400,18 @@ def test_channel_shuffle():
 @pytest.mark.parametrize(
     ("module", "shape", "match"),
     [
-        (ResNet(51), (1, 32, 32, 3), "depth: must be one of 18, 34, 50, 101, 152, not 51"),
-        (ResNet(18, num_classes=0), (1, 32, 32, 3), "num_classes: must be at least 1, not 0"),
-        (MobileNetV1(width=0.0), (1, 32, 32, 3), "width: must be positive, not 0.0"),
+        (ResNet(51), (1, 32, 32, 3), "depth: expected one of 18, 34, 50, 101, 152, found 51"),
+        (ResNet(18, num_classes=0), (1, 32, 32, 3), "num_classes: expected at least 1, found 0"),
+        (MobileNetV1(width=0.0), (1, 32, 32, 3), "width: expected a positive factor, found 0.0"),
         (MobileNetV2(), (32, 32, 3), r"x: expected images \[N, H, W, C\], found shape \(32, 32, 3\)"),
-        (RegNetX("500MF"), (1, 32, 32, 3), "variant: must be one of 200MF, .*, not '500MF'"),
-        (DenseNet(120), (1, 32, 32, 3), "depth: must be one of 121, 169, 201, not 120"),
-        (ShuffleNetV1(groups=5), (1, 32, 32, 3), "groups: must be one of 1, 2, 3, 4, 8, not 5"),
-        (ShuffleNetV2(width=0.7), (1, 32, 32, 3), "width: must be one of 0.5, 1.0, 1.5, 2.0, not 0.7"),
-        (SqueezeNext("24"), (1, 32, 32, 3), "variant: must be one of 23, 23v5, not '24'"),
+        (RegNetX("500MF"), (1, 32, 32, 3), "variant: expected one of 200MF, .*, found '500MF'"),
+        (DenseNet(120), (1, 32, 32, 3), "depth: expected one of 121, 169, 201, found 120"),
+        (ShuffleNetV1(groups=5), (1, 32, 32, 3), "groups: expected one of 1, 2, 3, 4, 8, found 5"),
+        (ShuffleNetV2(width=0.7), (1, 32, 32, 3), "width: expected one of 0.5, 1.0, 1.5, 2.0, found 0.7"),
+        (SqueezeNext("24"), (1, 32, 32, 3), "variant: expected one of 23, 23v5, found '24'"),
         (InceptionV3(), (1, 74, 80, 3), r"x: Inception v3 takes images of at least 75x75 pixels"),
-        (VGG16(num_classes=-1), (1, 32, 32, 3), "num_classes: must be at least 1, not -1"),
-        (CifarResNet(8, shortcut="none"), (1, 32, 32, 3), "shortcut: must be 'pad' or 'projection', not 'none'"),
+        (VGG16(num_classes=-1), (1, 32, 32, 3), "num_classes: expected at least 1, found -1"),
+        (CifarResNet(8, shortcut="none"), (1, 32, 32, 3), "shortcut: expected 'pad' or 'projection', found 'none'"),
     ],
 )
 def test_bad_arguments(module, shape, match):
@@ -420,9 +420,9 @@ def test_bad_arguments(module, shape, match):
 
 
 def test_bad_arguments_of_nnx():
-    with pytest.raises(ValueError, match="depth: must be one of"):
+    with pytest.raises(ValueError, match="depth: expected one of"):
         NNXResNet(51, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="num_classes: must be at least 1"):
+    with pytest.raises(ValueError, match="num_classes: expected at least 1"):
         NNXResNet(18, 0, rngs=nnx.Rngs(0))
 
 

@@ -23,14 +23,14 @@ class Dataset:
     """Labeled images, each read when it is asked for.
 
     Attributes:
-        name: where they are from.
-        size: how many there are.
-        read: the pixels `[H, W, C]` and the label of an image by its index; called from several threads.
-        image_shape: ``(H, W, C)`` of every image, or None where it may vary.
-        num_classes: labels must be below; None for any.
+      name: where they are from.
+      size: how many there are.
+      read: the pixels `[H, W, C]` and the label of an image by its index; called from several threads.
+      image_shape: ``(H, W, C)`` of every image, or None where it may vary.
+      num_classes: labels must be below; None for any.
 
     Raises:
-        ValueError: if there are no images.
+      ValueError: if there are no images.
     """
 
     name: str
@@ -50,15 +50,15 @@ class Dataset:
         """Of images in memory.
 
         Args:
-            name: where they are from.
-            images: pixels 0...255, `[N, H, W, C]`, uint8.
-            labels: indices of the classes, `[N]`, any integer type.
-            checks: `image_shape` and `num_classes`.
+          name: where they are from.
+          images: pixels 0...255, `[N, H, W, C]`, uint8.
+          labels: indices of the classes, `[N]`, any integer type.
+          checks: `image_shape` and `num_classes`.
 
         Raises:
-            TypeError: if `images` are not uint8 or `labels` not integers.
-            ValueError: if a shape is not as above, the numbers of images and labels differ, there are none, or a
-                label is negative or no index of a class.
+          TypeError: if `images` are not uint8 or `labels` not integers.
+          ValueError: if a shape is not as above, the numbers of images and labels differ, there are none, or a
+            label is negative or no index of a class.
         """
         for argument, value in (("images", images), ("labels", labels)):
             if not isinstance(value, np.ndarray):
@@ -81,7 +81,7 @@ class Dataset:
         """Refuse labels that are no indices of classes.
 
         Raises:
-            ValueError: one is negative or too large.
+          ValueError: one is negative or too large.
         """
         smallest, largest = int(np.min(labels)), int(np.max(labels))
         if smallest < 0:
@@ -101,8 +101,8 @@ class Dataset:
         """The pixels and the label of one image.
 
         Raises:
-            IndexError: there is no such image.
-            ValueError: it cannot be read, or does not fit.
+          IndexError: there is no such image.
+          ValueError: it cannot be read, or does not fit.
         """
         if not 0 <= index < self.size:
             raise IndexError(f"index: expected 0...{self.size - 1}, found {index}")
@@ -124,7 +124,7 @@ class Dataset:
         """All images in memory.
 
         Raises:
-            ValueError: they have several sizes, or one cannot be read.
+          ValueError: they have several sizes, or one cannot be read.
         """
         images = [self[index][0] for index in range(self.size)]
         for index, image in enumerate(images):
@@ -152,13 +152,13 @@ class Dataset:
         No more than `workers` + 1 batches are in memory, however many images there are.
 
         Args:
-            preprocessing: maps pixels `[N, H, W, C]` to what the network takes, `[N, ...]`; called from several
-                threads, with as many images as have one size in a row and take a megabyte.
-            batch_size: images in a batch; the last one may have fewer.
-            workers: threads; None for one a core, at most four.
+          preprocessing: maps pixels `[N, H, W, C]` to what the network takes, `[N, ...]`; called from several
+            threads, with as many images as have one size in a row and take a megabyte.
+          batch_size: images in a batch; the last one may have fewer.
+          workers: threads; None for one a core, at most four.
 
         Raises:
-            ValueError: an image cannot be read or preprocessed; the message says which.
+          ValueError: an image cannot be read or preprocessed; the message says which.
         """
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected a positive number of images, found {batch_size!r}")

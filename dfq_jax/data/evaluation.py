@@ -46,7 +46,11 @@ class Accuracy:
 
 
 def wilson_margin(percent: float, n: int) -> float:
-    """Half width, in percent, of Wilson's 95 % confidence interval of a share of `n`."""
+    """Half width, in percent, of Wilson's 95 % confidence interval of a share of `n`.
+
+    >>> round(wilson_margin(91.73, 2894), 2)
+    1.0
+    """
     p, z = percent / 100, 1.96
     return 100 * z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
 

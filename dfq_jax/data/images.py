@@ -20,7 +20,7 @@ def pillow(spec: str) -> Any:
     """Pillow's image module.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+      ImportError: it is not installed; the message names the extra.
     """
     try:
         from PIL import Image
@@ -33,12 +33,12 @@ def decode(content: Path | bytes, name: str, channels: int | None) -> UInt8[np.n
     """Decodes an image.
 
     Args:
-        content: its file, or what is in it.
-        name: what to call it in errors.
-        channels: 1 for gray, 3 for RGB; None for what it has.
+      content: its file, or what is in it.
+      name: what to call it in errors.
+      channels: 1 for gray, 3 for RGB; None for what it has.
 
     Raises:
-        ValueError: it is damaged, too large, or not of 8 bits.
+      ValueError: it is damaged, too large, or not of 8 bits.
     """
     image_module = pillow("decoding images")
     try:

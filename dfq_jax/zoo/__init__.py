@@ -1,11 +1,4 @@
-"""Models to quantize: architectures, their preprocessing and trained weights.
-
-from dfq_jax import zoo
-
-zoo.list_models()
-model = zoo.load_model("fashion_resnet20")
-model = zoo.load_model("cifar_resnet20", checkpoint="resnet20-12fca82f.th")
-"""
+"""Models to quantize: architectures, their preprocessing and trained weights, and files of weights of others."""
 
 from dfq_jax.zoo.arrays import read_npz, read_torch
 from dfq_jax.zoo.checkpoint import load_checkpoint

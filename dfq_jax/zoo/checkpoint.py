@@ -45,28 +45,28 @@ def load_checkpoint(
     what belongs to training alone (``step``, ``opt_state``, ...) is left out. Nothing in a file is executed.
 
     Args:
-        path: a safetensors, torch (zip or legacy format), npz or Flax msgpack file, recognized by its
-            content; a directory of Orbax or of `flax.training.checkpoints`, the newest step of several; or
-            ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
-        model: what the variables are of: a name of `list_models`, a `ZooEntry`, a Linen module (with
-            `input_shape`), an NNX module, or the variables themselves as nested dictionaries of
-            `jax.ShapeDtypeStruct` (or arrays), for example ``jax.eval_shape(module.init, key, x)``.
-        layout: how the file names its arrays: a `Layout`, the name of one of `LAYOUTS`, or None to recognize
-            it.
-        input_shape: shape ``(N, H, W, C)`` of a Linen module's input.
-        variables: what the file lacks, as nested dictionaries of arrays: ``{"batch_stats": ...}`` for a file of
-            parameters alone.
+      path: a safetensors, torch (zip or legacy format), npz or Flax msgpack file, recognized by its
+        content; a directory of Orbax or of `flax.training.checkpoints`, the newest step of several; or
+        ``hf:ORG/REPO[/FILE][@REVISION]``, a file of the Hugging Face hub.
+      model: what the variables are of: a name of `list_models`, a `ZooEntry`, a Linen module (with
+        `input_shape`), an NNX module, or the variables themselves as nested dictionaries of
+        `jax.ShapeDtypeStruct` (or arrays), for example ``jax.eval_shape(module.init, key, x)``.
+      layout: how the file names its arrays: a `Layout`, the name of one of `LAYOUTS`, or None to recognize
+        it.
+      input_shape: shape ``(N, H, W, C)`` of a Linen module's input.
+      variables: what the file lacks, as nested dictionaries of arrays: ``{"batch_stats": ...}`` for a file of
+        parameters alone.
 
     Returns:
-        The variables as nested dictionaries of numpy arrays, in the model's shapes and dtypes: the collections
-        of a Linen module, or the state of an NNX module without its random streams as a pure dictionary, as
-        `dfq_jax.quantize` and `as_function` take them. The module itself is left as it is.
+      The variables as nested dictionaries of numpy arrays, in the model's shapes and dtypes: the collections
+      of a Linen module, or the state of an NNX module without its random streams as a pure dictionary, as
+      `dfq_jax.quantize` and `as_function` take them. The module itself is left as it is.
 
     Raises:
-        TypeError: if `model` is none of the above.
-        ValueError: if the file cannot be read or downloaded, its layout is unknown, or names are missing,
-            unexpected or of another shape or kind than the model's; the message names them.
-        ImportError: for ``hf:`` without huggingface_hub, and for a directory of Orbax without orbax-checkpoint.
+      TypeError: if `model` is none of the above.
+      ValueError: if the file cannot be read or downloaded, its layout is unknown, or names are missing,
+        unexpected or of another shape or kind than the model's; the message names them.
+      ImportError: for ``hf:`` without huggingface_hub, and for a directory of Orbax without orbax-checkpoint.
     """
     template = _template(model, input_shape)
     wanted = flatten_names(template, argument="model")
@@ -146,7 +146,7 @@ def _place(
     placed: dict[str, np.ndarray] = {}
     unexpected: list[str] = []
     misfits: list[str] = []
-    replicated: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, tuple[int, ...]] = {}
     for name, read in readers.items():
         place = layout.place(name)
         if place is not None and place[1] is None:
@@ -160,8 +160,8 @@ def _place(
             continue
         sources[target] = name
         array = read()
-        if layout is FLAX and array.shape[1:] == tuple(wanted[target].shape) and array.ndim > len(wanted[target].shape):
-            replicated[name] = array.shape
+        if layout is FLAX and array.ndim > len(shape := tuple(wanted[target].shape)) and array.shape[1:] == shape:
+            copies[name] = array.shape
             if any(copy.tobytes() != array[0].tobytes() for copy in array[1:]):
                 misfits.append(f"{name}: shape {array.shape}, and what lies along the first axis differs")
                 continue
@@ -171,19 +171,25 @@ def _place(
             misfits.append(f"{name}: {fitted}")
         else:
             placed[target] = fitted
-    counts = {shape[0] for shape in replicated.values()}
-    if len(counts) > 1 or 0 < len(replicated) < len(sources):
-        misfits += [f"{name}: shape {shape} has an axis too many" for name, shape in replicated.items()]
-    elif replicated and not misfits:
-        warnings.warn(
-            f"path: every array has a leading axis of {min(counts)}, equal along it, as flax.jax_utils.replicate makes "
-            "for as many devices; the first copy is taken.",
-            stacklevel=3,
-        )
+    misfits += _check_copies(copies, len(sources), quiet=bool(misfits))
     placed = {**given, **placed}
     missing = [name for name in wanted if name not in sources and name not in given]
     kinds = (("missing", missing), ("unexpected", unexpected), ("not fitting", misfits))
     return placed, [f"{title}: {_some(names)}" for title, names in kinds if names]
+
+
+def _check_copies(copies: Mapping[str, tuple[int, ...]], count: int, *, quiet: bool) -> list[str]:
+    """What is wrong with the shapes of arrays that have one axis too many, of so many arrays in all."""
+    counts = {shape[0] for shape in copies.values()}
+    if len(counts) > 1 or 0 < len(copies) < count:
+        return [f"{name}: shape {shape} has an axis too many" for name, shape in copies.items()]
+    if copies and not quiet:
+        warnings.warn(
+            f"path: every array has a leading axis of {min(counts)}, equal along it, as flax.jax_utils.replicate makes "
+            "for as many devices; the first copy is taken.",
+            stacklevel=4,
+        )
+    return []
 
 
 def _find_layout(
@@ -245,22 +251,25 @@ def _some(names: list[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-# Names
+# --- names ---
 
 
 def flatten_names(tree: Mapping[Any, Any], *, argument: str = "tree") -> dict[str, Any]:
-    """Flattens nested dictionaries to '/'-joined names: ``{"a": {0: x}}`` to ``{"a/0": x}``.
+    """Flattens nested dictionaries to '/'-joined names.
+
+    >>> flatten_names({"a": {0: "x", "b": "y"}})
+    {'a/0': 'x', 'a/b': 'y'}
 
     Args:
-        tree: nested dictionaries with string or integer keys.
-        argument: what to call it in error messages.
+      tree: nested dictionaries with string or integer keys.
+      argument: what to call it in error messages.
 
     Returns:
-        Name to leaf, in order.
+      Name to leaf, in order.
 
     Raises:
-        TypeError: if a key is neither string nor integer, or `tree` is no dictionary.
-        ValueError: if two leaves get the same name, or there are none.
+      TypeError: if a key is neither string nor integer, or `tree` is no dictionary.
+      ValueError: if two leaves get the same name, or there are none.
     """
     if not isinstance(tree, Mapping):
         raise TypeError(f"{argument}: expected nested dictionaries, found {type(tree).__name__}")

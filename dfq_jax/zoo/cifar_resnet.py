@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import batch_norm, check_call, conv
 
 __all__ = ["BasicBlock", "CifarResNet"]
@@ -30,11 +31,11 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalization and a shortcut.
 
     Attributes:
-        features: output channels; where they differ from the input's, the new channels of an option-A shortcut are
-            zero, half of them before and half after the input's channels.
-        stride: 1 or 2, of the first convolution and of the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
-        shortcut: ``"pad"`` (option A) or ``"projection"`` (option B).
+      features: output channels; where they differ from the input's, the new channels of an option-A shortcut are
+        zero, half of them before and half after the input's channels.
+      stride: 1 or 2, of the first convolution and of the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
+      shortcut: ``"pad"`` (option A) or ``"projection"`` (option B).
     """
 
     features: int
@@ -67,14 +68,14 @@ class CifarResNet(nn.Module):
     """A CIFAR ResNet.
 
     Attributes:
-        depth: ``6 n + 2`` for an ``n >= 1``: 8, 14, 20, 32, 44, 56, 110...
-        num_classes: number of logits.
-        dtype: computation dtype; None takes that of the input and the parameters.
-        shortcut: ``"pad"`` (option A, as in akamaster's checkpoints) or ``"projection"`` (option B, as in pytorchcv's).
+      depth: ``6 n + 2`` for an ``n >= 1``: 8, 14, 20, 32, 44, 56, 110...
+      num_classes: number of logits.
+      dtype: computation dtype; None takes that of the input and the parameters.
+      shortcut: ``"pad"`` (option A, as in akamaster's checkpoints) or ``"projection"`` (option B, as in pytorchcv's).
 
     Raises:
-        ValueError: at the first call, if `depth` is not of that form, `shortcut` is unknown, `num_classes` is below 1
-            or the images are not `[N, H, W, C]`.
+      ValueError: at the first call, if `depth` is not of that form, `shortcut` is unknown, `num_classes` is below 1
+        or the images are not `[N, H, W, C]`.
     """
 
     depth: int = 20
@@ -87,17 +88,15 @@ class CifarResNet(nn.Module):
         """Computes logits.
 
         Args:
-            x: preprocessed images `[N, H, W, C]`; the trained networks take `[N, 32, 32, 3]`.
-            train: normalize by the batch's statistics and update the running ones (collection
-                ``batch_stats``).
+          x: preprocessed images `[N, H, W, C]`; the trained networks take `[N, 32, 32, 3]`.
+          train: normalize by the batch's statistics and update the running ones (collection
+            ``batch_stats``).
 
         Returns:
-            Logits `[N, num_classes]`.
+          Logits `[N, num_classes]`.
         """
-        if self.depth < 8 or (self.depth - 2) % 6:
-            raise ValueError(f"depth: a CIFAR ResNet has depth 6 n + 2 (8, 14, 20, ...), not {self.depth}")
-        if self.shortcut not in ("pad", "projection"):
-            raise ValueError(f"shortcut: must be 'pad' or 'projection', not {self.shortcut!r}")
+        check_field("depth", self.depth, "6 n + 2 (8, 14, 20, ...)", lambda depth: depth >= 8 and depth % 6 == 2)
+        check_field("shortcut", self.shortcut, "'pad' or 'projection'", ("pad", "projection").__contains__)
         check_call(self.num_classes, x)
         x = _conv(_STAGE_CHANNELS[0], 3, 1, self.dtype, "conv1")(x)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, average_pool, batch_norm, check_call, conv, max_pool
 
 __all__ = ["DEPTHS", "DenseNet"]
@@ -56,13 +57,13 @@ class DenseNet(nn.Module):
     """A DenseNet with growth rate 32.
 
     Attributes:
-        depth: 121, 169 or 201.
-        num_classes: number of logits.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      depth: 121, 169 or 201.
+      num_classes: number of logits.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     depth: int = 121
@@ -73,8 +74,7 @@ class DenseNet(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x)
-        if self.depth not in DEPTHS:
-            raise ValueError(f"depth: must be one of {', '.join(map(str, DEPTHS))}, not {self.depth}")
+        check_field("depth", self.depth, f"one of {', '.join(map(str, DEPTHS))}", DEPTHS.__contains__)
         x = ConvNorm(STEM, 7, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
         for block, count in enumerate(DEPTHS[self.depth], start=1):

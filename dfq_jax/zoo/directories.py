@@ -26,11 +26,11 @@ def find_checkpoint(path: Path) -> Path | dict[str, Path]:
     """What to read of a directory.
 
     Returns:
-        A file; or the folders of Orbax' arrays by the prefix that their names get, '' for a single one. Of several
-        steps the newest complete one.
+      A file; or the folders of Orbax' arrays by the prefix that their names get, '' for a single one. Of several
+      steps the newest complete one.
 
     Raises:
-        ValueError: it is no checkpoint; the message says what it holds.
+      ValueError: it is no checkpoint; the message says what it holds.
     """
     if _is_orbax(path):
         return {"": path}
@@ -70,8 +70,8 @@ def open_orbax(folders: Mapping[str, Path]) -> Readers:
     """The arrays of folders that Orbax wrote, each read by itself, their names joined with '/'.
 
     Raises:
-        ImportError: Orbax is not installed.
-        ValueError: a folder is damaged.
+      ImportError: Orbax is not installed.
+      ValueError: a folder is damaged.
     """
     try:
         import orbax.checkpoint as ocp

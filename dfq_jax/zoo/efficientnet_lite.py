@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import KERNEL_INIT, check_call
 
 __all__ = ["EfficientNetLite", "InvertedBottleneck"]
@@ -59,11 +60,11 @@ class InvertedBottleneck(nn.Module):
     """Expansion, depthwise convolution and projection, with a shortcut where input and output have one shape.
 
     Attributes:
-        features: output channels.
-        kernel: side of the depthwise kernel.
-        stride: 1 or 2, of the depthwise convolution.
-        expansion: channels of the depthwise convolution over those of the input; 1 leaves the expansion out.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      kernel: side of the depthwise kernel.
+      stride: 1 or 2, of the depthwise convolution.
+      expansion: channels of the depthwise convolution over those of the input; 1 leaves the expansion out.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -91,16 +92,16 @@ class EfficientNetLite(nn.Module):
     """EfficientNet-Lite for any width and depth.
 
     Attributes:
-        width: factor for the channels of all stages, rounded to multiples of 8: 1.0, 1.0, 1.1, 1.2 and 1.4 from Lite0
-            to Lite4.
-        depth: factor for the blocks of all stages but the first and the last, rounded up: 1.0, 1.1, 1.2, 1.4 and 1.8.
-        dropout: share of the pooled features that training drops.
-        num_classes: number of logits.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      width: factor for the channels of all stages, rounded to multiples of 8: 1.0, 1.0, 1.1, 1.2 and 1.4 from Lite0
+        to Lite4.
+      depth: factor for the blocks of all stages but the first and the last, rounded up: 1.0, 1.1, 1.2, 1.4 and 1.8.
+      dropout: share of the pooled features that training drops.
+      num_classes: number of logits.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `width` or `depth` is not positive, `num_classes` is below 1 or the images
-            are not `[N, H, W, C]`.
+      ValueError: at the first call, if `width` or `depth` is not positive, `num_classes` is below 1 or the images
+        are not `[N, H, W, C]`.
     """
 
     width: float = 1.0
@@ -114,16 +115,15 @@ class EfficientNetLite(nn.Module):
         """Computes logits.
 
         Args:
-            x: preprocessed images `[N, H, W, C]`, values from -1 to 1; any size, best that of training.
-            train: normalize by the batch's statistics, update the running ones (collection ``batch_stats``), and
-                drop features (random stream ``dropout``).
+          x: preprocessed images `[N, H, W, C]`, values from -1 to 1; any size, best that of training.
+          train: normalize by the batch's statistics, update the running ones (collection ``batch_stats``), and
+            drop features (random stream ``dropout``).
 
         Returns:
-            Logits `[N, num_classes]`.
+          Logits `[N, num_classes]`.
         """
         check_call(self.num_classes, x, self.width)
-        if not self.depth > 0:
-            raise ValueError(f"depth: must be positive, not {self.depth}")
+        check_field("depth", self.depth, "a positive factor", lambda depth: depth > 0)
         x = _conv(_STEM_FEATURES, 3, 2, 1, self.dtype, "conv_stem")(x)
         x = nn.relu6(_norm(train, self.dtype, "bn0")(x))
         index = 0

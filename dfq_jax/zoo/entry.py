@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.packaged import PackagedWeights
 from dfq_jax.zoo.preprocessing import Preprocessing
 
@@ -21,8 +22,8 @@ class Size(NamedTuple):
     """How large a network is.
 
     Attributes:
-        parameters: number of trained parameters, running statistics not counted.
-        macs: multiply-accumulates of its convolutions and matrix products for one image.
+      parameters: number of trained parameters, running statistics not counted.
+      macs: multiply-accumulates of its convolutions and matrix products for one image.
     """
 
     parameters: int
@@ -34,22 +35,22 @@ class ZooEntry:
     """A model that `load_model` knows.
 
     Attributes:
-        name: what to load it by.
-        build: makes the Linen or NNX module; without arguments, an NNX one also takes ``rngs``.
-        input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
-        num_classes: number of logits.
-        preprocessing: what turns pixels into its input.
-        float_top1: top-1 accuracy of the trained float32 network in percent, or None where it was not
-            measured.
-        trained_on: name of the training data.
-        source: where the architecture and the weights come from.
-        size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
-        weights: file of trained weights that comes with the package, those of another distribution, or None
-            where a checkpoint must be given.
+      name: what to load it by.
+      build: makes the Linen or NNX module; without arguments, an NNX one also takes ``rngs``.
+      input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
+      num_classes: number of logits.
+      preprocessing: what turns pixels into its input.
+      float_top1: top-1 accuracy of the trained float32 network in percent, or None where it was not
+        measured.
+      trained_on: name of the training data.
+      source: where the architecture and the weights come from.
+      size: number of its parameters and multiply-accumulates, stated so that listing models builds none.
+      weights: file of trained weights that comes with the package, those of another distribution, or None
+        where a checkpoint must be given.
 
     Raises:
-        ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
-            preprocessing, or `num_classes` or `float_top1` is out of range.
+      ValueError: if the input shape is not ``(1, H, W, C)``, does not have the channels of the
+        preprocessing, or `num_classes` or `float_top1` is out of range.
     """
 
     name: str
@@ -69,10 +70,8 @@ class ZooEntry:
             raise ValueError(f"input_shape: expected (1, H, W, C), found {shape}")
         if shape[3] != self.preprocessing.channels:
             raise ValueError(f"input_shape: {shape[3]} channels, but preprocessing has {self.preprocessing.channels}")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes: must be at least 1, found {self.num_classes}")
-        if self.float_top1 is not None and not 0 <= self.float_top1 <= 100:
-            raise ValueError(f"float_top1: expected percent, found {self.float_top1}")
+        check_field("num_classes", self.num_classes, "at least 1", lambda number: number >= 1)
+        check_field("float_top1", self.float_top1, "percent or None", lambda top1: top1 is None or 0 <= top1 <= 100)
 
     def template(self) -> dict[str, Any]:
         """The model's variables as nested dictionaries of `jax.ShapeDtypeStruct`; computes nothing."""

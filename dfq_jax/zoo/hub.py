@@ -20,9 +20,9 @@ class Reference(NamedTuple):
     """A file on the hub.
 
     Attributes:
-        repo: ``ORG/REPO``.
-        file: path of the file in it; None for the only file of weights.
-        revision: branch, tag or commit; None for the default branch.
+      repo: ``ORG/REPO``.
+      file: path of the file in it; None for the only file of weights.
+      revision: branch, tag or commit; None for the default branch.
     """
 
     repo: str
@@ -34,7 +34,7 @@ class Reference(NamedTuple):
         """Of ``hf:ORG/REPO[/FILE][@REVISION]``.
 
         Raises:
-            ValueError: if it is of another form.
+          ValueError: if it is of another form.
         """
         match = _REFERENCE.fullmatch(text.removeprefix(_PREFIX))
         if match is None or not text.startswith(_PREFIX) or {"", ".", ".."} & set((match[2] or "x").split("/")):
@@ -48,12 +48,12 @@ def local_file(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     The environment variables of huggingface_hub hold: ``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``.
 
     Args:
-        path: a file, or ``hf:ORG/REPO[/FILE][@REVISION]``; where no file is named, the repository's only safetensors
-            file or, without one, its only file of weights.
+      path: a file, or ``hf:ORG/REPO[/FILE][@REVISION]``; where no file is named, the repository's only safetensors
+        file or, without one, its only file of weights.
 
     Raises:
-        ValueError: if a reference is malformed, does not exist, cannot be downloaded or is not unique.
-        ImportError: for a reference without huggingface_hub.
+      ValueError: if a reference is malformed, does not exist, cannot be downloaded or is not unique.
+      ImportError: for a reference without huggingface_hub.
     """
     if not (isinstance(path, str) and path.startswith(_PREFIX)):
         return path

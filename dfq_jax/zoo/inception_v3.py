@@ -126,13 +126,13 @@ class InceptionV3(nn.Module):
     """An Inception v3.
 
     Attributes:
-        num_classes: number of logits.
-        dropout: rate before the classifier in training, for which `apply` then needs the stream `dropout`.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      num_classes: number of logits.
+      dropout: rate before the classifier in training, for which `apply` then needs the stream `dropout`.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `num_classes` is below 1 or the images are not `[N, H, W, C]` or smaller
-            than 75x75.
+      ValueError: at the first call, if `num_classes` is below 1 or the images are not `[N, H, W, C]` or smaller
+        than 75x75.
     """
 
     num_classes: int = 1000

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
+
 __all__ = [
     "ConvNorm",
     "adaptive_average_pool",
@@ -56,16 +58,16 @@ class ConvNorm(nn.Module):
     """A convolution, a BatchNorm and an activation; submodules `conv` and `bn`.
 
     Attributes:
-        features: output channels.
-        kernel: side of the window, or its height and width.
-        stride: of the window.
-        padding: zeros on both sides, one number or one for each axis; None for half the window, which with stride 1
-            keeps the image's size.
-        groups: of the convolution; as many as channels for a depthwise one.
-        use_bias: whether the convolution has a bias of its own.
-        activation: elementwise function, or None.
-        epsilon: of the BatchNorm.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      kernel: side of the window, or its height and width.
+      stride: of the window.
+      padding: zeros on both sides, one number or one for each axis; None for half the window, which with stride 1
+        keeps the image's size.
+      groups: of the convolution; as many as channels for a depthwise one.
+      use_bias: whether the convolution has a bias of its own.
+      activation: elementwise function, or None.
+      epsilon: of the BatchNorm.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -141,11 +143,9 @@ def check_call(num_classes: int, x: Array, width: float = 1.0) -> None:
     """The checks that every network makes at its first call.
 
     Raises:
-        ValueError: if `num_classes` is below 1, `width` is not positive or the images are not `[N, H, W, C]`.
+      ValueError: if `num_classes` is below 1, `width` is not positive or the images are not `[N, H, W, C]`.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes: must be at least 1, not {num_classes}")
-    if not width > 0:
-        raise ValueError(f"width: must be positive, not {width}")
+    check_field("num_classes", num_classes, "at least 1", lambda number: number >= 1)
+    check_field("width", width, "a positive factor", lambda factor: factor > 0)
     if x.ndim != 4:
         raise ValueError(f"x: expected images [N, H, W, C], found shape {x.shape}; add the missing axes")

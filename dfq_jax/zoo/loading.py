@@ -29,14 +29,14 @@ class ZooModel:
     """A loaded model.
 
     Attributes:
-        name: its name in the zoo.
-        module: the Linen module, or the NNX module in eval mode, holding `variables`.
-        variables: nested dictionaries of arrays: the Linen collections ``params`` and ``batch_stats``, or the
-            pure dictionary of the NNX module's state.
-        input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
-        preprocessing: what turns pixels into its input.
-        num_classes: number of logits.
-        entry: the zoo's entry.
+      name: its name in the zoo.
+      module: the Linen module, or the NNX module in eval mode, holding `variables`.
+      variables: nested dictionaries of arrays: the Linen collections ``params`` and ``batch_stats``, or the
+        pure dictionary of the NNX module's state.
+      input_shape: shape of one preprocessed image as a batch, ``(1, H, W, C)``.
+      preprocessing: what turns pixels into its input.
+      num_classes: number of logits.
+      entry: the zoo's entry.
     """
 
     name: str
@@ -57,19 +57,23 @@ def load_model(
 ) -> ZooModel:
     """Loads a model with the weights that come with the package, of a checkpoint, or random ones.
 
+    >>> model = load_model("fashion_mobilenet")
+    >>> model.input_shape, model.num_classes
+    ((1, 28, 28, 1), 10)
+
     Args:
-        name: a name of `list_models`.
-        checkpoint: weights to load instead of the bundled ones: a file, a directory or ``hf:ORG/REPO``, as in
-            `load_checkpoint`.
-        random_key: a key from `jax.random.key` to initialize the weights with; the model is then untrained.
-        layout: how `checkpoint` names its arrays; None to recognize it.
+      name: a name of `list_models`.
+      checkpoint: weights to load instead of the bundled ones: a file, a directory or ``hf:ORG/REPO``, as in
+        `load_checkpoint`.
+      random_key: a key from `jax.random.key` to initialize the weights with; the model is then untrained.
+      layout: how `checkpoint` names its arrays; None to recognize it.
 
     Returns:
-        The model with its variables as `jax.Array`.
+      The model with its variables as `jax.Array`.
 
     Raises:
-        ValueError: if the name is unknown, the model needs a checkpoint and none is given, both a checkpoint
-            and a key are given, or the checkpoint does not fit.
+      ValueError: if the name is unknown, the model needs a checkpoint and none is given, both a checkpoint
+        and a key are given, or the checkpoint does not fit.
     """
     entry = find_model(name)
     if checkpoint is not None and random_key is not None:

@@ -25,14 +25,14 @@ class MobileNetV1(nn.Module):
     """A MobileNetV1.
 
     Attributes:
-        num_classes: number of logits.
-        width: factor on the channels of all layers: 1.0, 0.75, 0.5 or 0.25 as published.
-        activation: `nn.relu` (pytorchcv) or `nn.relu6` (timm, TensorFlow).
-        dtype: computation dtype; None takes that of the input and the parameters.
+      num_classes: number of logits.
+      width: factor on the channels of all layers: 1.0, 0.75, 0.5 or 0.25 as published.
+      activation: `nn.relu` (pytorchcv) or `nn.relu6` (timm, TensorFlow).
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `num_classes` is below 1, `width` is not positive or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `num_classes` is below 1, `width` is not positive or the images are not
+        `[N, H, W, C]`.
     """
 
     num_classes: int = 1000
@@ -55,10 +55,10 @@ class SeparableBlock(nn.Module):
     """A depthwise 3x3 convolution and a pointwise one.
 
     Attributes:
-        features: output channels.
-        stride: of the depthwise convolution.
-        activation: after both.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      stride: of the depthwise convolution.
+      activation: after both.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int

@@ -25,10 +25,10 @@ class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, linear 1x1 projection; a residual where shapes match.
 
     Attributes:
-        features: output channels.
-        expansion: factor on the input's channels between the first two; 0 for no expansion convolution.
-        stride: of the depthwise convolution.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      expansion: factor on the input's channels between the first two; 0 for no expansion convolution.
+      stride: of the depthwise convolution.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -52,17 +52,17 @@ class MobileNetV2(nn.Module):
     """A MobileNetV2.
 
     Attributes:
-        num_classes: number of logits.
-        width: factor on the channels of all layers but, where it is below 1, the last convolution. Channels are
-            rounded down, as pytorchcv does; at 1.0, and only there, that is what torchvision and timm have, too.
-        first_expansion: whether the first block has a (1x1, factor 1) expansion convolution, as in pytorchcv's
-            `mobilenetv2_w1`; torchvision, timm and pytorchcv's `mobilenetv2b_w1` have none.
-        classifier_bias: whether the classifier has a bias; pytorchcv's have none.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      num_classes: number of logits.
+      width: factor on the channels of all layers but, where it is below 1, the last convolution. Channels are
+        rounded down, as pytorchcv does; at 1.0, and only there, that is what torchvision and timm have, too.
+      first_expansion: whether the first block has a (1x1, factor 1) expansion convolution, as in pytorchcv's
+        `mobilenetv2_w1`; torchvision, timm and pytorchcv's `mobilenetv2b_w1` have none.
+      classifier_bias: whether the classifier has a bias; pytorchcv's have none.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `num_classes` is below 1, `width` is not positive or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `num_classes` is below 1, `width` is not positive or the images are not
+        `[N, H, W, C]`.
     """
 
     num_classes: int = 1000

@@ -31,12 +31,12 @@ def flax_names(readers: Readers, wanted: Iterable[str]) -> Readers:
     """The readers under the names of the module's variables, what belongs to training alone left out.
 
     Args:
-        readers: name in the file to a function that reads the array.
-        wanted: names of the module's variables, joined with '/'.
+      readers: name in the file to a function that reads the array.
+      wanted: names of the module's variables, joined with '/'.
 
     Returns:
-        Readers; a name that is none of the module's keeps its form. Where most names are none of the module's, the
-        file is of another program, and all of them do.
+      Readers; a name that is none of the module's keeps its form. Where most names are none of the module's, the
+      file is of another program, and all of them do.
     """
     targets = {_parts(name): name for name in wanted}
     files = {name: _parts(name) for name in readers}

@@ -14,9 +14,9 @@ class PackagedWeights:
     """A file of weights in an installed distribution.
 
     Attributes:
-        distribution: name of the distribution.
-        suffix: of the file's name; the distribution holds one such file.
-        extra: extra of this package that installs the distribution.
+      distribution: name of the distribution.
+      suffix: of the file's name; the distribution holds one such file.
+      extra: extra of this package that installs the distribution.
     """
 
     distribution: str
@@ -27,7 +27,7 @@ class PackagedWeights:
         """The file.
 
         Raises:
-            ValueError: if the distribution is not installed, or does not hold the file.
+          ValueError: if the distribution is not installed, or does not hold the file.
         """
         try:
             files = importlib.metadata.distribution(self.distribution).files or []

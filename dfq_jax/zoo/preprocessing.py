@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from dfq_jax.base import check_field
+
 __all__ = ["Preprocessing"]
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -18,18 +20,21 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 class Preprocessing:
     """From pixels to a network's input: ``(pixels * scale - mean) / std``, after resizing and cropping.
 
+    >>> Preprocessing(mean=(0.5,), std=(0.5,))(np.array([[[[0], [255]]]], np.uint8)).ravel().tolist()
+    [-1.0, 1.0]
+
     Attributes:
-        mean: mean of each channel, on the scale of ``pixels * scale``.
-        std: standard deviation of each channel, on the same scale.
-        scale: factor for the pixels 0...255.
-        resize: length in pixels to which an image's short side is resized, or None to leave it.
-        crop: side in pixels of the square cut from the center, or None not to cut.
-        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, for `resize`.
+      mean: mean of each channel, on the scale of ``pixels * scale``.
+      std: standard deviation of each channel, on the same scale.
+      scale: factor for the pixels 0...255.
+      resize: length in pixels to which an image's short side is resized, or None to leave it.
+      crop: side in pixels of the square cut from the center, or None not to cut.
+      interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, for `resize`.
 
     Raises:
-        TypeError: if `mean` or `std` is not a tuple of numbers.
-        ValueError: if `mean` and `std` differ in length or are empty, a number is not finite, a standard
-            deviation, `scale` or a size is not positive, or the interpolation is unknown.
+      TypeError: if `mean` or `std` is not a tuple of numbers.
+      ValueError: if `mean` and `std` differ in length or are empty, a number is not finite, a standard
+        deviation, `scale` or a size is not positive, or the interpolation is unknown.
     """
 
     mean: tuple[float, ...]
@@ -48,20 +53,14 @@ class Preprocessing:
                 raise ValueError(f"{name}: expected finite numbers, one for each channel, found {value!r}")
         if len(self.mean) != len(self.std):
             raise ValueError(f"std: has {len(self.std)} channels and mean {len(self.mean)}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std: must be positive, found {self.std}")
-        if not _is_number(self.scale) or not math.isfinite(self.scale) or self.scale <= 0:
-            raise ValueError(f"scale: must be a positive number such as 1/255, found {self.scale!r}")
+        check_field("std", self.std, "positive numbers", lambda std: min(std) > 0)
+        check_field("scale", self.scale, "a positive number such as 1/255", _is_positive)
         for name in ("resize", "crop"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}: must be a positive number of pixels or None, found {value!r}")
+            check_field(name, getattr(self, name), "a positive number of pixels or None", _is_size)
         if self.resize is not None and self.crop is not None and self.crop > self.resize:
             raise ValueError(f"crop: {self.crop} pixels do not fit into images resized to {self.resize}")
-        if self.interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"interpolation: must be one of {', '.join(_INTERPOLATIONS)}, found {self.interpolation!r}"
-            )
+        known = f"one of {', '.join(_INTERPOLATIONS)}"
+        check_field("interpolation", self.interpolation, known, _INTERPOLATIONS.__contains__)
 
     @property
     def channels(self) -> int:
@@ -74,16 +73,16 @@ class Preprocessing:
         Images that already have the size of `crop` are neither resized nor cropped.
 
         Args:
-            images: pixels 0...255, `[N, H, W, C]`, uint8.
+          images: pixels 0...255, `[N, H, W, C]`, uint8.
 
         Returns:
-            The network's input `[N, H', W', C]`, float32.
+          The network's input `[N, H', W', C]`, float32.
 
         Raises:
-            TypeError: if the images are not a uint8 array.
-            ValueError: if they are not `[N, H, W, C]`, have another number of channels or are smaller than
-                `crop`.
-            ImportError: if they are to be resized and pillow is not installed.
+          TypeError: if the images are not a uint8 array.
+          ValueError: if they are not `[N, H, W, C]`, have another number of channels or are smaller than
+            `crop`.
+          ImportError: if they are to be resized and pillow is not installed.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8:
@@ -105,6 +104,14 @@ class Preprocessing:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value > 0
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 1)
 
 
 def _resize(images: np.ndarray, short: int, interpolation: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, check_call, staged
 
 __all__ = ["VARIANTS", "RegNetX", "Variant"]
@@ -42,10 +43,10 @@ class GroupedBottleneck(nn.Module):
     """1x1, grouped 3x3, 1x1, all of the same width, and a shortcut.
 
     Attributes:
-        features: channels, inside and out.
-        group_width: channels of a group of the 3x3 convolution.
-        stride: of the 3x3 convolution and the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: channels, inside and out.
+      group_width: channels of a group of the 3x3 convolution.
+      stride: of the 3x3 convolution and the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -69,13 +70,13 @@ class RegNetX(nn.Module):
     """A RegNetX.
 
     Attributes:
-        variant: a name in `VARIANTS`.
-        num_classes: number of logits.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      variant: a name in `VARIANTS`.
+      num_classes: number of logits.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     variant: str = "600MF"
@@ -86,8 +87,7 @@ class RegNetX(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: must be one of {', '.join(VARIANTS)}, not {self.variant!r}")
+        check_field("variant", self.variant, f"one of {', '.join(VARIANTS)}", VARIANTS.__contains__)
         depths, widths, group_width = VARIANTS[self.variant]
         x = ConvNorm(STEM, 3, 2, dtype=self.dtype, name="stem")(x, train)
         for stage, name, stride in staged(depths, (2, 2, 2, 2)):

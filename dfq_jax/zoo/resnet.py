@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool, staged
 
 __all__ = ["DEPTHS", "BasicBlock", "Bottleneck", "ResNet"]
@@ -37,9 +38,9 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.
 
     Attributes:
-        features: output channels.
-        stride: of the first convolution and of the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      stride: of the first convolution and of the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -58,10 +59,10 @@ class Bottleneck(nn.Module):
     """A 3x3 convolution between two of 1x1, and a shortcut.
 
     Attributes:
-        features: output channels; a quarter of them inside.
-        stride: of the block.
-        stride_on_1x1: the first convolution has the stride, in place of the 3x3 one.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels; a quarter of them inside.
+      stride: of the block.
+      stride_on_1x1: the first convolution has the stride, in place of the 3x3 one.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -91,14 +92,14 @@ class ResNet(nn.Module):
     """A ResNet for ImageNet.
 
     Attributes:
-        depth: 18, 34, 50, 101 or 152.
-        num_classes: number of logits.
-        stride_on_1x1: where bottlenecks have their stride; see the module's docstring.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      depth: 18, 34, 50, 101 or 152.
+      num_classes: number of logits.
+      stride_on_1x1: where bottlenecks have their stride; see the module's docstring.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `depth` is another, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     depth: int = 50
@@ -110,8 +111,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x)
-        if self.depth not in DEPTHS:
-            raise ValueError(f"depth: must be one of {', '.join(map(str, DEPTHS))}, not {self.depth}")
+        check_field("depth", self.depth, f"one of {', '.join(map(str, DEPTHS))}", DEPTHS.__contains__)
         x = ConvNorm(64, 7, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
         for stage, name, stride in staged(DEPTHS[self.depth], STAGE_STRIDES):

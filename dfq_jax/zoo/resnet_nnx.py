@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import KERNEL_INIT, max_pool, staged
 from dfq_jax.zoo.resnet import BOTTLENECK_DEPTH, DEPTHS, EXPANSION, STAGE_CHANNELS, STAGE_STRIDES
 
@@ -84,24 +85,22 @@ class ResNet(nnx.Module):
     """A ResNet for ImageNet: images `[N, H, W, 3]` to logits `[N, num_classes]`.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
-        num_classes: number of logits.
-        stride_on_1x1: bottlenecks have their stride on the first convolution, in place of the 3x3 one.
-        dtype: computation dtype; None takes that of the input and the parameters.
-        rngs: where initial weights come from.
+      depth: 18, 34, 50, 101 or 152.
+      num_classes: number of logits.
+      stride_on_1x1: bottlenecks have their stride on the first convolution, in place of the 3x3 one.
+      dtype: computation dtype; None takes that of the input and the parameters.
+      rngs: where initial weights come from.
 
     Raises:
-        ValueError: if `depth` is another or `num_classes` is below 1.
+      ValueError: if `depth` is another or `num_classes` is below 1.
     """
 
     def __init__(
         self, depth: int = 50, num_classes: int = 1000, *, stride_on_1x1: bool = False, dtype: Any = None,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        if depth not in DEPTHS:
-            raise ValueError(f"depth: must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: must be at least 1, not {num_classes}")
+        check_field("depth", depth, f"one of {', '.join(map(str, DEPTHS))}", DEPTHS.__contains__)
+        check_field("num_classes", num_classes, "at least 1", lambda number: number >= 1)
         self.stem = ConvNorm(3, 64, 7, 2, dtype=dtype, rngs=rngs)
         self.block_names: tuple[str, ...] = ()
         channels = 64

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, average_pool, channel_shuffle, check_call, max_pool, staged
 
 __all__ = ["ShuffleNetV1", "ShuffleNetV2"]
@@ -36,11 +37,11 @@ class UnitV1(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input, or with stride 2 appended to its mean.
 
     Attributes:
-        features: output channels; a quarter of them inside.
-        groups: of the 1x1 convolutions.
-        first_groups: of the first one.
-        stride: 1 or 2.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels; a quarter of them inside.
+      groups: of the 1x1 convolutions.
+      first_groups: of the first one.
+      stride: 1 or 2.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -67,14 +68,14 @@ class ShuffleNetV1(nn.Module):
     """A ShuffleNet V1.
 
     Attributes:
-        groups: of its 1x1 convolutions: 1, 2, 3, 4 or 8; with more groups it has more channels.
-        num_classes: number of logits.
-        width: factor on the channels of all layers: 1.0, 0.75, 0.5 or 0.25.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      groups: of its 1x1 convolutions: 1, 2, 3, 4 or 8; with more groups it has more channels.
+      num_classes: number of logits.
+      width: factor on the channels of all layers: 1.0, 0.75, 0.5 or 0.25.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `groups` is another, `num_classes` is below 1, `width` is not positive or
-            the images are not `[N, H, W, C]`.
+      ValueError: at the first call, if `groups` is another, `num_classes` is below 1, `width` is not positive or
+        the images are not `[N, H, W, C]`.
     """
 
     groups: int = 3
@@ -86,8 +87,7 @@ class ShuffleNetV1(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x, self.width)
-        if self.groups not in CHANNELS_V1:
-            raise ValueError(f"groups: must be one of {', '.join(map(str, CHANNELS_V1))}, not {self.groups}")
+        check_field("groups", self.groups, f"one of {', '.join(map(str, CHANNELS_V1))}", CHANNELS_V1.__contains__)
         x = ConvNorm(int(self.width * STEM), 3, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, (1, 1))
         for stage, name, stride in staged(BLOCKS, STRIDES):
@@ -104,9 +104,9 @@ class UnitV2(nn.Module):
     With stride 2 both branches read all channels, and the other one is a depthwise 3x3 and a 1x1 convolution.
 
     Attributes:
-        features: output channels.
-        stride: 1 or 2.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      stride: 1 or 2.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -136,15 +136,15 @@ class ShuffleNetV2(nn.Module):
     """A ShuffleNet V2.
 
     Attributes:
-        width: 0.5, 1.0, 1.5 or 2.0.
-        num_classes: number of logits.
-        pool_padding: of the max pool after the stem, before and after both axes: (1, 1) in torchvision, (0, 1) for
-            pytorchcv's `shufflenetv2_w1`, which pads at the end only.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      width: 0.5, 1.0, 1.5 or 2.0.
+      num_classes: number of logits.
+      pool_padding: of the max pool after the stem, before and after both axes: (1, 1) in torchvision, (0, 1) for
+        pytorchcv's `shufflenetv2_w1`, which pads at the end only.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `width` is another, `num_classes` is below 1 or the images are not
-            `[N, H, W, C]`.
+      ValueError: at the first call, if `width` is another, `num_classes` is below 1 or the images are not
+        `[N, H, W, C]`.
     """
 
     width: float = 1.0
@@ -156,8 +156,7 @@ class ShuffleNetV2(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x)
-        if self.width not in CHANNELS_V2:
-            raise ValueError(f"width: must be one of {', '.join(map(str, CHANNELS_V2))}, not {self.width}")
+        check_field("width", self.width, f"one of {', '.join(map(str, CHANNELS_V2))}", CHANNELS_V2.__contains__)
         channels = CHANNELS_V2[self.width]
         x = ConvNorm(STEM, 3, 2, dtype=self.dtype, name="stem")(x, train)
         x = max_pool(x, 3, 2, self.pool_padding)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dfq_jax.base import check_field
 from dfq_jax.zoo.layers import ConvNorm, check_call, max_pool, staged
 
 __all__ = ["VARIANTS", "SqueezeNext"]
@@ -24,9 +25,9 @@ class SqueezeNextUnit(nn.Module):
     """Two 1x1 reductions, a 3x3 convolution as 1x3 and 3x1, a 1x1 expansion, and a shortcut.
 
     Attributes:
-        features: output channels.
-        stride: of the first convolution and the shortcut.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      features: output channels.
+      stride: of the first convolution and the shortcut.
+      dtype: computation dtype; None takes that of the input and the parameters.
     """
 
     features: int
@@ -54,14 +55,14 @@ class SqueezeNext(nn.Module):
     """A SqueezeNext-23.
 
     Attributes:
-        variant: "23", or "23v5" with more units in the third stage.
-        num_classes: number of logits.
-        width: factor on the channels of all layers: 1.0, 1.5 or 2.0.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      variant: "23", or "23v5" with more units in the third stage.
+      num_classes: number of logits.
+      width: factor on the channels of all layers: 1.0, 1.5 or 2.0.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1, `width` is not positive or
-            the images are not `[N, H, W, C]`.
+      ValueError: at the first call, if `variant` is unknown, `num_classes` is below 1, `width` is not positive or
+        the images are not `[N, H, W, C]`.
     """
 
     variant: str = "23"
@@ -73,8 +74,7 @@ class SqueezeNext(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n k"]:
         """Computes logits `[N, num_classes]` of images `[N, H, W, C]`; `train` as in `nn.BatchNorm`."""
         check_call(self.num_classes, x, self.width)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: must be one of {', '.join(VARIANTS)}, not {self.variant!r}")
+        check_field("variant", self.variant, f"one of {', '.join(VARIANTS)}", VARIANTS.__contains__)
         style = dict(use_bias=True, dtype=self.dtype)
         x = ConvNorm(int(self.width * STEM), 7, 2, padding=1, **style, name="stem")(x, train)
         x = max_pool(x, 3, 2, (0, 1))

@@ -23,14 +23,14 @@ class VGG16(nn.Module):
     """A VGG-16 with BatchNorm.
 
     Attributes:
-        num_classes: number of logits.
-        conv_bias: whether convolutions have a bias before their BatchNorm, as in torchvision, timm and pytorchcv's
-            `bn_vgg16b`; pytorchcv's `bn_vgg16` has none.
-        dropout: rate after each hidden dense layer in training, for which `apply` then needs the stream `dropout`.
-        dtype: computation dtype; None takes that of the input and the parameters.
+      num_classes: number of logits.
+      conv_bias: whether convolutions have a bias before their BatchNorm, as in torchvision, timm and pytorchcv's
+        `bn_vgg16b`; pytorchcv's `bn_vgg16` has none.
+      dropout: rate after each hidden dense layer in training, for which `apply` then needs the stream `dropout`.
+      dtype: computation dtype; None takes that of the input and the parameters.
 
     Raises:
-        ValueError: at the first call, if `num_classes` is below 1 or the images are not `[N, H, W, C]`.
+      ValueError: at the first call, if `num_classes` is below 1 or the images are not `[N, H, W, C]`.
     """
 
     num_classes: int = 1000
@@ -43,12 +43,12 @@ class VGG16(nn.Module):
         """Computes logits.
 
         Args:
-            x: preprocessed images `[N, H, W, C]`. Of other sizes than 224 the last feature maps are averaged to 7x7,
-                as in torchvision; the least is 32.
-            train: normalize by the batch's statistics, update the running ones, and drop activations.
+          x: preprocessed images `[N, H, W, C]`. Of other sizes than 224 the last feature maps are averaged to 7x7,
+            as in torchvision; the least is 32.
+          train: normalize by the batch's statistics, update the running ones, and drop activations.
 
         Returns:
-            Logits `[N, num_classes]`.
+          Logits `[N, num_classes]`.
         """
         check_call(self.num_classes, x)
         for stage, (features, count) in enumerate(STAGES, start=1):

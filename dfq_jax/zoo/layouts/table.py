@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dfq_jax.base import check_field
+
 TRANSFORMS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     # name: (axes the source must have or -1 for any, how to turn them)
     "copy": (-1, lambda array: array),
@@ -24,16 +26,20 @@ _SUM = re.compile(r"\{(\d+)([+-]\d+)\}")
 class Rule:
     r"""Where the arrays of some names go.
 
+    >>> rule = Rule(pattern=r"layer(\d)\.conv\.weight", target=r"params/layer{\1+1}/kernel", transform="conv")
+    >>> rule.path(rule.match("layer0.conv.weight"))
+    'params/layer1/kernel'
+
     Attributes:
-        pattern: regular expression for the whole name in the file.
-        target: '/'-joined path in the variables, with ``\1``... for the pattern's groups and ``{\1+1}`` or
-            ``{\1-2}`` for a group's number plus or minus another, as programs count from 0 or 1; None to leave
-            the array out.
-        transform: ``copy``, ``conv`` (OIHW to HWIO), ``linear`` (transpose) or ``conv_linear`` (a convolution
-            over its whole input, for a dense layer that reads channels first).
+      pattern: regular expression for the whole name in the file.
+      target: '/'-joined path in the variables, with ``\1``... for the pattern's groups and ``{\1+1}`` or
+        ``{\1-2}`` for a group's number plus or minus another, as programs count from 0 or 1; None to leave
+        the array out.
+      transform: ``copy``, ``conv`` (OIHW to HWIO), ``linear`` (transpose) or ``conv_linear`` (a convolution
+        over its whole input, for a dense layer that reads channels first).
 
     Raises:
-        ValueError: if the pattern is no regular expression or the transform is unknown.
+      ValueError: if the pattern is no regular expression or the transform is unknown.
     """
 
     pattern: str
@@ -45,8 +51,7 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"pattern: {self.pattern!r} is no regular expression: {error}") from error
-        if self.transform not in TRANSFORMS:
-            raise ValueError(f"transform: must be one of {', '.join(TRANSFORMS)}, not {self.transform!r}")
+        check_field("transform", self.transform, f"one of {', '.join(TRANSFORMS)}", TRANSFORMS.__contains__)
 
     @functools.cached_property
     def _regex(self) -> re.Pattern[str]:
@@ -68,14 +73,14 @@ class Layout:
     """How one program names and arranges its weights.
 
     Attributes:
-        name: what to call it.
-        description: one line for error messages.
-        signature: regular expressions, each of which matches some whole name of every file in this layout; by
-            them a file's layout is recognized.
-        rules: the table; the first rule that matches a name holds.
+      name: what to call it.
+      description: one line for error messages.
+      signature: regular expressions, each of which matches some whole name of every file in this layout; by
+        them a file's layout is recognized.
+      rules: the table; the first rule that matches a name holds.
 
     Raises:
-        ValueError: if there are no rules.
+      ValueError: if there are no rules.
     """
 
     name: str
