@@ -8,6 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+# Tests run a program once or twice: compiling it is what takes the time. Whatever holds of programs that are optimized
+# holds of these, since no test asks for how fast they are or for more than equality up to rounding between programs.
+if jax.default_backend() == "cpu":
+    jax.config.update("jax_disable_most_optimizations", True)
+
 # Functions of these modules are checked against their jaxtyping signatures by `pytest --typecheck`. It is an option
 # because these checks come before the library's own: tests of bad input (marked `untyped`) would see other errors.
 TYPECHECKED = (
@@ -39,6 +44,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "untyped" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process: what they share is computed and compiled there once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

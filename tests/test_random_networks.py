@@ -26,12 +26,11 @@ from dfq_jax.runtime.policy import Policy
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 
-FAST = range(30)
-SLOW = range(30, 330)
-SEEDS = [*FAST, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)]
+FAST = (49, 87, 125, 190, 210, 303, 304)  # few that hold every part and convention between them
+SEEDS = [seed if seed in FAST else pytest.param(seed, marks=pytest.mark.slow) for seed in range(330)]
 
 BATCH = 8
-BITS = ("w8a8", "w4a8", "w4a4", "w8a8")
+BITS, SHORTCUTS = ("w8a8", "w4a8", "w4a4", "w8a8"), ("float", "quantized")
 EVERYTHING = Policy(self_test=False)  # all that can run as int8 does
 
 
@@ -55,9 +54,7 @@ def results(seed: int) -> Results:
     network = random_network(seed)
     graph = trace(network.apply_fn, network.variables, (1, *network.input_shape[1:]))
     x = network.images(BATCH)
-    convention = Convention.parse(
-        BITS[seed % 4], shortcuts=("float", "quantized")[seed // 2 % 2], weight_range="min_max"
-    )
+    convention = Convention.parse(BITS[seed % 4], shortcuts=SHORTCUTS[seed // 2 % 2], weight_range="min_max")
     only = Convention.parse(("w4a16", "w8a16")[seed % 2], weight_range="min_max")
 
     @jax.jit
@@ -247,7 +244,8 @@ def check_onnx(seed: int) -> None:
     assert difference > (40 if precision(own.network) < 1e-3 else 15), f"{difference:.1f} dB, images {by_image}"
 
 
-def test_the_first_networks_hold_every_part():
+def test_the_fast_networks_hold_every_part():
+    assert {seed % 4 for seed in FAST} == {0, 1, 2, 3}  # every convention, with bits of weights alone
     found = frozenset().union(*(random_network(seed).features for seed in FAST))
     parts = {
         "activation": (*ACTIVATIONS, "prelu"),

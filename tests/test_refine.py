@@ -26,6 +26,11 @@ def qvariables():
     return quantize_params(GRAPH, VARIABLES, ranges, convention)
 
 
+@pytest.fixture(scope="module")
+def synthetic():
+    return synthesize(GRAPH, VARIABLES, KEY, dataclasses.replace(CONFIG, steps=100, num_images=4)).images
+
+
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -51,12 +56,12 @@ def test_similarity_of_an_image_to_itself_is_one(qvariables):
 
 
 @pytest.mark.parametrize("weights", [(1, 0), (0, 1), (1, 1)], ids=["similarity", "diversity", "both"])
-def test_what_is_asked_for_improves_and_statistics_hold(qvariables, weights):
+def test_what_is_asked_for_improves_and_statistics_hold(qvariables, synthetic, weights):
     """On synthetic images, which is what it is for: where statistics do not match yet, their term comes first.
 
     With both terms only their sum is sure to fall: they pull at the same features.
     """
-    images = synthesize(GRAPH, VARIABLES, KEY, dataclasses.replace(CONFIG, steps=100, num_images=4)).images
+    images = synthetic
     settings = dataclasses.replace(SETTINGS, similarity_weight=weights[0], diversity_weight=weights[1])
     refined = refine(GRAPH, VARIABLES, qvariables, images, KEY, settings)
     before = evaluate(GRAPH, settings, VARIABLES, qvariables, images)
