@@ -288,9 +288,9 @@ def test_every_stage_has_a_key_of_its_own(monkeypatch):
         monkeypatch.setattr(module, name, wrapped)
 
     recording(loop, "_init", 3)  # of each batch, its first half
-    recording(loop, "advance", 7)  # and its second
-    recording(learned, "advance", 9)  # of each block
-    recording(finetuning_loop, "advance", 8)
+    recording(loop, "advance_batch", 7)  # and its second
+    recording(learned, "advance_block", 9)  # of each block
+    recording(finetuning_loop, "advance_student", 8)
     q = run(recipe=recipe)
     distinct = set(keys)
     batches, blocks = recipe.synthesis.num_batches, len(q.graph.blocks)

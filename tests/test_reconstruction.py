@@ -10,8 +10,8 @@ from model_grid import cifar_resnet8, mlp, transposed_conv
 from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params, trace
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import quantize_kernel
-from dfq_jax.stages.comparison import compare
-from dfq_jax.stages.rounding.block import advance, prediction_difference, random_mask
+from dfq_jax.stages.comparison import compare, kl_divergence
+from dfq_jax.stages.rounding.block import advance_block, random_mask
 from dfq_jax.stages.rounding.learned import reconstruct
 from dfq_jax.stages.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
 
@@ -149,11 +149,11 @@ def quantized_network(bits: str = "w3a4"):
 def test_equal_blocks_compile_once():
     graph, variables, qvariables, images = quantized_network()
     config = ReconstructionConfig(steps=4, batch_size=4)
-    compiled = advance._cache_size()
+    compiled = advance_block._cache_size()
     _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
-    assert len(info.blocks) == 5 and advance._cache_size() == compiled + 3
+    assert len(info.blocks) == 5 and advance_block._cache_size() == compiled + 3
     reconstruct(graph, variables, qvariables, images, jax.random.key(1), config)
-    assert advance._cache_size() == compiled + 3
+    assert advance_block._cache_size() == compiled + 3
 
 
 def test_prediction_difference_is_the_divergence_of_class_probabilities():
@@ -161,7 +161,7 @@ def test_prediction_difference_is_the_divergence_of_class_probabilities():
     found, expected = rng.normal(size=(2, 6, 5)) * 3
     p, q = (np.exp(z / 2) / np.exp(z / 2).sum(1, keepdims=True) for z in (expected, found))
     wanted = 4 * (p * np.log(p / q)).sum(1).mean()
-    np.testing.assert_allclose(prediction_difference(jnp.asarray(found), jnp.asarray(expected), 2.0), wanted, rtol=1e-5)
+    np.testing.assert_allclose(kl_divergence(jnp.asarray(expected), jnp.asarray(found), 2.0), wanted, rtol=1e-5)
 
 
 def test_prediction_difference_lowers_the_divergence_of_outputs():

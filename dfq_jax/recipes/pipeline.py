@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import may_transfer
+from dfq_jax.base import Progress, may_transfer, remove_checkpoint
 from dfq_jax.graph import (
     GraphWarning,
     as_function,
@@ -35,7 +35,6 @@ from dfq_jax.recipes.recipe import Recipe, get_recipe
 from dfq_jax.recipes.steps import STEPS, Work
 from dfq_jax.report import Report, doubtful_structure, layer_reports, packed_size
 from dfq_jax.stages import Comparison, Convention
-from dfq_jax.synthesis import Progress, remove_checkpoint
 
 
 @may_transfer

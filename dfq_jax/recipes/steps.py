@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
 
+from dfq_jax.base import Progress
 from dfq_jax.graph import Graph
 from dfq_jax.recipes.images import Images
 from dfq_jax.recipes.judge import Candidate, Judge
@@ -20,7 +21,6 @@ from dfq_jax.recipes.recipe import ROUNDINGS, Recipe
 from dfq_jax.stages import (
     ESTIMATORS,
     BatchNormConfig,
-    BlockProgress,
     Convention,
     adapt_batch_norm,
     analytic_correction,
@@ -34,7 +34,6 @@ from dfq_jax.stages import (
     quantize_params,
     reconstruct,
 )
-from dfq_jax.synthesis import Progress
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8
@@ -136,15 +135,9 @@ def _settle(work: Work, candidate: Candidate) -> Candidate:
 
 def _reconstruct(work: Work, candidate: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
-
-    def report(progress: BlockProgress) -> None:
-        numbers = (progress.step, progress.steps, progress.loss, progress.seconds, progress.eta)
-        work.on_progress(Progress(progress.index + 1, progress.num_blocks, *numbers))
-
     start = _settle(work, candidate)
     settings = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
-    shown = None if work.on_progress is None else report
-    qvariables, info = reconstruct(work.graph, *start.networks, *settings, on_progress=shown)
+    qvariables, info = reconstruct(work.graph, *start.networks, *settings, on_progress=work.on_progress)
     if not info.completed:
         raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
     dropped = [block.name for block in info.blocks if not block.kept]
