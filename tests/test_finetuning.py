@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import signal
 
 import flax.linen as nn
@@ -475,9 +476,47 @@ def test_an_interrupted_run_keeps_what_there_is():
         signal.raise_signal(signal.SIGINT)
 
     learned, info = finetune(graph, variables, qvariables, images, jax.random.key(0), CONFIG, on_progress=interrupt)
-    assert not info.completed and [e.step for e in info.evaluations] == [0, 11] and len(reports) == 1
-    assert (reports[0].step, reports[0].steps, reports[0].num_batches) == (11, 42, 1) and reports[0].eta > 0
+    assert not info.completed and [e.step for e in info.evaluations] == [0, 10] and len(reports) == 1
+    assert (reports[0].step, reports[0].steps, reports[0].num_batches) == (10, 42, 1) and reports[0].eta > 0
     assert info.best.step > 0 and jax.tree.structure(learned) == jax.tree.structure(qvariables)
+
+
+@pytest.mark.parametrize("at", [10, 30, 42])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
+    graph, variables, qvariables, images = start_of(small)
+    path, reports = tmp_path / "work.npz", []
+
+    def interrupt(progress):
+        if progress.step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    arguments = graph, variables, qvariables, images, jax.random.key(0), CONFIG
+    _, info = finetune(*arguments, checkpoint=path, on_progress=interrupt, keep_checkpoint=True)
+    assert info.completed == (at == 42) and os.listdir(tmp_path) == ["work.npz"]
+    resumed, info = finetune(*arguments, checkpoint=path, on_progress=reports.append)
+    expected, whole = tuned()
+    same(resumed, expected)
+    assert dataclasses.replace(info, seconds=0.0) == dataclasses.replace(whole, seconds=0.0)
+    assert all(report.step > at for report in reports)  # did not start anew
+    assert os.listdir(tmp_path) == []
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    path = tmp_path / "work.npz"
+    graph, variables, qvariables, images = start_of(small)
+    work = {"variables": variables, "qvariables": qvariables, "images": images, "key": jax.random.key(0)}
+    config = dataclasses.replace(CONFIG, steps=2, evaluations=1)
+    finetune(graph, **work, config=config, checkpoint=path, keep_checkpoint=True)
+    others = {
+        "key": jax.random.key(1),
+        "config": dataclasses.replace(config, weight_rate=1e-3),
+        "variables": jax.tree.map(lambda leaf: leaf + 1e-3, variables),
+        "images": images[::-1],
+        "labels": jnp.zeros(len(images), jnp.int32),
+    }
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=r"checkpoint: '.*work\.npz' belongs to other work"):
+            finetune(graph, **{"config": config, **work, name: value}, checkpoint=path)
 
 
 def test_images_change_from_step_to_step():

@@ -132,7 +132,7 @@ class Loop:
         """The work after one more compiled call, to which `work` may be donated, and the loss of the last step."""
         raise NotImplementedError
 
-    def inputs(self) -> tuple[tuple[Any, ...], Any]:
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
         """What a checkpoint belongs to besides the key: settings, and a tree of arrays."""
         raise NotImplementedError
 
@@ -219,7 +219,7 @@ class Loop:
     # --- checkpoints ---
 
     def _identity(self) -> str:
-        settings, arrays = self.inputs()
+        settings, arrays = self.origin()
         key = jax.random.key_data(self.key).tolist()
         return " ".join(map(str, (*settings, key, self.plan.chunk, fingerprint(arrays))))
 

@@ -10,8 +10,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.graph import LayerCall, loop_friendly
-from dfq_jax.quantizers import QuantizerParams, quantization, with_quantization
+from dfq_jax.graph import Graph, LayerCall, check_images, loop_friendly
+from dfq_jax.quantizers import QuantizerParams, is_quantized, quantization, with_quantization
+
+
+def check_learning(graph: Graph, variables: Any, qvariables: Any, images: Any) -> None:
+    """Refuse, by name, what cannot be learned from."""
+    check_images(graph, images)
+    if not is_quantized(qvariables):
+        raise ValueError("qvariables: found float variables; quantize_params makes quantized ones to start from.")
+    if len(images) < 2:
+        raise ValueError(f"images: expected at least 2, one to learn from and one held out, found {len(images)}.")
+    graph.leaves(variables)  # refuses other trees
+
+
+def held_out_count(share: float, images: int) -> int:
+    """How many images are held out: at least one, and one is left."""
+    return min(max(round(share * images), 1), images - 1)
 
 
 def moved(leaf: Float[Array, "*s"], change: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -97,14 +97,14 @@ def synthesize(
     check_synthesizable(graph, variables, config)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)
-    loop = ImageLoop(graph, variables, key, config, image_optimizer(config) if optimizer is None else optimizer)
+    loop = _ImageLoop(graph, variables, key, config, image_optimizer(config) if optimizer is None else optimizer)
     completed = loop.run(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
     return loop.result(completed)
 
 
-class ImageLoop(Loop):
+class _ImageLoop(Loop):
     """The loop of one call of `synthesize`: its work on a batch is a state, targets, and losses of the latest step."""
 
     def __init__(self, graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any):
@@ -126,7 +126,7 @@ class ImageLoop(Loop):
         )
         super().__init__(plan, key)
 
-    def inputs(self) -> tuple[tuple[Any, ...], Any]:
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
         optimizer = jax.eval_shape(_init, self.graph, self.config, self.optimizer, self.key)[0].optimizer
         return (self.graph.digest, dataclasses.asdict(self.config), optimizer), self.variables
 

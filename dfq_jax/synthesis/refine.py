@@ -135,13 +135,13 @@ def refine(
     if not is_quantized(qvariables):
         raise ValueError("qvariables: hold no activation quantizers; pass what quantize_params returned.")
     check_images(graph, images)
-    loop = RefineLoop(graph, variables, qvariables, jnp.asarray(images, jnp.float32), key, config)
+    loop = _RefineLoop(graph, variables, qvariables, jnp.asarray(images, jnp.float32), key, config)
     if not loop.run(on_progress=on_progress, checkpoint=checkpoint):
         raise KeyboardInterrupt("refinement was interrupted")
     return jnp.concatenate([loop.work[batch].parameters for batch in sorted(loop.work)])[: len(images)]
 
 
-class RefineLoop(Loop):
+class _RefineLoop(Loop):
     """The loop of one call of `refine`: its work on a batch is the state of its optimizer."""
 
     def __init__(
@@ -154,7 +154,7 @@ class RefineLoop(Loop):
         num_batches, chunk = math.ceil(len(images) / self.size), largest_divisor(default, config.steps)
         super().__init__(Plan(num_batches=num_batches, steps=config.steps, chunk=chunk), key)
 
-    def inputs(self) -> tuple[tuple[Any, ...], Any]:
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
         return ("refinement", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
 
     def begin(self, batch: int) -> State:

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import Loop, Plan, Progress, State, Turn, init_state, largest_divisor, platform_of
-from dfq_jax.graph import Graph, check_images
-from dfq_jax.quantizers import changed_codes, is_quantized
+from dfq_jax.graph import Graph
+from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import compare
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.step import advance_student, student_optimizer
 from dfq_jax.stages.finetuning.student import hard_student, init_student
+from dfq_jax.stages.learning import check_learning, held_out_count
 
-# Optimizer steps in one compiled call, by backend.
-DEFAULT_CHUNK = {"cpu": 1}
+# Optimizer steps in one compiled call; one on CPU.
 ACCELERATOR_CHUNK = 50
 
 
@@ -109,21 +109,16 @@ def finetune(
       OSError: the checkpoint cannot be written.
       FloatingPointError: the student's outputs became NaN or infinite.
     """
-    check_images(graph, images)
-    if not is_quantized(qvariables):
-        raise ValueError("qvariables: found float variables; quantize_params makes quantized ones to start from.")
-    if len(images) < 2:
-        raise ValueError(f"images: expected at least 2, one to learn from and one held out, found {len(images)}.")
-    graph.leaves(variables)  # refuses other trees
+    check_learning(graph, variables, qvariables, images)
     labels = None if labels is None else _checked_labels(graph, labels, len(images))
-    loop = StudentLoop(graph, variables, qvariables, jnp.asarray(images), key, config, labels)
+    loop = _StudentLoop(graph, variables, qvariables, jnp.asarray(images), key, config, labels)
     completed = loop.run(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
     return loop.result(completed)
 
 
-class StudentLoop(Loop):
+class _StudentLoop(Loop):
     """The loop of one call of `finetune`: its work is a state, and the best variables that were seen."""
 
     def __init__(
@@ -136,8 +131,7 @@ class StudentLoop(Loop):
         config: FinetuneConfig,
         labels: jax.Array | None,
     ):
-        held_out = min(max(round(config.held_out * len(images)), 1), len(images) - 1)
-        train = len(images) - held_out
+        train = len(images) - held_out_count(config.held_out, len(images))
         self.images, self.held_out = images[:train], images[train:]
         self.labels = None if labels is None else labels[:train]
         # A minibatch holds no image twice.
@@ -146,10 +140,10 @@ class StudentLoop(Loop):
         self.variables, self.start = variables, qvariables
         self.evaluations: list[Evaluation] = []
         self.latest: jax.Array | None = None
-        chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
+        chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
         super().__init__(Plan(num_batches=1, steps=config.steps, chunk=largest_divisor(chunk, config.steps)), key)
 
-    def inputs(self) -> tuple[tuple[Any, ...], Any]:
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
         arrays = self.variables, self.start, self.images, self.held_out, self.labels
         return ("fine-tuning", self.graph.digest, self.config), arrays
 

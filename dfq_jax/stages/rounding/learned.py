@@ -32,9 +32,10 @@ from dfq_jax.base import (
     largest_divisor,
     platform_of,
 )
-from dfq_jax.graph import Graph, Subnetwork, check_images, merge_blocks, subnetwork
-from dfq_jax.quantizers import changed_codes, is_quantized
+from dfq_jax.graph import Graph, Subnetwork, merge_blocks, subnetwork
+from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import apply_jitted
+from dfq_jax.stages.learning import check_learning, held_out_count
 from dfq_jax.stages.rounding.block import (
     Cache,
     Variables,
@@ -47,8 +48,7 @@ from dfq_jax.stages.rounding.block import (
 from dfq_jax.stages.rounding.codes import common_form
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 
-# Optimizer steps in one compiled call, by backend.
-DEFAULT_CHUNK = {"cpu": 1}
+# Optimizer steps in one compiled call; one on CPU.
 ACCELERATOR_CHUNK = 100
 
 
@@ -118,15 +118,10 @@ def reconstruct(
       ValueError: `qvariables` are not quantized, there are too few or unusable images, or a checkpoint of other work.
       OSError: the checkpoint cannot be written.
     """
-    check_images(graph, images)
-    if not is_quantized(qvariables):
-        raise ValueError("qvariables: found float variables; quantize_params makes quantized ones to start from.")
-    if len(images) < 2:
-        raise ValueError(f"images: expected at least 2, one to learn from and one held out, found {len(images)}.")
-    graph.leaves(variables)  # refuses other trees
+    check_learning(graph, variables, qvariables, images)
     if config.prediction_weight and graph.num_classes < 2:
         raise ValueError("prediction_weight: the network has no class scores to compare; set it to 0.")
-    loop = BlockLoop(graph, variables, qvariables, jnp.asarray(images), key, config)
+    loop = _BlockLoop(graph, variables, qvariables, jnp.asarray(images), key, config)
     completed = loop.run(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
@@ -149,7 +144,7 @@ class _Block(NamedTuple):
     started: float
 
 
-class BlockLoop(Loop):
+class _BlockLoop(Loop):
     """The loop of one call of `reconstruct`: its work on a block is a state, and in the end the block's variables."""
 
     def __init__(
@@ -161,8 +156,7 @@ class BlockLoop(Loop):
         key: Any,
         config: ReconstructionConfig,
     ):
-        held_out = min(max(round(config.held_out * len(images)), 1), len(images) - 1)
-        self.train = len(images) - held_out
+        self.train = len(images) - held_out_count(config.held_out, len(images))
         if config.flip and images.ndim > 2:  # vectors have no sides
             learned = images[: self.train]
             images = jnp.concatenate([learned, jnp.flip(learned, axis=-2), images[self.train :]])
@@ -176,7 +170,7 @@ class BlockLoop(Loop):
         self.images = self.float_inputs = self.inputs = images
         self.block: _Block | None = None
         self.results: list[BlockResult] = []
-        chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
+        chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
         plan = Plan(
             num_batches=len(self.blocks),
             steps=config.steps,
@@ -186,7 +180,7 @@ class BlockLoop(Loop):
         )
         super().__init__(plan, key)
 
-    def inputs(self) -> tuple[tuple[Any, ...], Any]:
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
         return ("reconstruction", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
 
     # --- one block ---
