@@ -308,6 +308,27 @@ def test_an_interrupted_call_resumes(tmp_path):
     same(resumed.variables, run(recipe=recipe).variables)
 
 
+def test_an_interrupted_call_resumes_within_its_long_steps(tmp_path):
+    recipe = FAST.replace(
+        reconstruction=ReconstructionConfig(steps=2, batch_size=4), finetune=FinetuneConfig(steps=20, evaluations=1)
+    )
+    path, stages, reports = tmp_path / "work.npz", [], []
+
+    def interrupt(progress):
+        if (stages[-1], progress.batch) in (("reconstruction", 2), ("fine-tuning", 1)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    calls = {"checkpoint": path, "on_stage": stages.append, "on_progress": interrupt}
+    for step, files in (("reconstruction", 2), ("fine-tuning", 3)):
+        with pytest.raises(KeyboardInterrupt, match=f"{step} was interrupted"):
+            run(recipe=recipe, **calls)
+        assert stages[-1] == step and len(os.listdir(tmp_path)) == files
+    resumed = run(recipe=recipe, checkpoint=path, on_progress=reports.append)
+    assert [(report.batch, report.step) for report in reports] == [(1, 20)]  # the rest of the last step
+    assert os.listdir(tmp_path) == []
+    same(resumed.variables, run(recipe=recipe).variables)
+
+
 def test_finished_images_are_kept_until_all_is_done(tmp_path):
     path = tmp_path / "work.npz"
 

@@ -56,15 +56,19 @@ def advance_batch(
     """Optimize a batch for `steps` steps.
 
     Args:
-      graph, config, optimizer, steps: static.
+      graph: at the size of the batch; static, as are all settings.
+      config: weights of the terms, and how images change from step to step.
+      optimizer: of the source's parameters.
+      steps: how many.
       variables: float variables, an argument (closing over them would compile the weights in).
       state: donated.
       targets: labels and response level.
       key: of the batch; the step number is folded in for each step's augmentation and swing convolutions.
-      others, share: see `objective.evaluate`.
+      others: what the other batches add to the moments of the whole set, see `objective.evaluate`.
+      share: of this batch in the moments.
 
     Returns:
-      The new state, and the evaluation of the last step (before its update).
+      The new state, and the losses of the last step (before its update).
     """
     source = make_source(config, graph.input.shape)
 

@@ -81,7 +81,9 @@ def advance_student(
     """Optimize the student for `steps` steps.
 
     Args:
-      graph: at the size of a minibatch; static, as are `config` and `steps`.
+      graph: at the size of a minibatch; static, as are all settings.
+      config: rates, and weights of the terms.
+      steps: how many.
       variables: of the teacher.
       qvariables: that the student started from.
       images: that minibatches are drawn from.

@@ -47,6 +47,8 @@ class Cache(NamedTuple):
 
 
 class BlockLosses(NamedTuple):
+    """Terms of the loss, unweighted."""
+
     reconstruction: Float[Array, ""]
     undecided: Float[Array, ""]
 
@@ -189,9 +191,12 @@ def advance_block(
     """Optimize a block for `steps` steps.
 
     Args:
-      graph: of the block alone (`subnetwork`), static, as are `config` and `steps`: equal blocks compile once.
-      rest_graph, rest: the network behind the block, for the prediction difference, and its float variables; static and
-        an argument. None where the block's output holds the class scores, or the difference is not asked for.
+      graph: of the block alone (`subnetwork`), static, as are all settings: equal blocks compile once.
+      config: rates, and weights of the terms.
+      steps: how many.
+      rest_graph: the network behind the block, for the prediction difference; static. None where the block's output
+        holds the class scores, or the difference is not asked for.
+      rest: its float variables.
       own: the block's quantized variables at the start.
       bases: base codes of its kernels.
       cache: what the minibatches are drawn from.
