@@ -35,9 +35,9 @@ from torch_reference import TorchLoss, efficientnet_lite0, moments_by_var_mean, 
 
 from dfq_jax import as_function, synthesize, trace
 from dfq_jax.graph.graph import Graph
-from dfq_jax.synthesis import SynthesisConfig, advance, init_batch
+from dfq_jax.synthesis import SynthesisConfig, advance_batch, init_batch
 from dfq_jax.synthesis.objective import Targets, evaluate
-from dfq_jax.synthesis.source import make_optimizer
+from dfq_jax.synthesis.source import image_optimizer
 from dfq_jax.zoo import load_model
 
 LEARNING_RATE = 0.1
@@ -108,7 +108,7 @@ class Contestant:
 def jax_contestant(graph: Graph, variables: Any, setting: Setting, chunk: int) -> Contestant:
     """The library's own compiled step, `chunk` optimizer steps in a call."""
     config = dataclasses.replace(CONFIG, batch_size=setting.batch)
-    optimizer = make_optimizer(config)
+    optimizer = image_optimizer(config)
     state, targets = init_batch(graph, config, optimizer, jax.random.key(0))
     key = jax.random.key(1)
 
@@ -116,7 +116,7 @@ def jax_contestant(graph: Graph, variables: Any, setting: Setting, chunk: int) -
         nonlocal state
         started = time.perf_counter()
         for _ in range(steps // chunk):
-            state, _ = advance(graph, config, optimizer, chunk, variables, state, targets, key)
+            state, _ = advance_batch(graph, config, optimizer, chunk, variables, state, targets, key)
         jax.block_until_ready(state)
         return (time.perf_counter() - started) / steps
 
@@ -144,7 +144,7 @@ def count_compilations(graph: Graph, variables: Any, setting: Setting) -> str:
     synthesize(graph, variables, jax.random.key(0), config, on_progress=lambda p: marks.append(len(counter.names)))
     first = collections.Counter(counter.names)
     synthesize(graph, variables, jax.random.key(1), config)
-    library = ("init_batch", "advance", "response_targets")
+    library = ("init_batch", "advance_batch", "response_targets")
     counts = [f"{name} {sum(n for f, n in first.items() if name in f)}" for name in library]
     during_second_batch = marks[-1] - marks[len(marks) // 2 - 1]
     second_key = len(counter.names) - first.total()

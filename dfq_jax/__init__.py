@@ -14,6 +14,7 @@ Each step is a pure function of pytrees and can be used alone:
     outputs = apply_quantized(graph, qvariables, x)
 """
 
+from dfq_jax.base import Progress
 from dfq_jax.export import ArtifactError
 from dfq_jax.graph import (
     Graph,
@@ -56,7 +57,7 @@ from dfq_jax.stages import (
     squant,
     summarize,
 )
-from dfq_jax.synthesis import Progress, Synthesis, SynthesisConfig, SynthesisError, synthesize
+from dfq_jax.synthesis import Synthesis, SynthesisConfig, SynthesisError, synthesize
 
 __version__ = "0.1.0"
 

@@ -28,8 +28,8 @@ from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_n
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.ranges import estimate_ranges, summarize
-from dfq_jax.synthesis import SynthesisConfig, advance, init_batch, synthesize
-from dfq_jax.synthesis.source import make_optimizer
+from dfq_jax.synthesis import SynthesisConfig, advance_batch, init_batch, synthesize
+from dfq_jax.synthesis.source import image_optimizer
 
 # Listeners cannot be taken off by public means in all versions of JAX, so there is one for the whole module.
 COMPILED: list[str] = []
@@ -190,7 +190,7 @@ def test_synthesis_compiles_once():
     graph, variables = traced()
     other = other_variables(variables)
     traces = []
-    inner = make_optimizer(SYNTHESIS)
+    inner = image_optimizer(SYNTHESIS)
 
     def update(*arguments):
         traces.append(len(traces))
@@ -212,12 +212,12 @@ def test_synthesis_compiles_once():
 
 def test_vmap_of_a_synthesis_step_over_keys():
     graph, variables = traced()
-    optimizer = make_optimizer(SYNTHESIS)
+    optimizer = image_optimizer(SYNTHESIS)
 
     def step(key):
         init_key, step_key = jax.random.split(key)
         state, targets = init_batch(graph, SYNTHESIS, optimizer, init_key)
-        return advance(graph, SYNTHESIS, optimizer, 1, variables, state, targets, step_key)
+        return advance_batch(graph, SYNTHESIS, optimizer, 1, variables, state, targets, step_key)
 
     keys = jax.random.split(jax.random.key(3), 3)
     states, results = jax.jit(jax.vmap(step))(keys)
@@ -343,7 +343,7 @@ def sharded_work() -> dict[str, Any]:
             "integer": jitted_apply()(graph, qvariables, images, integer=True),
         }
         config = SynthesisConfig(num_images=16, batch_size=16, steps=4, optimizer="sgd", learning_rate=1.0)
-        optimizer = make_optimizer(config)
+        optimizer = image_optimizer(config)
         state, targets = init_batch(graph, config, optimizer, jax.random.key(5))
         spread = images.sharding if len(images.sharding.device_set) > 1 else None
         if spread is not None:
@@ -352,7 +352,7 @@ def sharded_work() -> dict[str, Any]:
             )
             state, targets = place(state), place(targets)
         for _ in range(3):
-            state, result = advance(graph, config, optimizer, 1, variables, state, targets, jax.random.key(6))
+            state, result = advance_batch(graph, config, optimizer, 1, variables, state, targets, jax.random.key(6))
         return {**found, "synthesized": state.parameters, "evaluation": result}
 
     alone = stages(images, variables)

@@ -6,9 +6,9 @@ import os
 import jax.numpy as jnp
 import pytest
 
+from dfq_jax.base.checkpoint import Checkpoint
 from dfq_jax.base.files import write_atomically
 from dfq_jax.export import artifact
-from dfq_jax.synthesis.checkpoint import Checkpoint
 
 WRITERS = {
     "bytes": lambda path: write_atomically(path, b"new"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import signal
 
 import flax.linen as nn
@@ -24,33 +25,33 @@ from dfq_jax import (
     squant,
     trace,
 )
+from dfq_jax.base import init_state
 from dfq_jax.quantizers.collection import QUANTIZATION
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import quantize_kernel
 from dfq_jax.recipes.recipe import Recipe, recipe_from
-from dfq_jax.stages.comparison import Comparison, compare
+from dfq_jax.stages.comparison import Comparison, compare, kl_divergence
 from dfq_jax.stages.finetuning import loop
 from dfq_jax.stages.finetuning.losses import (
-    Observation,
+    Outputs,
     attention_distance,
     channel_attention,
     distillation_loss,
-    kl_divergence,
     relative_error,
     restricted_cross_entropy,
 )
-from dfq_jax.stages.finetuning.step import advance, augment, init_state, make_optimizer
+from dfq_jax.stages.finetuning.step import advance_student, augment_minibatch, student_optimizer
 from dfq_jax.stages.finetuning.student import (
-    Parameters,
-    hard_variables,
+    StudentParameters,
+    hard_student,
     init_codes,
-    init_parameters,
-    observe_student,
-    observe_teacher,
+    init_student,
     project,
     rounded,
     soft_kernels,
-    soft_variables,
+    soft_student,
+    student_outputs,
+    teacher_outputs,
 )
 
 RNG = np.random.default_rng(0)
@@ -223,7 +224,7 @@ def test_labels_count_on_easy_images_alone(difficulty):
 
 def test_the_total_is_the_weighted_sum_of_the_terms():
     features = [jnp.asarray(RNG.normal(size=(6, 2, 2, 3)), jnp.float32) for _ in range(4)]
-    teacher, student = Observation(T, tuple(features[:2])), Observation(S, tuple(features[2:]))
+    teacher, student = Outputs(T, tuple(features[:2])), Outputs(S, tuple(features[2:]))
     config = FinetuneConfig(
         divergence_weight=2.0, feature_weight=7.0, attention_weight=3.0, label_weight=5.0, temperature=4.0
     )
@@ -273,15 +274,15 @@ def test_codes_start_where_they_are(bits, symmetric, trust):
 )
 def test_at_first_the_student_is_the_network_it_was_made_of(build, shortcuts):
     graph, variables, qvariables, images = start_of(build, shortcuts=shortcuts)
-    parameters = init_parameters(graph, EVERYTHING, variables, qvariables)
+    parameters = init_student(graph, EVERYTHING, variables, qvariables)
     assert len(parameters.kernels) == len({layer.kernel for layer in graph.layers})
-    same(hard_variables(graph, qvariables, parameters), qvariables)
+    same(hard_student(graph, qvariables, parameters), qvariables)
     same(project(parameters, graph, qvariables), parameters)
 
     @jax.jit
     def both(x):
-        student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft_kernels(parameters))
-        teacher = observe_teacher(graph, variables, x)
+        student = student_outputs(graph, soft_student(graph, qvariables, parameters), x, soft_kernels(parameters))
+        teacher = teacher_outputs(graph, variables, x)
         expected = graph.logits(apply_quantized(graph, qvariables, x)), graph.logits(graph.apply_fn(variables, x))
         return (student.scores, teacher.scores), expected, (student.features, teacher.features)
 
@@ -304,12 +305,12 @@ def dense_start():
 def test_gradients_against_the_closed_form():
     graph, variables, qvariables, x = dense_start()
     config = FinetuneConfig(scale_rate=1.0, step_rate=1.0)
-    parameters = init_parameters(graph, config, variables, qvariables)
+    parameters = init_student(graph, config, variables, qvariables)
     target = np.asarray(graph.apply_fn(variables, x), np.float64)
 
     def loss(parameters):
-        student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft_kernels(parameters))
-        return distillation_loss(config, 1, Observation(jnp.asarray(target, jnp.float32), ()), student).total
+        student = student_outputs(graph, soft_student(graph, qvariables, parameters), x, soft_kernels(parameters))
+        return distillation_loss(config, 1, Outputs(jnp.asarray(target, jnp.float32), ()), student).total
 
     gradient = jax.grad(loss)(parameters)
     (params,) = (p for part in qvariables[QUANTIZATION].values() for p in part.values())
@@ -333,13 +334,13 @@ def test_gradients_against_the_closed_form():
 
 def test_clipped_weights_come_back():
     graph, variables, qvariables, _ = dense_start()
-    parameters = init_parameters(graph, CONFIG, variables, qvariables)
+    parameters = init_student(graph, CONFIG, variables, qvariables)
     far = parameters._replace(kernels={"kernel": parameters.kernels["kernel"] + 100})
     held = project(far, graph, qvariables).kernels["kernel"]
     kernel = qvariables["kernel"]
     np.testing.assert_allclose(held, np.full((6, 1), 7.5 - float(kernel.zero_point.item())), atol=0.01)
     assert (jax.grad(lambda u: rounded(u, kernel).sum())(held) == 1).all()
-    hard = hard_variables(graph, qvariables, parameters._replace(kernels={"kernel": held}))["kernel"]
+    hard = hard_student(graph, qvariables, parameters._replace(kernels={"kernel": held}))["kernel"]
     assert (hard.qvalue == 7).all()
 
 
@@ -375,20 +376,20 @@ def test_structure_types_and_statistics_are_kept():
 def test_the_same_key_gives_the_same_network_and_nothing_compiles_twice():
     graph, variables, qvariables, images = start_of(small)
     expected, _ = tuned()
-    compiled = advance._cache_size()
+    compiled = advance_student._cache_size()
     again, _ = finetune(graph, variables, qvariables, images, jax.random.key(0), CONFIG)
     other, _ = finetune(graph, variables, qvariables, images, jax.random.key(1), CONFIG)
-    assert advance._cache_size() == compiled
+    assert advance_student._cache_size() == compiled
     same(again, expected)
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True))
 
 
 def test_one_compilation_serves_all_steps_and_chunks_change_nothing():
     graph, variables, qvariables, images = start_of(small)
-    compiled = advance._cache_size()
+    compiled = advance_student._cache_size()
     config = dataclasses.replace(CONFIG, chunk=9)  # of 42 steps: shortened to 7
     learned, info = finetune(graph, variables, qvariables, images, jax.random.key(0), config)
-    assert advance._cache_size() == compiled + 1
+    assert advance_student._cache_size() == compiled + 1
     first, again = (i.evaluations[1] for i in (tuned()[1], info))  # later, rounding has made different networks of them
     assert first.step == again.step
     np.testing.assert_allclose((again.divergence, again.loss), (first.divergence, first.loss), rtol=0.05)
@@ -410,12 +411,12 @@ def test_networks_of_other_kinds(build):
 
 
 def test_optimizers_and_schedules():
-    parameters = Parameters({"k": jnp.zeros(2)}, {}, {}, {"b": jnp.zeros(3)})
+    parameters = StudentParameters({"k": jnp.zeros(2)}, {}, {}, {"b": jnp.zeros(3)})
     ones = jax.tree.map(jnp.ones_like, parameters)
 
     def moves(**fields):
         """What four steps add, by kind, for gradients of 1."""
-        optimizer = make_optimizer(FinetuneConfig(steps=4, weight_rate=0.1, affine_rate=1.0, **fields))
+        optimizer = student_optimizer(FinetuneConfig(steps=4, weight_rate=0.1, affine_rate=1.0, **fields))
         state, found = optimizer.init(parameters), []
         for _ in range(4):
             updates, state = optimizer.update(ones, state, parameters)
@@ -438,8 +439,8 @@ def test_labels_are_those_of_the_images_drawn():
     config = dataclasses.replace(CONFIG, difficulty=1.0)
     found = []
     for given in (None, labels, (labels + 1) % 5):
-        state = init_state(config, init_parameters(graph, config, variables, qvariables))
-        _, losses = advance(graph, config, 1, variables, qvariables, images, given, state, jax.random.key(0))
+        state = init_state(student_optimizer(config), init_student(graph, config, variables, qvariables))
+        _, losses = advance_student(graph, config, 1, variables, qvariables, images, given, state, jax.random.key(0))
         found.append(float(losses.cross_entropy))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
     assert found[2] > found[0]
@@ -475,18 +476,56 @@ def test_an_interrupted_run_keeps_what_there_is():
         signal.raise_signal(signal.SIGINT)
 
     learned, info = finetune(graph, variables, qvariables, images, jax.random.key(0), CONFIG, on_progress=interrupt)
-    assert not info.completed and [e.step for e in info.evaluations] == [0, 11] and len(reports) == 1
-    assert (reports[0].step, reports[0].steps, reports[0].num_batches) == (11, 42, 1) and reports[0].eta > 0
+    assert not info.completed and [e.step for e in info.evaluations] == [0, 10] and len(reports) == 1
+    assert (reports[0].step, reports[0].steps, reports[0].num_batches) == (10, 42, 1) and reports[0].eta > 0
     assert info.best.step > 0 and jax.tree.structure(learned) == jax.tree.structure(qvariables)
+
+
+@pytest.mark.parametrize("at", [10, 30, 42])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
+    graph, variables, qvariables, images = start_of(small)
+    path, reports = tmp_path / "work.npz", []
+
+    def interrupt(progress):
+        if progress.step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    arguments = graph, variables, qvariables, images, jax.random.key(0), CONFIG
+    _, info = finetune(*arguments, checkpoint=path, on_progress=interrupt, keep_checkpoint=True)
+    assert info.completed == (at == 42) and os.listdir(tmp_path) == ["work.npz"]
+    resumed, info = finetune(*arguments, checkpoint=path, on_progress=reports.append)
+    expected, whole = tuned()
+    same(resumed, expected)
+    assert dataclasses.replace(info, seconds=0.0) == dataclasses.replace(whole, seconds=0.0)
+    assert all(report.step > at for report in reports)  # did not start anew
+    assert os.listdir(tmp_path) == []
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    path = tmp_path / "work.npz"
+    graph, variables, qvariables, images = start_of(small)
+    work = {"variables": variables, "qvariables": qvariables, "images": images, "key": jax.random.key(0)}
+    config = dataclasses.replace(CONFIG, steps=2, evaluations=1)
+    finetune(graph, **work, config=config, checkpoint=path, keep_checkpoint=True)
+    others = {
+        "key": jax.random.key(1),
+        "config": dataclasses.replace(config, weight_rate=1e-3),
+        "variables": jax.tree.map(lambda leaf: leaf + 1e-3, variables),
+        "images": images[::-1],
+        "labels": jnp.zeros(len(images), jnp.int32),
+    }
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=r"checkpoint: '.*work\.npz' belongs to other work"):
+            finetune(graph, **{"config": config, **work, name: value}, checkpoint=path)
 
 
 def test_images_change_from_step_to_step():
     images = images_of(small())
-    found = augment(FinetuneConfig(), jax.random.key(0), images)
+    found = augment_minibatch(FinetuneConfig(), jax.random.key(0), images)
     assert found.shape == images.shape and (found != images).any()
-    same(augment(FinetuneConfig(flip=False, crop=0), jax.random.key(0), images), images)
+    same(augment_minibatch(FinetuneConfig(flip=False, crop=0), jax.random.key(0), images), images)
     vectors = jnp.ones((4, 7))
-    same(augment(FinetuneConfig(), jax.random.key(0), vectors), vectors)
+    same(augment_minibatch(FinetuneConfig(), jax.random.key(0), vectors), vectors)
 
 
 @pytest.mark.parametrize(

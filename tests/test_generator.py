@@ -122,7 +122,7 @@ def updates_of(optimizer, parameters, losses):
 
 def test_latents_and_generator_have_their_own_learning_rates():
     """Of a constant gradient Adam's update is the learning rate."""
-    optimizer = source.make_optimizer(GENERATOR)
+    optimizer = source.image_optimizer(GENERATOR)
     losses = [1.0] * 5 + [0.5] * 210
     found = updates_of(optimizer, {"latent": jnp.zeros(()), "generator": jnp.zeros(())}, losses)
     latent, weights = ([u[name] for u in found] for name in ("latent", "generator"))
@@ -136,7 +136,7 @@ def test_latents_and_generator_have_their_own_learning_rates():
 
 def test_a_plateau_stops_at_the_lowest_rate():
     config = dataclasses.replace(CONFIG, learning_rate=5e-4, schedule="plateau")
-    found = updates_of(source.make_optimizer(config), jnp.zeros(()), [1.0] * 320)
+    found = updates_of(source.image_optimizer(config), jnp.zeros(()), [1.0] * 320)
     np.testing.assert_allclose([found[0], found[-1]], [5e-4, 1e-4], rtol=1e-3)
 
 

@@ -17,7 +17,7 @@ from dfq_jax.stages.finetuning import FinetuneConfig
 from dfq_jax.stages.finetuning import student as finetuning
 from dfq_jax.stages.ranges import estimate_ranges
 from dfq_jax.stages.rounding import ReconstructionConfig
-from dfq_jax.stages.rounding.block import apply_soft, init_parameters, soft_variables
+from dfq_jax.stages.rounding.block import apply_soft, init_block, soft_block
 
 KEY = jax.random.key(0)
 
@@ -107,17 +107,17 @@ PARTS = [
 )
 def test_all_ways_to_run_it_agree(shortcuts, kernels, tensors):
     graph, variables, qvariables, x = start(shortcuts, kernels, tensors)
-    student = finetuning.init_parameters(graph, FinetuneConfig(), variables, qvariables)
+    student = finetuning.init_student(graph, FinetuneConfig(), variables, qvariables)
     config = ReconstructionConfig(trust=1.0)
-    learned, bases = init_parameters(graph, config, variables, qvariables, frozenset())
+    learned, bases = init_block(graph, config, variables, qvariables, frozenset())
     assert finetuning.soft_kernels(student) == frozenset(learned.kernels) == frozenset(SHAPES) - {*kernels}
 
     @jax.jit
     def simulations(qvariables, x):
-        soft = finetuning.soft_variables(graph, qvariables, student)
+        soft = finetuning.soft_student(graph, qvariables, student)
         found = {
             "simulation": apply_quantized(graph, qvariables, x),
-            "student": finetuning.observe_student(graph, soft, x, finetuning.soft_kernels(student)).scores,
+            "student": finetuning.student_outputs(graph, soft, x, finetuning.soft_kernels(student)).scores,
             "fixed block": apply_soft(graph, qvariables, x, KEY, 0.0, frozenset()),
             "integer": apply_quantized(graph, qvariables, x, integer=True),
         }
@@ -129,7 +129,7 @@ def test_all_ways_to_run_it_agree(shortcuts, kernels, tensors):
     for name, value in found.items():
         np.testing.assert_allclose(value, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()), err_msg=name)
     # Soft kernels begin near their codes: what they say of tensors is the rule's.
-    soft = soft_variables(qvariables, bases, learned)
+    soft = soft_block(qvariables, bases, learned)
     kernels = {name: soft[name] if name in learned.kernels else qvariables[name] for name in SHAPES}
     value = jax.jit(lambda v, x: apply_soft(graph, v, x, KEY, 0.0, frozenset(learned.kernels)))(soft, x)
     plain = {name: k.dequantize() if isinstance(k, QTensor) else k for name, k in kernels.items()}

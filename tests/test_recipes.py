@@ -288,9 +288,9 @@ def test_every_stage_has_a_key_of_its_own(monkeypatch):
         monkeypatch.setattr(module, name, wrapped)
 
     recording(loop, "_init", 3)  # of each batch, its first half
-    recording(loop, "advance", 7)  # and its second
-    recording(learned, "advance", 9)  # of each block
-    recording(finetuning_loop, "advance", 8)
+    recording(loop, "advance_batch", 7)  # and its second
+    recording(learned, "advance_block", 9)  # of each block
+    recording(finetuning_loop, "advance_student", 8)
     q = run(recipe=recipe)
     distinct = set(keys)
     batches, blocks = recipe.synthesis.num_batches, len(q.graph.blocks)
@@ -304,6 +304,27 @@ def test_an_interrupted_call_resumes(tmp_path):
         run(recipe=recipe, checkpoint=path, on_progress=lambda p: p.step == 10 and os.kill(os.getpid(), signal.SIGINT))
     assert os.listdir(tmp_path) == ["work.npz"]
     resumed = run(recipe=recipe, checkpoint=path)
+    assert os.listdir(tmp_path) == []
+    same(resumed.variables, run(recipe=recipe).variables)
+
+
+def test_an_interrupted_call_resumes_within_its_long_steps(tmp_path):
+    recipe = FAST.replace(
+        reconstruction=ReconstructionConfig(steps=2, batch_size=4), finetune=FinetuneConfig(steps=20, evaluations=1)
+    )
+    path, stages, reports = tmp_path / "work.npz", [], []
+
+    def interrupt(progress):
+        if (stages[-1], progress.batch) in (("reconstruction", 2), ("fine-tuning", 1)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    calls = {"checkpoint": path, "on_stage": stages.append, "on_progress": interrupt}
+    for step, files in (("reconstruction", 2), ("fine-tuning", 3)):
+        with pytest.raises(KeyboardInterrupt, match=f"{step} was interrupted"):
+            run(recipe=recipe, **calls)
+        assert stages[-1] == step and len(os.listdir(tmp_path)) == files
+    resumed = run(recipe=recipe, checkpoint=path, on_progress=reports.append)
+    assert [(report.batch, report.step) for report in reports] == [(1, 20)]  # the rest of the last step
     assert os.listdir(tmp_path) == []
     same(resumed.variables, run(recipe=recipe).variables)
 

@@ -1,5 +1,10 @@
 """Learned rounding: its pieces against closed forms, and blocks that come out better than they went in."""
 
+import dataclasses
+import functools
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +15,8 @@ from model_grid import cifar_resnet8, mlp, transposed_conv
 from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params, trace
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import quantize_kernel
-from dfq_jax.stages.comparison import compare
-from dfq_jax.stages.rounding.block import advance, prediction_difference, random_mask
+from dfq_jax.stages.comparison import compare, kl_divergence
+from dfq_jax.stages.rounding.block import advance_block, random_mask
 from dfq_jax.stages.rounding.learned import reconstruct
 from dfq_jax.stages.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
 
@@ -149,11 +154,11 @@ def quantized_network(bits: str = "w3a4"):
 def test_equal_blocks_compile_once():
     graph, variables, qvariables, images = quantized_network()
     config = ReconstructionConfig(steps=4, batch_size=4)
-    compiled = advance._cache_size()
+    compiled = advance_block._cache_size()
     _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
-    assert len(info.blocks) == 5 and advance._cache_size() == compiled + 3
+    assert len(info.blocks) == 5 and advance_block._cache_size() == compiled + 3
     reconstruct(graph, variables, qvariables, images, jax.random.key(1), config)
-    assert advance._cache_size() == compiled + 3
+    assert advance_block._cache_size() == compiled + 3
 
 
 def test_prediction_difference_is_the_divergence_of_class_probabilities():
@@ -161,7 +166,7 @@ def test_prediction_difference_is_the_divergence_of_class_probabilities():
     found, expected = rng.normal(size=(2, 6, 5)) * 3
     p, q = (np.exp(z / 2) / np.exp(z / 2).sum(1, keepdims=True) for z in (expected, found))
     wanted = 4 * (p * np.log(p / q)).sum(1).mean()
-    np.testing.assert_allclose(prediction_difference(jnp.asarray(found), jnp.asarray(expected), 2.0), wanted, rtol=1e-5)
+    np.testing.assert_allclose(kl_divergence(jnp.asarray(expected), jnp.asarray(found), 2.0), wanted, rtol=1e-5)
 
 
 def test_prediction_difference_lowers_the_divergence_of_outputs():
@@ -185,3 +190,85 @@ def test_prediction_difference_needs_class_scores():
     config = ReconstructionConfig(prediction_weight=1.0)
     with pytest.raises(ValueError, match="no class scores"):
         reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
+
+
+# --- interruption and checkpoints ---
+
+QUICK = ReconstructionConfig(steps=60, batch_size=4, rounding_rate=0.1, chunk=10)
+
+
+def run(path=None, on_progress=None, key=0, config=QUICK, **changes):
+    graph, variables, qvariables, images = quantized_network()
+    arguments = {"variables": variables, "qvariables": qvariables, "images": images} | changes
+    return reconstruct(
+        graph, **arguments, key=jax.random.key(key), config=config, checkpoint=path, on_progress=on_progress
+    )
+
+
+@functools.cache
+def uninterrupted():
+    return run()
+
+
+def interrupt_at(batch, step):
+    def on_progress(report):
+        if (report.batch, report.step) == (batch, step):
+            signal.raise_signal(signal.SIGINT)
+
+    return on_progress
+
+
+def same_network(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and (x == y).all()
+
+
+def facts(info):
+    return [dataclasses.replace(block, seconds=0.0) for block in info.blocks]
+
+
+@pytest.mark.parametrize("at", [(1, 50), (3, 60), (5, 50)])
+def test_an_interrupted_reconstruction_resumes_to_the_same_bits(tmp_path, at):
+    """In its first block, between two blocks, in its last one."""
+    path, reports = tmp_path / "work.npz", []
+    given = quantized_network()[2]
+    unfinished, info = run(path, interrupt_at(*at))
+    assert not info.completed and len(info.blocks) == at[0] - (at[1] < 60) and os.listdir(tmp_path) == ["work.npz"]
+    if not info.blocks:
+        same_network(unfinished, given)
+    resumed, info = run(path, reports.append)
+    expected, whole = uninterrupted()
+    same_network(resumed, expected)
+    assert info.completed and facts(info) == facts(whole)
+    assert any(block.kept for block in info.blocks[:3])
+    assert (reports[0].batch, reports[0].step) > at  # did not start anew
+    assert [report.name for report in reports][-1] == info.blocks[-1].name
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_finished_reconstruction_is_read_from_its_file(tmp_path):
+    graph, variables, qvariables, images = quantized_network()
+    arguments = graph, variables, qvariables, images, jax.random.key(0), dataclasses.replace(QUICK, steps=2)
+    first, found = reconstruct(*arguments, checkpoint=tmp_path / "work.npz", keep_checkpoint=True)
+    again, info = reconstruct(*arguments, checkpoint=tmp_path / "work.npz", on_progress=pytest.fail)
+    same_network(again, first)
+    assert facts(info) == facts(found) and os.listdir(tmp_path) == []
+
+
+def test_checkpoints_of_other_reconstructions_are_refused(tmp_path):
+    path = tmp_path / "work.npz"
+    run(path, interrupt_at(2, 50))
+    _, variables, _, images = quantized_network()
+    others = {
+        "key": 1,
+        "config": dataclasses.replace(QUICK, drop=0.25),
+        "variables": jax.tree.map(lambda leaf: leaf + 1e-3, variables),
+        "qvariables": quantized_network("w4a4")[2],
+        "images": images[::-1],
+    }
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=r"checkpoint: '.*work\.npz' belongs to other work"):
+            run(path, **{name: value})
+    with pytest.raises(ValueError, match="there is no folder"):
+        run(tmp_path / "none" / "work.npz")

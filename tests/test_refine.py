@@ -1,6 +1,7 @@
 """Refinement: its terms against NumPy, that similarity rises while statistics hold, and what it refuses."""
 
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,22 @@ def test_any_number_of_images(qvariables):
     assert (jnp.abs(refined - IMAGES).max((1, 2, 3)) > 0).all()
     np.testing.assert_allclose(refined[:4], refine(GRAPH, VARIABLES, qvariables, IMAGES[:4], KEY, quick), atol=1e-6)
     assert np.isfinite(apply_quantized(GRAPH, qvariables, refined)).all()
+
+
+def test_an_interrupted_refinement_resumes_to_the_same_bits(qvariables, tmp_path):
+    quick, reports = dataclasses.replace(SETTINGS, steps=40), []  # in chunks of 20
+    arguments = GRAPH, VARIABLES, qvariables, IMAGES, KEY, quick
+
+    def interrupt(progress):
+        if (progress.batch, progress.step) == (2, 20):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(*arguments, checkpoint=tmp_path / "work.npz", on_progress=interrupt)
+    with pytest.raises(ValueError, match="belongs to other work"):
+        refine(*arguments[:3], IMAGES[::-1], KEY, quick, checkpoint=tmp_path / "work.npz")
+    resumed = refine(*arguments, checkpoint=tmp_path / "work.npz", on_progress=reports.append)
+    assert (resumed == refine(*arguments)).all() and (reports[0].batch, reports[0].step) == (2, 40)
 
 
 @pytest.mark.untyped

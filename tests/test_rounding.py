@@ -19,7 +19,7 @@ from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.rounding import GPTQConfig, gptq, squant, squant_codes
 from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes
-from dfq_jax.stages.rounding.gptq import Moments, nearest_plane, round_kernel
+from dfq_jax.stages.rounding.gptq import PatchMoments, nearest_plane, round_kernel
 
 # --- references ---
 
@@ -226,7 +226,7 @@ def test_centered_moments_do_not_see_the_mean():
 
     def solve(shift, centered):
         x = jnp.float32(inputs + shift)
-        moments = Moments(jnp.float32(200), x.sum(0)[None], (x.T @ x)[None])
+        moments = PatchMoments(jnp.float32(200), x.sum(0)[None], (x.T @ x)[None])
         return np.asarray(round_kernel(codes, moments, GPTQConfig(centered=centered)))
 
     np.testing.assert_array_equal(solve(5.0, True), solve(0.0, True))
@@ -236,7 +236,7 @@ def test_centered_moments_do_not_see_the_mean():
 def test_inputs_never_seen_round_to_nearest():
     values = jnp.float32(np.random.default_rng(0).uniform(-3, 3, (1, 2, 6, 1)))
     codes = KernelCodes(values, jnp.round(values), jnp.full_like(values, -4), jnp.full_like(values, 4))
-    nothing = Moments(jnp.float32(1), jnp.zeros((1, 6)), jnp.zeros((1, 6, 6)))
+    nothing = PatchMoments(jnp.float32(1), jnp.zeros((1, 6)), jnp.zeros((1, 6, 6)))
     np.testing.assert_array_equal(round_kernel(codes, nothing, GPTQConfig()), jnp.round(values))
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import optax
 import pytest
 
+from dfq_jax.base import loop
+from dfq_jax.base.checkpoint import Checkpoint
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.stages.batch_norm import batch_norm_moments
@@ -26,14 +28,12 @@ from dfq_jax.synthesis import (
     SynthesisError,
     augment,
     init_batch,
-    loop,
     objective,
     source,
     step,
     synthesize,
 )
-from dfq_jax.synthesis.checkpoint import Checkpoint
-from dfq_jax.synthesis.objective import Moments, Targets
+from dfq_jax.synthesis.objective import OffsetMoments, Targets
 
 SHAPE = (4, 12, 12, 3)
 CONFIG = SynthesisConfig(
@@ -200,7 +200,7 @@ def test_statistics_of_a_set_are_those_of_all_its_images():
     config = dataclasses.replace(CONFIG, statistics="set", input_weight=0.0)
     parts = [jnp.asarray(natural_images(4, seed), jnp.float32) for seed in (1, 2)]
     targets = Targets(jnp.asarray(LABELS), jnp.float32(-jnp.inf))
-    zeros = {bn.name: Moments(jnp.zeros(bn.channels), jnp.zeros(bn.channels)) for bn in GRAPH.batch_norms}
+    zeros = {bn.name: OffsetMoments(jnp.zeros(bn.channels), jnp.zeros(bn.channels)) for bn in GRAPH.batch_norms}
     first = evaluate(GRAPH, config, VARIABLES, parts[0], targets, zeros, 1.0)
     others = jax.tree.map(lambda m: 0.5 * m, first.moments)
     both = evaluate(GRAPH, config, VARIABLES, parts[1], targets, others, 0.5)
@@ -329,8 +329,8 @@ def test_any_optax_optimizer():
 @pytest.mark.parametrize("name", ["adam", "radam", "sgd"])
 def test_optimizers_and_schedules(name, schedule):
     config = SynthesisConfig(steps=10, learning_rate=0.2, optimizer=name, schedule=schedule)
-    optimizer = source.make_optimizer(config)
-    assert source.make_optimizer(dataclasses.replace(config)) is optimizer  # compilation is keyed on it
+    optimizer = source.image_optimizer(config)
+    assert source.image_optimizer(dataclasses.replace(config)) is optimizer  # compilation is keyed on it
     updates = []
     state = optimizer.init(jnp.zeros(1))
     for _ in range(11):
@@ -375,7 +375,7 @@ def test_chunks_give_the_same_images_and_compile_once(fields):
         config = dataclasses.replace(CONFIG, **{"num_images": 12, "chunk": chunk, "learning_rate": 0.0999} | fields)
         with Compilations() as compiled:
             results[chunk] = make(config).images
-        assert compiled["advance"] == 1
+        assert compiled["advance_batch"] == 1
         assert compiled["init_batch"] == 1
         assert compiled["response_targets"] <= 1
         with Compilations() as compiled:
@@ -392,7 +392,7 @@ def test_other_weights_compile_nothing():
     graph = trace(network, variables, (1, *SHAPE[1:]))
     with Compilations() as compiled:
         synthesize(graph, variables, KEY, CONFIG)
-    assert compiled["advance"] == 0 and compiled["init_batch"] == 0
+    assert compiled["advance_batch"] == 0 and compiled["init_batch"] == 0
 
 
 def test_chunks_divide_the_steps():
@@ -834,7 +834,7 @@ def test_checkpoints_hold_any_optimizer_state(tmp_path):
     }  # fmt: skip
     checkpoint = Checkpoint(tmp_path / "work.npz", "identity")
     checkpoint.save({2: state}, position=7)
-    work, meta = checkpoint.load(lambda: jax.eval_shape(lambda: state))
+    work, meta = checkpoint.load(lambda batch, facts: jax.eval_shape(lambda: state))
     assert meta["position"] == 7
     assert jax.tree.structure(work[2]) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(work[2]), jax.tree.leaves(state), strict=True):

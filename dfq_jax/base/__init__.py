@@ -1,24 +1,31 @@
-"""What every room stands on: fields of records, files, arrays of images, precision, and steps of an optimizer."""
+"""What every room stands on: fields of records, files, arrays of images, precision, and the loop of an optimizer."""
 
 from dfq_jax.base.backend import platform_of
+from dfq_jax.base.checkpoint import remove_checkpoint
 from dfq_jax.base.contexts import may_transfer
 from dfq_jax.base.fields import check_field, is_non_negative, known_fields
 from dfq_jax.base.files import replacing, write_atomically
 from dfq_jax.base.images import batches, clip, low_pass, random_crop, random_flip, random_shift, random_window, smooth
-from dfq_jax.base.interrupt import catch_interrupt
-from dfq_jax.base.optimization import descend
+from dfq_jax.base.loop import Loop, Plan, Progress, Turn, largest_divisor
+from dfq_jax.base.optimization import State, descend, init_state, repeat
 from dfq_jax.base.precision import check_precision, full_precision, products
 
 __all__ = [
+    "Loop",
+    "Plan",
+    "Progress",
+    "State",
+    "Turn",
     "batches",
-    "catch_interrupt",
     "check_field",
     "check_precision",
     "clip",
     "descend",
     "full_precision",
+    "init_state",
     "is_non_negative",
     "known_fields",
+    "largest_divisor",
     "low_pass",
     "may_transfer",
     "platform_of",
@@ -27,6 +34,8 @@ __all__ = [
     "random_flip",
     "random_shift",
     "random_window",
+    "remove_checkpoint",
+    "repeat",
     "replacing",
     "smooth",
     "write_atomically",

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from dfq_jax.base.loop import largest_divisor
+
 
 def batches(images: Any, batch_size: int) -> Iterator[Any]:
     """Equal batches of at most `batch_size`, so that each stage compiles once; the count of images is kept."""
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size: expected an integer of at least 1, found {batch_size!r}.")
     count = images.shape[0]
-    size = max(d for d in range(1, min(batch_size, count) + 1) if count % d == 0)
+    size = largest_divisor(min(batch_size, count), count)
     if size * 4 < min(batch_size, count):  # an awkward count: one smaller last batch instead of many tiny ones
         size = min(batch_size, count)
     for start in range(0, count, size):

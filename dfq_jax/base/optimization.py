@@ -1,22 +1,62 @@
-"""One step of an optimizer."""
+"""Steps of an optimizer, as part of compiled functions."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
+
+
+class State(NamedTuple):
+    """What is optimized, between two steps."""
+
+    parameters: Any
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+def init_state(optimizer: optax.GradientTransformation, parameters: Any) -> State:
+    """Parameters before the first step.
+
+    >>> init_state(optax.sgd(0.1), jnp.ones(2)).parameters.tolist()
+    [1.0, 1.0]
+    """
+    return State(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
 
 def descend(
-    optimizer: optax.GradientTransformation, gradient: Any, state: Any, parameters: Any, **extra: Any
-) -> tuple[Any, Any]:
-    """New parameters and the optimizer's new state.
+    optimizer: optax.GradientTransformation, loss: Callable[[Any], tuple[Float[Array, ""], Any]], state: State
+) -> tuple[State, Any]:
+    """One step down the gradient.
 
-    `extra` goes to optimizers that take more than gradients, as schedules that watch the loss do. optax multiplies
-    counts of steps by fractions, so types are promoted as usual here, also under
-    `jax_numpy_dtype_promotion="strict"`.
+    Args:
+      optimizer: those that watch the loss, as some schedules do, are given it.
+      loss: of the parameters, and what else it shows.
+      state: before the step.
+
+    Returns:
+      The state after it, and what else the loss showed.
+
+    >>> state, seen = descend(optax.sgd(0.5), lambda x: (x**2, x), init_state(optax.sgd(0.5), jnp.float32(3)))
+    >>> float(state.parameters), float(seen)
+    (0.0, 3.0)
     """
+    (value, seen), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
+    # optax multiplies counts of steps by fractions: types are promoted as usual here, also under
+    # `jax_numpy_dtype_promotion="strict"`.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optax.with_extra_args_support(optimizer).update(gradient, state, parameters, **extra)
-        return optax.apply_updates(parameters, updates), state
+        update = optax.with_extra_args_support(optimizer).update
+        updates, optimizer_state = update(gradient, state.optimizer, state.parameters, value=value)
+        return State(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1), seen
+
+
+def repeat(step: Callable[[State], tuple[State, Any]], state: State, steps: int) -> tuple[State, Any]:
+    """So many times `state -> (state, result)`, and the last result."""
+    if steps == 1:
+        return step(state)
+    state, results = jax.lax.scan(lambda state, _: step(state), state, length=steps)
+    return state, jax.tree.map(lambda r: r[-1], results)

@@ -39,8 +39,7 @@ from dfq_jax.cli.output import (
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.graph import GraphWarning
-from dfq_jax.recipes import Quantized, get_recipe, is_synthesized, load
-from dfq_jax.synthesis import remove_checkpoint
+from dfq_jax.recipes import Quantized, get_recipe, is_synthesized, load, remove_checkpoints
 from dfq_jax.zoo import PackagedWeights
 
 
@@ -80,8 +79,8 @@ def quantize(
             tfds:NAME/SPLIT.
         limit: Evaluate on the first N images only.
         output: Save the quantized network (safetensors).
-        resume: Keep images in this file, unfinished and finished, until all is done; the same command goes on from it,
-            bit for bit with as many CPU threads.
+        resume: Keep images in this file, unfinished and finished, and learned blocks and networks beside it, until all
+            is done; the same command goes on from it, bit for bit with as many CPU threads.
         json: Write what was done and measured, for machines.
     """
     began = time.perf_counter()
@@ -103,8 +102,9 @@ def quantize(
             seconds = quantized.report.seconds | {f"evaluate_{name}": m.seconds for name, m in found.items()}
             facts = {"model": model, "data": evaluate, "n": found["float"].accuracy.n if found else None, **facts}
             write_json(json, facts | network_facts(quantized, seconds, began))
-    if resume is not None and is_synthesized(quantized.graph, quantized.recipe, quantized.convention):
-        remove_checkpoint(resume)
+    if resume is not None:
+        images = is_synthesized(quantized.graph, quantized.recipe, quantized.convention)
+        remove_checkpoints(resume, quantized.recipe, images=images)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from dfq_jax import synthesis
+from dfq_jax import base
 from dfq_jax.recipes import STAGES
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -121,8 +121,8 @@ class Reporter:
         """Show that a stage of `quantize` begins."""
         self.display.stage(self.label + STAGES.get(name, name))
 
-    def on_progress(self, progress: synthesis.Progress) -> None:
-        """Show how far the images are."""
+    def on_progress(self, progress: base.Progress) -> None:
+        """Show how far the work is."""
         done = (progress.batch - 1) * progress.steps + progress.step
         self.display.update(
             done, progress.num_batches * progress.steps, detail=f"loss {progress.loss:.4g}", eta=progress.eta

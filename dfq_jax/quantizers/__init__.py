@@ -28,7 +28,7 @@ from dfq_jax.quantizers.qtensor import (
     quantize,
     storage_bits,
 )
-from dfq_jax.quantizers.trees import flatten_with_paths, is_qtensor
+from dfq_jax.quantizers.trees import changed_codes, flatten_with_paths, is_qtensor
 from dfq_jax.quantizers.weights import WEIGHT_RANGES, quantize_kernel
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "QuantizedVariables",
     "QuantizerParams",
     "bounds",
+    "changed_codes",
     "check_quantized",
     "code_limits",
     "dequantize",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dfq_jax.quantizers.qtensor import QTensor
 
@@ -24,3 +25,11 @@ def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any]]:
     """Paths and leaves of a tree, `QTensor` nodes kept whole."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
     return [path_string(path) for path, _ in flat], [leaf for _, leaf in flat]
+
+
+def changed_codes(before: Any, after: Any) -> float:
+    """Share of the quantized weights whose code differs between two trees of one structure."""
+    pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_qtensor) for tree in (before, after)), strict=True)
+    kernels = [(a, b) for a, b in pairs if is_qtensor(a)]
+    changed = sum(int(jnp.sum(a.qvalue != b.qvalue)) for a, b in kernels)
+    return changed / max(sum(a.size for a, _ in kernels), 1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import may_transfer
+from dfq_jax.base import Progress, may_transfer
 from dfq_jax.graph import (
     GraphWarning,
     as_function,
@@ -32,10 +32,9 @@ from dfq_jax.recipes.images import THESE_IMAGES, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
-from dfq_jax.recipes.steps import STEPS, Work
+from dfq_jax.recipes.steps import STEPS, Work, remove_checkpoints
 from dfq_jax.report import Report, doubtful_structure, layer_reports, packed_size
 from dfq_jax.stages import Comparison, Convention
-from dfq_jax.synthesis import Progress, remove_checkpoint
 
 
 @may_transfer
@@ -72,11 +71,12 @@ def quantize(
       on_progress: called while images are made, while blocks are reconstructed (a block counts as a batch), and during
         fine-tuning.
       on_stage: called with the name of each stage as it begins.
-      checkpoint: file to keep images in, unfinished and finished, until all is done; the same call resumes from it. So
-        it gives the same network, bit for bit, as an uninterrupted call, given as many CPU threads: with another number
-        of them images differ in their last digits, and that grows.
-      keep_checkpoint: leave that file there at the end, for what is still to be done with the network: the same call
-        has its images at once.
+      checkpoint: file to keep images in, unfinished and finished, until all is done; blocks and students are kept
+        beside it (FILE.reconstruction, FILE.fine-tuning). The same call resumes from them. So it gives the same
+        network, bit for bit, as an uninterrupted call, given as many CPU threads: with another number of them images
+        differ in their last digits, and that grows.
+      keep_checkpoint: leave the files there at the end, for what is still to be done with the network: the same call
+        has its images, blocks and student at once.
 
     Returns:
       The quantized network.
@@ -109,7 +109,7 @@ def quantize(
     with clock("images"):
         options = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys["images"], images, **options)
-    work = Work(graph=graph, recipe=recipe, convention=convention, images=found, keys=keys, on_progress=on_progress)
+    work = Work(graph=graph, recipe=recipe, convention=convention, images=found, keys=keys, **options)
     result = Candidate(variables=variables)
     for name, step in STEPS.items():
         if step.is_in(recipe):
@@ -118,8 +118,8 @@ def quantize(
     with clock("compare"):
         compared = dataclasses.replace(work.judge, images=found.images).compare(result)
     report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds)
-    if found.checkpoint is not None and not keep_checkpoint:
-        remove_checkpoint(found.checkpoint)
+    if checkpoint is not None and not keep_checkpoint:
+        remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
     return Quantized(
         variables=result.quantized,
         graph=graph,

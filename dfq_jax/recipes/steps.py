@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
 
+from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
 from dfq_jax.recipes.images import Images
 from dfq_jax.recipes.judge import Candidate, Judge
@@ -20,7 +22,6 @@ from dfq_jax.recipes.recipe import ROUNDINGS, Recipe
 from dfq_jax.stages import (
     ESTIMATORS,
     BatchNormConfig,
-    BlockProgress,
     Convention,
     adapt_batch_norm,
     analytic_correction,
@@ -34,7 +35,6 @@ from dfq_jax.stages import (
     quantize_params,
     reconstruct,
 )
-from dfq_jax.synthesis import Progress
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8
@@ -50,6 +50,7 @@ class Work:
       images: what there is to work with.
       keys: for each step that draws at random, by its name.
       on_progress: called while blocks are reconstructed and during fine-tuning.
+      checkpoint: the file of images; long steps keep theirs beside it.
     """
 
     graph: Graph
@@ -58,6 +59,7 @@ class Work:
     images: Images
     keys: Mapping[str, Key[Array, ""]]
     on_progress: Callable[[Progress], None] | None = None
+    checkpoint: str | Path | None = None
 
     @functools.cached_property
     def fitted(self) -> Any:
@@ -73,6 +75,11 @@ class Work:
             analytic=self.images.analytic,
             batch_size=self.recipe.batch_size,
         )
+
+    def long(self, step: str) -> dict[str, Any]:
+        """The options of a step that shows its progress and can be resumed."""
+        file = None if self.checkpoint is None else _file(self.checkpoint, step)
+        return {"on_progress": self.on_progress, "checkpoint": file, "keep_checkpoint": True}
 
     @property
     def _num_fitted(self) -> int:
@@ -136,15 +143,9 @@ def _settle(work: Work, candidate: Candidate) -> Candidate:
 
 def _reconstruct(work: Work, candidate: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
-
-    def report(progress: BlockProgress) -> None:
-        numbers = (progress.step, progress.steps, progress.loss, progress.seconds, progress.eta)
-        work.on_progress(Progress(progress.index + 1, progress.num_blocks, *numbers))
-
     start = _settle(work, candidate)
     settings = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
-    shown = None if work.on_progress is None else report
-    qvariables, info = reconstruct(work.graph, *start.networks, *settings, on_progress=shown)
+    qvariables, info = reconstruct(work.graph, *start.networks, *settings, **work.long("reconstruction"))
     if not info.completed:
         raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
     dropped = [block.name for block in info.blocks if not block.kept]
@@ -189,7 +190,7 @@ def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> 
 def _finetune(work: Work, candidate: Candidate) -> Candidate:
     """Distillation; it chooses among its own steps on images held out of those it is given."""
     settings = (work.fitted, work.keys["fine-tuning"], work.recipe.finetune)
-    tuned, info = finetune(work.graph, *candidate.networks, *settings, on_progress=work.on_progress)
+    tuned, info = finetune(work.graph, *candidate.networks, *settings, **work.long("fine-tuning"))
     if not info.completed:
         raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")
     return work.judge.consider("fine-tuning", candidate, tuned)
@@ -225,3 +226,19 @@ STAGES = {
     **{name: step.title for name, step in STEPS.items()},
     "compare": "comparing with the float network",
 }
+
+
+# --- checkpoints ---
+
+
+def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) -> None:
+    """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
+    if images:
+        remove_checkpoint(checkpoint)
+    for name in ("reconstruction", "fine-tuning"):
+        if STEPS[name].is_in(recipe):
+            remove_checkpoint(_file(checkpoint, name))
+
+
+def _file(checkpoint: str | Path, step: str) -> str:
+    return f"{checkpoint}.{step}"

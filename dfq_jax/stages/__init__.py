@@ -9,12 +9,10 @@ from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
-from dfq_jax.stages.rounding.learned import BlockProgress
 
 __all__ = [
     "ESTIMATORS",
     "BatchNormConfig",
-    "BlockProgress",
     "Comparison",
     "Convention",
     "FinetuneConfig",

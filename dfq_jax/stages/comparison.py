@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -100,3 +101,15 @@ def sqnr(reference: Float[Array, "..."], other: Float[Array, "..."]) -> float:
     noise = float(np.square(reference - other).sum())
     signal = float(np.square(reference).sum())
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def kl_divergence(
+    expected: Float[Array, "n k"], found: Float[Array, "n k"], temperature: float = 1.0
+) -> Float[Array, ""]:
+    """Divergence of class probabilities from those expected, by logits, times the squared temperature.
+
+    The factor keeps the size of gradients whatever the temperature; at a high one it becomes the squared error of
+    centered logits over twice the number of classes.
+    """
+    log_expected, log_found = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (expected, found))
+    return temperature**2 * (jnp.exp(log_expected) * (log_expected - log_found)).sum(-1).mean()

@@ -5,24 +5,20 @@ from step to step (`augment`), one step of the optimizer (`step`), the loop arou
 one quantized network (`refine`).
 """
 
-from dfq_jax.synthesis.checkpoint import remove_checkpoint
 from dfq_jax.synthesis.config import DGH, GENIE, SynthesisConfig
-from dfq_jax.synthesis.loop import Progress, Synthesis, SynthesisError, largest_divisor, synthesize
+from dfq_jax.synthesis.loop import Synthesis, SynthesisError, synthesize
 from dfq_jax.synthesis.refine import RefineConfig, refine
-from dfq_jax.synthesis.step import advance, init_batch
+from dfq_jax.synthesis.step import advance_batch, init_batch
 
 __all__ = [
     "DGH",
     "GENIE",
-    "Progress",
     "RefineConfig",
     "Synthesis",
     "SynthesisConfig",
     "SynthesisError",
-    "advance",
+    "advance_batch",
     "init_batch",
-    "largest_divisor",
     "refine",
-    "remove_checkpoint",
     "synthesize",
 ]

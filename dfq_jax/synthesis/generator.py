@@ -26,10 +26,10 @@ WIDE, NARROW = 128, 64  # features before and after the first convolution
 LEAK = 0.2
 BATCH_NORM_EPSILON = 1e-5
 
-Parameters = dict[str, Any]
+GeneratorParameters = dict[str, Any]
 
 
-def init_generator(key: Key[Array, ""], shape: tuple[int, ...]) -> Parameters:
+def init_generator(key: Key[Array, ""], shape: tuple[int, ...]) -> GeneratorParameters:
     """Latents and weights for images of `shape` `[N, *spatial, C]`; the key is consumed.
 
     Latents are standard Gaussian; weights are uniform within 1 / sqrt(fan in).
@@ -62,7 +62,7 @@ def init_generator(key: Key[Array, ""], shape: tuple[int, ...]) -> Parameters:
     }
 
 
-def generate(parameters: Parameters, shape: tuple[int, ...]) -> Float[Array, "n *s c"]:
+def generate(parameters: GeneratorParameters, shape: tuple[int, ...]) -> Float[Array, "n *s c"]:
     """The images of `init_generator`'s parameters; sizes that are no multiple of 4 are cut from larger images."""
     weights = parameters["generator"]
     latent, dense = parameters["latent"], weights["dense"]

@@ -1,16 +1,11 @@
-"""The loop of synthesis: compiled chunks of steps, batch after batch, whatever the source of images.
-
-Between chunks it does what only the host can do: show progress, stop early, save a checkpoint, notice NaN, and return
-what there is on Ctrl-C.
-"""
+"""Synthesis: batch after batch of images, whatever their source."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +15,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import catch_interrupt, platform_of, products
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, largest_divisor, platform_of
 from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
-from dfq_jax.synthesis.checkpoint import Checkpoint
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.objective import Evaluation, Moments, Targets
-from dfq_jax.synthesis.source import make_optimizer
-from dfq_jax.synthesis.step import BatchState, advance, batch_images, init_batch, response_targets
+from dfq_jax.synthesis.objective import OffsetMoments, Targets
+from dfq_jax.synthesis.source import image_optimizer
+from dfq_jax.synthesis.step import advance_batch, batch_images, init_batch, response_targets
 
 # Optimizer steps in one compiled call. On accelerators dispatch is the cost of a call; on CPU it is memory, which each
 # call asks for anew (`python benchmarks/synthesis_speed.py` measures it). But nothing is reported within a call, and
@@ -35,22 +29,6 @@ from dfq_jax.synthesis.step import BatchState, advance, batch_images, init_batch
 ACCELERATOR_CHUNK = 50
 CPU_MAX_CHUNK = 25
 CPU_CHUNK_MACS = 6e10
-# Steps between reports to the host, which must wait for the device for each of them.
-REPORT_EVERY_STEPS = 10
-CHECKPOINT_EVERY_SECONDS = 15.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What is known between two chunks."""
-
-    batch: int
-    num_batches: int
-    step: int
-    steps: int
-    loss: float
-    seconds: float
-    eta: float  # seconds left, at the speed so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,217 +97,110 @@ def synthesize(
     check_synthesizable(graph, variables, config)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)
-    started = time.perf_counter()
-    optimizer = make_optimizer(config) if optimizer is None else optimizer
-    run = _Run(graph, variables, key, config, optimizer, started)
-    saved = None if checkpoint is None else Checkpoint(checkpoint, run.identity())
-    if saved is not None:
-        run.restore(saved)
-    with products(config.precision), catch_interrupt() as interrupted:
-        last_save = time.perf_counter()
-        for progress in run.visits():
-            if progress is not None and on_progress is not None:
-                on_progress(progress)
-            due = time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS
-            if saved is not None and (due or interrupted()):
-                run.save(saved)
-                last_save = time.perf_counter()
-            if interrupted():
-                break
-    result = run.result()
-    if saved is not None and result.completed:
-        run.save(saved) if keep_checkpoint else saved.remove()
-    return result
+    loop = _ImageLoop(graph, variables, key, config, image_optimizer(config) if optimizer is None else optimizer)
+    completed = loop.run(
+        on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
+    )
+    return loop.result(completed)
 
 
-class _Run:
-    """The state of one call of `synthesize`."""
+class _ImageLoop(Loop):
+    """The loop of one call of `synthesize`: its work on a batch is a state, targets, and losses of the latest step."""
 
-    def __init__(self, graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any, started: float):
+    def __init__(self, graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any):
         # Trace at the batch that is used, so that weights of any tree compile once.
         self.graph = graph.at((config.batch_size, *graph.input.shape[1:]), jnp.float32)
         self.variables = jax.tree.map(jnp.asarray, variables)  # NumPy arrays would travel at every step
-        self.key, self.config, self.optimizer = key, config, optimizer
-        self.started = started
-        self.keys: dict[int, tuple[jax.Array, jax.Array]] = {}
-        self.states: dict[int, BatchState] = {}
-        self.targets: dict[int, Targets] = {}
-        self.evaluations: dict[int, Evaluation] = {}
-        self.moments: dict[int, dict[str, Moments]] = {}
-        self.best: dict[int, tuple[float, int]] = {}  # lowest loss, and the step it was seen at
-        self.position = 0
-        self.total = 0
-        self.stopped: set[int] = set()
-        chunk = config.chunk or default_chunk(self.graph, platform_of(variables))
+        self.config, self.optimizer = config, optimizer
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
-        self.chunk = largest_divisor(chunk, config.steps, self.response_step or config.steps)
-
-    def identity(self) -> str:
-        """What a checkpoint must have been made by to be resumed."""
-        config = dataclasses.asdict(self.config)
-        optimizer = jax.eval_shape(_init, self.graph, self.config, self.optimizer, self.key)[0].optimizer
-        key = jax.random.key_data(self.key).tolist()
-        return f"{self.graph.digest} {config} {optimizer} {key} {self.chunk} {_fingerprint(self.variables)}"
-
-    def schedule(self) -> Iterator[int]:
-        """Which batch each chunk works on: one after the other, or in turn when they share statistics."""
-        rounds = self.config.steps // self.chunk
-        batches = range(self.config.num_batches)
-        if self.config.statistics == "set":
-            return (b for _ in range(rounds) for b in batches)
-        return (b for b in batches for _ in range(rounds))
-
-    def visits(self) -> Iterator[Progress | None]:
-        """Do the work; yields between chunks, with a report now and then."""
-        order = list(self.schedule())
-        self.total = len(order)
-        first, begun = self.position, time.perf_counter()
-        for self.position in range(first, len(order)):
-            batch = order[self.position]
-            if batch in self.stopped:
-                continue
-            step = self.visit(batch)
-            self.position += 1  # done: a checkpoint written now resumes at the next one
-            report = None
-            if step % REPORT_EVERY_STEPS < self.chunk or step == self.config.steps:
-                loss = self.check(batch, step)
-                now = time.perf_counter()
-                left = (now - begun) / (self.position - first) * (len(order) - self.position)
-                report = Progress(
-                    batch + 1, self.config.num_batches, step, self.config.steps, loss, now - self.started, left
-                )
-            yield report
-        self.position = len(order)
-
-    def visit(self, batch: int) -> int:
-        """One chunk of one batch; returns its step number."""
-        if batch not in self.keys:
-            self.keys[batch] = tuple(jax.random.split(jax.random.fold_in(self.key, batch)))
-        init_key, step_key = self.keys[batch]
-        if batch not in self.states:
-            self.states[batch], self.targets[batch] = _init(self.graph, self.config, self.optimizer, init_key)
-        state = self.states[batch]
-        if self.steps_done(batch) - self.chunk == self.response_step:
-            self.targets[batch] = response_targets(
-                self.graph,
-                self.variables,
-                batch_images(self.graph, self.config, state),
-                self.targets[batch].labels,
-                quantile=self.config.response_quantile,
-                relabel=self.config.class_weight == 0,
-            )
-        others, share = self.others(batch)
-        self.states[batch], self.evaluations[batch] = advance(
-            self.graph,
-            self.config,
-            self.optimizer,
-            self.chunk,
-            self.variables,
-            state,
-            self.targets[batch],
-            step_key,
-            others,
-            share,
+        chunk = config.chunk or default_chunk(self.graph, platform_of(variables))
+        plan = Plan(
+            num_batches=config.num_batches,
+            steps=config.steps,
+            chunk=largest_divisor(chunk, config.steps, self.response_step or config.steps),
+            in_turn=config.statistics == "set",
+            patience=config.patience,
+            min_improvement=config.min_improvement,
+            # The response term raises the loss as it begins: what came before says nothing about a plateau.
+            settled=self.response_step or 0,
         )
-        if self.config.statistics == "set":
-            self.moments[batch] = self.evaluations[batch].moments
-        return self.steps_done(batch)
+        super().__init__(plan, key)
 
-    def steps_done(self, batch: int) -> int:
-        visited = self.position + 1
-        rounds = self.config.steps // self.chunk
-        if self.config.statistics == "set":
-            return self.chunk * (visited // self.config.num_batches + (batch < visited % self.config.num_batches))
-        return self.chunk * (visited - batch * rounds)
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
+        optimizer = jax.eval_shape(_init, self.graph, self.config, self.optimizer, self.key)[0].optimizer
+        return (self.graph.digest, dataclasses.asdict(self.config), optimizer), self.variables
 
-    def others(self, batch: int) -> tuple[dict[str, Moments] | None, float]:
-        """What the other batches add to the moments of the whole set."""
+    def keys(self, batch: int) -> Key[Array, "2"]:
+        """To begin a batch with, and of its steps."""
+        return jax.random.split(jax.random.fold_in(self.key, batch))
+
+    def begin(self, batch: int) -> tuple[State, Targets, None]:
+        return (*_init(self.graph, self.config, self.optimizer, self.keys(batch)[0]), None)
+
+    def advance(self, turn: Turn, work: Any) -> tuple[Any, jax.Array]:
+        graph, config, variables = self.graph, self.config, self.variables
+        state, targets, _ = work
+        if turn.begin == self.response_step:
+            images, relabel = batch_images(graph, config, state), config.class_weight == 0
+            targets = response_targets(
+                graph, variables, images, targets.labels, quantile=config.response_quantile, relabel=relabel
+            )
+        chunk, step_key = self.plan.chunk, self.keys(turn.batch)[1]
+        others = self.others(turn.batch)
+        state, losses = advance_batch(
+            graph, config, self.optimizer, chunk, variables, state, targets, step_key, *others
+        )
+        return (state, targets, losses), losses.loss
+
+    def others(self, batch: int) -> tuple[dict[str, OffsetMoments] | None, float]:
+        """What the other batches add to the moments of the whole set, and the share of this one."""
         if self.config.statistics != "set":
             return None, 1.0
-        known = [m for b, m in self.moments.items() if b != batch]
+        known = [losses.moments for b, (*_, losses) in self.work.items() if b != batch]
         share = 1.0 / (len(known) + 1)
         if not known:
-            zeros = {bn.name: Moments(jnp.zeros(bn.channels), jnp.zeros(bn.channels)) for bn in self.graph.batch_norms}
+            zeros = {bn.name: OffsetMoments(*(jnp.zeros(bn.channels),) * 2) for bn in self.graph.batch_norms}
             return zeros, share
         return jax.tree.map(lambda *m: share * sum(m), *known), share
 
-    def check(self, batch: int, step: int) -> float:
-        """Loss of the latest step; notices NaN and plateaus."""
-        result = self.evaluations[batch]
-        loss = float(result.loss)
-        if not np.isfinite(loss):
-            layer_losses = np.asarray(result.layer_losses)
-            bad = [bn.name for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True) if not np.isfinite(v)]
-            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.states[batch].parameters)):
-                what = "images themselves" if self.config.source == "pixels" else "generator or its latents"
-                where = f"in the {what}, by an update too large"
-            elif bad:
-                where = f"first at BatchNorm {bad[0]!r}"
-            else:
-                where = "outside the BatchNorm terms (logits or image terms)"
-            raise SynthesisError(
-                f"the synthesis loss became {loss} at step {step} of batch {batch + 1}, {where}. Try a lower "
-                f"learning_rate than {self.config.learning_rate:g}."
-            )
-        # The response term raises the loss as it begins: what came before says nothing about a plateau.
-        if self.config.patience and step > (self.response_step or 0):
-            lowest, at = self.best.get(batch, (np.inf, step))
-            if loss < lowest * (1 - self.config.min_improvement):
-                self.best[batch] = (loss, step)
-            elif step - at >= self.config.patience:
-                self.stopped.add(batch)
-        return loss
+    def check(self, turn: Turn, loss: float) -> None:
+        if np.isfinite(loss):
+            return
+        state, _, losses = self.work[turn.batch]
+        layer_losses = np.asarray(losses.layer_losses)
+        bad = [bn.name for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True) if not np.isfinite(v)]
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.parameters)):
+            what = "images themselves" if self.config.source == "pixels" else "generator or its latents"
+            where = f"in the {what}, by an update too large"
+        elif bad:
+            where = f"first at BatchNorm {bad[0]!r}"
+        else:
+            where = "outside the BatchNorm terms (logits or image terms)"
+        raise SynthesisError(
+            f"the synthesis loss became {loss} at step {turn.end} of batch {turn.batch + 1}, {where}. Try a lower "
+            f"learning_rate than {self.config.learning_rate:g}."
+        )
 
-    def result(self) -> Synthesis:
-        order = sorted(self.states)
-        finished = (batch_images(self.graph, self.config, self.states[b]) for b in order)
+    def template(self, batch: int, facts: dict[str, Any]) -> Any:
+        return jax.eval_shape(lambda: self.advance(self.plan.turn(0), self.begin(batch))[0])
+
+    def result(self, completed: bool) -> Synthesis:
+        states, targets, losses = zip(*(self.work[b] for b in sorted(self.work)), strict=True)
+        finished = (batch_images(self.graph, self.config, state) for state in states)
         images = np.concatenate([np.asarray(images) for images in finished])[: self.config.num_images]
         if self.config.uses_classes:
-            labels = np.concatenate([np.asarray(self.targets[b].labels) for b in order])[: self.config.num_images]
+            labels = np.concatenate([np.asarray(t.labels) for t in targets])[: self.config.num_images]
         else:
             labels = np.zeros(len(images), np.int32)
-        evaluations = [self.evaluations[b] for b in order if b in self.evaluations]
-        losses = np.mean([np.asarray(e.layer_losses) for e in evaluations], axis=0)
+        layer_losses = np.mean([np.asarray(e.layer_losses) for e in losses], axis=0)
         return Synthesis(
             images=jnp.asarray(images),
             labels=jnp.asarray(labels),
-            losses=tuple(float(e.loss) for e in evaluations),
-            layer_losses={bn.name: float(v) for bn, v in zip(self.graph.batch_norms, losses, strict=True)},
-            completed=self.position >= self.total,
+            losses=tuple(float(e.loss) for e in losses),
+            layer_losses={bn.name: float(v) for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True)},
+            completed=completed,
             seconds=time.perf_counter() - self.started,
         )
-
-    # --- checkpoints ---
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        work = {b: (self.states[b], self.targets[b], self.evaluations[b]) for b in self.states}
-        checkpoint.save(work, position=self.position, best=self.best, stopped=sorted(self.stopped))
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        loaded = checkpoint.load(self._template)
-        if loaded is None:
-            return
-        work, meta = loaded
-        for batch, (state, targets, evaluation) in work.items():
-            self.states[batch], self.targets[batch], self.evaluations[batch] = state, targets, evaluation
-            if self.config.statistics == "set":
-                self.moments[batch] = evaluation.moments
-        self.position = meta["position"]
-        self.best = {int(b): (loss, step) for b, (loss, step) in meta["best"].items()}
-        self.stopped = set(meta["stopped"])
-
-    def _template(self) -> Any:
-        """Structure of one batch's saved work."""
-
-        def work(variables: Any, key: Any) -> Any:
-            state, targets = init_batch(self.graph, self.config, self.optimizer, key)
-            others, share = self.others(0)
-            _, evaluation = advance(
-                self.graph, self.config, self.optimizer, 1, variables, state, targets, key, others, share
-            )
-            return state, targets, evaluation
-
-        return jax.eval_shape(work, self.variables, self.key)
 
 
 def default_chunk(graph: Graph, platform: str) -> int:
@@ -341,15 +212,3 @@ def default_chunk(graph: Graph, platform: str) -> int:
 
 
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))
-
-
-def largest_divisor(chunk: int, *lengths: int) -> int:
-    """The longest chunk, at most `chunk`, that divides every length: each stage compiles once."""
-    return max(c for c in range(1, chunk + 1) if all(n % c == 0 for n in lengths))
-
-
-def _fingerprint(variables: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(variables):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -35,7 +35,7 @@ NORM_EPSILON = 1e-12
 PROBABILITY_EPSILON = 1e-6
 
 
-class Moments(NamedTuple):
+class OffsetMoments(NamedTuple):
     """First and second moment of a BatchNorm's input around the stored mean, `[channels]`."""
 
     first: jax.Array
@@ -50,12 +50,12 @@ class Targets(NamedTuple):
     response_level: Float[Array, ""]
 
 
-class Evaluation(NamedTuple):
-    """The loss of a batch and what it is made of."""
+class ImageLosses(NamedTuple):
+    """The loss of a batch, and what one pass of the network showed on the way."""
 
     loss: Float[Array, ""]
     layer_losses: Float[Array, " layers"]  # BatchNorm term of each layer, unweighted
-    moments: dict[str, Moments]
+    moments: dict[str, OffsetMoments]
     margins: Float[Array, " n"]
 
 
@@ -63,7 +63,7 @@ class Observation(NamedTuple):
     """What one pass of the network shows."""
 
     layer_losses: Float[Array, " layers"]  # BatchNorm term of each layer, unweighted
-    moments: dict[str, Moments]
+    moments: dict[str, OffsetMoments]
     features: Float[Array, "n f"]  # what the last layer reads, averaged over positions
     logits: Float[Array, "n k"]
 
@@ -74,10 +74,10 @@ def evaluate(
     variables: Any,
     images: Float[Array, "n ..."],
     targets: Targets,
-    others: dict[str, Moments] | None = None,
+    others: dict[str, OffsetMoments] | None = None,
     share: Float[Array, ""] | float = 1.0,
     key: Key[Array, ""] | None = None,
-) -> Evaluation:
+) -> ImageLosses:
     """Loss of a batch of images (already augmented).
 
     Args:
@@ -102,7 +102,7 @@ def evaluate(
         loss = loss + config.distance_weight * distance
     if config.response_weight:
         loss = loss + config.response_weight * response(margins, targets.response_level)
-    return Evaluation(loss, seen.layer_losses, seen.moments, margins)
+    return ImageLosses(loss, seen.layer_losses, seen.moments, margins)
 
 
 def observe(
@@ -110,12 +110,12 @@ def observe(
     config: SynthesisConfig,
     variables: Any,
     images: Float[Array, "n ..."],
-    others: dict[str, Moments] | None = None,
+    others: dict[str, OffsetMoments] | None = None,
     share: Float[Array, ""] | float = 1.0,
     key: Key[Array, ""] | None = None,
 ) -> Observation:
     """Run the float network once; the arguments are those of `evaluate`."""
-    moments: dict[str, Moments] = {}
+    moments: dict[str, OffsetMoments] = {}
     losses: dict[str, jax.Array] = {}
 
     def match(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
@@ -124,7 +124,7 @@ def observe(
         axes = tuple(a for a in range(x.ndim) if a != bn.channel_axis and not (per_image and a == 0))
         # Around the stored mean both moments are small numbers: one pass over x loses no precision.
         offset = x - along_channels(bn, x, parameters.mean)
-        own = Moments(offset.mean(axes), jnp.square(offset).mean(axes))
+        own = OffsetMoments(offset.mean(axes), jnp.square(offset).mean(axes))
         moments[bn.name] = own
         total = own if others is None else jax.tree.map(lambda a, b: share * a + b, own, others[bn.name])
         mean_error = total.first

@@ -17,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +26,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import check_field, descend, full_precision, is_non_negative, platform_of
+from dfq_jax.base import (
+    Loop,
+    Plan,
+    Progress,
+    State,
+    Turn,
+    check_field,
+    descend,
+    full_precision,
+    init_state,
+    is_non_negative,
+    largest_divisor,
+    platform_of,
+    repeat,
+)
 from dfq_jax.graph import Graph, apply_quantized, check_images
 from dfq_jax.quantizers import is_quantized
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.loop import SynthesisError, default_chunk, largest_divisor
+from dfq_jax.synthesis.loop import SynthesisError, default_chunk
 from dfq_jax.synthesis.objective import NORM_EPSILON, FeatureReader, Observation, cosine, observe, statistics_loss
-from dfq_jax.synthesis.step import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,9 @@ def refine(
     images: Float[Array, "n ..."],
     key: Key[Array, ""],
     config: RefineConfig = RefineConfig(),
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Float[Array, "n ..."]:
     """Refine synthetic images for a quantized network.
 
@@ -100,39 +118,63 @@ def refine(
       images: `[N, H, W, C]`, from `synthesize`.
       key: of swing convolutions; consumed.
       config: steps and weights.
+      on_progress: called between chunks, at most every few steps.
+      checkpoint: a file to save unfinished work to and to resume it from, bit for bit; removed at the end.
 
     Returns:
       As many images, `[N, H, W, C]` float32.
 
     Raises:
       GraphError: the network has no BatchNorm, or the variables are not those that were traced.
-      ValueError: images of another shape, variables that are not quantized, damaged weights.
+      ValueError: images of another shape, variables that are not quantized, damaged weights, or a checkpoint of other
+        work.
       SynthesisError: the loss became NaN or infinite.
+      KeyboardInterrupt: on Ctrl-C; a checkpoint, if asked for, is kept.
     """
     check_synthesizable(graph, variables, config.statistics)
     if not is_quantized(qvariables):
         raise ValueError("qvariables: hold no activation quantizers; pass what quantize_params returned.")
     check_images(graph, images)
-    images = jnp.asarray(images, jnp.float32)
-    size = min(config.batch_size, len(images))
-    optimizer = refine_optimizer(config)
-    own = graph.at((size, *images.shape[1:]), images.dtype)
-    chunk = largest_divisor(default_chunk(own, platform_of(variables)), config.steps)
-    parts = []
-    for batch in range(math.ceil(len(images) / size)):
+    loop = _RefineLoop(graph, variables, qvariables, jnp.asarray(images, jnp.float32), key, config)
+    if not loop.run(on_progress=on_progress, checkpoint=checkpoint):
+        raise KeyboardInterrupt("refinement was interrupted")
+    return jnp.concatenate([loop.work[batch].parameters for batch in sorted(loop.work)])[: len(images)]
+
+
+class _RefineLoop(Loop):
+    """The loop of one call of `refine`: its work on a batch is the state of its optimizer."""
+
+    def __init__(
+        self, graph: Graph, variables: Any, qvariables: Any, images: jax.Array, key: Any, config: RefineConfig
+    ):
+        self.graph, self.variables, self.qvariables, self.images = graph, variables, qvariables, images
+        self.config, self.optimizer = config, refine_optimizer(config)
+        self.size = min(config.batch_size, len(images))
+        default = default_chunk(graph.at((self.size, *images.shape[1:]), images.dtype), platform_of(variables))
+        num_batches, chunk = math.ceil(len(images) / self.size), largest_divisor(default, config.steps)
+        super().__init__(Plan(num_batches=num_batches, steps=config.steps, chunk=chunk), key)
+
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
+        return ("refinement", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
+
+    def begin(self, batch: int) -> State:
         # The last batch is filled up with images from the start, whose second versions are dropped.
-        part = images[(batch * size + jnp.arange(size)) % len(images)]
-        batch_key = jax.random.fold_in(key, batch)
-        state = (part, optimizer.init(part), jnp.zeros((), jnp.int32))
-        for _ in range(config.steps // chunk):
-            state, seen = _advance(graph, config, optimizer, chunk, variables, qvariables, state, batch_key)
-        if not bool(jnp.isfinite(seen.loss)):
+        chosen = (batch * self.size + jnp.arange(self.size)) % len(self.images)
+        return init_state(self.optimizer, self.images[chosen])
+
+    def advance(self, turn: Turn, work: State) -> tuple[State, jax.Array]:
+        graph, config, chunk, key = self.graph, self.config, self.plan.chunk, jax.random.fold_in(self.key, turn.batch)
+        state, seen = advance_refinement(
+            graph, config, self.optimizer, chunk, self.variables, self.qvariables, work, key
+        )
+        return state, seen.loss
+
+    def check(self, turn: Turn, loss: float) -> None:
+        if not math.isfinite(loss):
             raise SynthesisError(
-                f"refinement: the loss of batch {batch + 1} became {float(seen.loss)}. Try a lower learning_rate than "
-                f"{config.learning_rate:g}."
+                f"refinement: the loss of batch {turn.batch + 1} became {loss}. Try a lower learning_rate than "
+                f"{self.config.learning_rate:g}."
             )
-        parts.append(state[0])
-    return jnp.concatenate(parts)[: len(images)]
 
 
 @functools.cache
@@ -142,26 +184,24 @@ def refine_optimizer(config: RefineConfig) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
-def _advance(
+def advance_refinement(
     graph: Graph,
     config: RefineConfig,
     optimizer: optax.GradientTransformation,
     steps: int,
     variables: Any,
     qvariables: Any,
-    state: Any,
+    state: State,
     key: jax.Array,
-) -> tuple[Any, Sharpness]:
-    def step(state: Any, _: None = None) -> tuple[Any, Sharpness]:
-        images, optimizer_state, count = state
+) -> tuple[State, Sharpness]:
+    """Optimize a batch for `steps` steps; `state` is donated, and the step number is folded into the key."""
 
+    def step(state: State) -> tuple[State, Sharpness]:
         def loss(images: jax.Array) -> tuple[jax.Array, Sharpness]:
-            seen = sharpness(graph, config, variables, qvariables, images, jax.random.fold_in(key, count))
+            seen = sharpness(graph, config, variables, qvariables, images, jax.random.fold_in(key, state.step))
             return seen.loss, seen
 
-        gradient, seen = jax.grad(loss, has_aux=True)(images)
-        images, optimizer_state = descend(optimizer, gradient, optimizer_state, images)
-        return (images, optimizer_state, count + 1), seen
+        return descend(optimizer, loss, state)
 
     return repeat(step, state, steps)
 

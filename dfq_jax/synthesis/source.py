@@ -40,7 +40,7 @@ def make_source(config: SynthesisConfig, input_shape: tuple[int, ...]) -> Source
 
 
 @functools.cache
-def make_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
+def image_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
     """The optax transformation of a config; cached, since compilation is keyed on it."""
     rate = config.learning_rate
     schedules = {

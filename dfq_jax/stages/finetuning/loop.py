@@ -12,26 +12,24 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import catch_interrupt, platform_of, products
-from dfq_jax.graph import Graph, check_images
-from dfq_jax.quantizers import is_quantized
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, init_state, largest_divisor, platform_of
+from dfq_jax.graph import Graph
+from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import compare
 from dfq_jax.stages.finetuning.config import FinetuneConfig
-from dfq_jax.stages.finetuning.step import advance, init_state
-from dfq_jax.stages.finetuning.student import hard_variables, init_parameters
-from dfq_jax.stages.rounding.learned import changed_codes
-from dfq_jax.synthesis import Progress, largest_divisor
+from dfq_jax.stages.finetuning.step import advance_student, student_optimizer
+from dfq_jax.stages.finetuning.student import hard_student, init_student
+from dfq_jax.stages.learning import check_learning, held_out_count
 
-# Optimizer steps in one compiled call, by backend.
-DEFAULT_CHUNK = {"cpu": 1}
+# Optimizer steps in one compiled call; one on CPU.
 ACCELERATOR_CHUNK = 50
-REPORT_EVERY_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +78,8 @@ def finetune(
     *,
     labels: Int[Array, " n"] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
 ) -> tuple[Any, Finetuning]:
     """Teach a quantized network to answer as the float network does.
 
@@ -94,6 +94,9 @@ def finetune(
       labels: `[N]`, the class that each image was made for; the class that the teacher sees in it if None. They count
         where `config.label_weight` is above 0.
       on_progress: called every few steps.
+      checkpoint: a file to save unfinished work to and to resume it from; removed at the end. Resuming gives the same
+        network, bit for bit, as an uninterrupted run on the same machine.
+      keep_checkpoint: leave the file there at the end: the same call returns the network without learning.
 
     Returns:
       Quantized variables of the same structure, never worse on the images held out than those given, and what happened.
@@ -101,24 +104,22 @@ def finetune(
 
     Raises:
       GraphError: the variables are not those of the graph.
-      ValueError: `qvariables` are not quantized, there are too few or unusable images, or labels do not fit.
+      ValueError: `qvariables` are not quantized, there are too few or unusable images, labels do not fit, or a
+        checkpoint of other work.
+      OSError: the checkpoint cannot be written.
       FloatingPointError: the student's outputs became NaN or infinite.
     """
-    check_images(graph, images)
-    if not is_quantized(qvariables):
-        raise ValueError("qvariables: found float variables; quantize_params makes quantized ones to start from.")
-    if len(images) < 2:
-        raise ValueError(f"images: expected at least 2, one to learn from and one held out, found {len(images)}.")
-    graph.leaves(variables)  # refuses other trees
+    check_learning(graph, variables, qvariables, images)
     labels = None if labels is None else _checked_labels(graph, labels, len(images))
-    run = _Run(graph, variables, qvariables, jnp.asarray(images), key, config, labels, on_progress)
-    with catch_interrupt() as interrupted:
-        completed = run.all_steps(interrupted)
-    return run.result(completed)
+    loop = _StudentLoop(graph, variables, qvariables, jnp.asarray(images), key, config, labels)
+    completed = loop.run(
+        on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
+    )
+    return loop.result(completed)
 
 
-class _Run:
-    """The state of one call of `finetune`."""
+class _StudentLoop(Loop):
+    """The loop of one call of `finetune`: its work is a state, and the best variables that were seen."""
 
     def __init__(
         self,
@@ -129,81 +130,83 @@ class _Run:
         key: Any,
         config: FinetuneConfig,
         labels: jax.Array | None,
-        on_progress: Callable[[Progress], None] | None,
     ):
-        self.started = time.perf_counter()
-        held_out = min(max(round(config.held_out * len(images)), 1), len(images) - 1)
-        train = len(images) - held_out
+        train = len(images) - held_out_count(config.held_out, len(images))
         self.images, self.held_out = images[:train], images[train:]
         self.labels = None if labels is None else labels[:train]
         # A minibatch holds no image twice.
         self.config = dataclasses.replace(config, batch_size=min(config.batch_size, train))
         self.graph = graph.at((self.config.batch_size, *images.shape[1:]), images.dtype)
         self.variables, self.start = variables, qvariables
-        self.key, self.on_progress = key, on_progress
-        chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
-        self.chunk = largest_divisor(chunk, config.steps)
-        self.state = init_state(self.config, init_parameters(self.graph, self.config, variables, qvariables))
-        self.done = 0
         self.evaluations: list[Evaluation] = []
-        self.best, self.best_variables = self.evaluate(qvariables, None), qvariables
+        self.latest: jax.Array | None = None
+        chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
+        super().__init__(Plan(num_batches=1, steps=config.steps, chunk=largest_divisor(chunk, config.steps)), key)
 
-    def all_steps(self, interrupted: Callable[[], bool]) -> bool:
-        """Whether all steps were done."""
-        config, steps, losses = self.config, self.config.steps, None
-        while self.done < steps and not interrupted():
-            with products(config.precision):
-                self.state, losses = advance(
-                    self.graph,
-                    config,
-                    self.chunk,
-                    self.variables,
-                    self.start,
-                    self.images,
-                    self.labels,
-                    self.state,
-                    self.key,
-                )
-            before, self.done = self.done, self.done + self.chunk
-            if self._crossed(before, steps, max(steps // REPORT_EVERY_STEPS, 1)) and self.on_progress is not None:
-                self.report(float(losses.total))
-            if self._crossed(before, steps, config.evaluations):
-                self.consider(float(losses.total))
-        if self.done > self.evaluations[-1].step:  # interrupted: what was learned since is not lost
-            self.consider(float(losses.total))
-        return self.done == steps
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
+        arrays = self.variables, self.start, self.images, self.held_out, self.labels
+        return ("fine-tuning", self.graph.digest, self.config), arrays
 
-    def _crossed(self, before: int, steps: int, parts: int) -> bool:
-        """Whether the latest steps led into another of so many equal parts of the run."""
-        return before * parts // steps < self.done * parts // steps
+    def begin(self, batch: int) -> tuple[State, Any]:
+        self.evaluate(self.start, 0, None)
+        return self.init_state(), self.start
 
-    def consider(self, loss: float) -> None:
-        """The student as it is now is taken if it is the best so far."""
-        candidate = hard_variables(self.graph, self.start, self.state.parameters)
-        found = self.evaluate(candidate, loss)
-        if found.divergence < self.best.divergence:
-            self.best, self.best_variables = found, candidate
+    def init_state(self) -> State:
+        parameters = init_student(self.graph, self.config, self.variables, self.start)
+        return init_state(student_optimizer(self.config), parameters)
 
-    def evaluate(self, candidate: Any, loss: float | None) -> Evaluation:
+    def advance(self, turn: Turn, work: tuple[State, Any]) -> tuple[tuple[State, Any], jax.Array]:
+        state, best = work
+        state, losses = advance_student(
+            self.graph,
+            self.config,
+            self.plan.chunk,
+            self.variables,
+            self.start,
+            self.images,
+            self.labels,
+            state,
+            self.key,
+        )
+        self.latest = losses.total
+        before, after = (step * self.config.evaluations // self.config.steps for step in (turn.begin, turn.end))
+        return (state, self.better(state, best, turn.end) if before < after else best), losses.total
+
+    def better(self, state: State, best: Any, step: int) -> Any:
+        """The student as it is now if it is the best so far, else the best before it."""
+        lowest = min(e.divergence for e in self.evaluations)
+        candidate = hard_student(self.graph, self.start, state.parameters)
+        return candidate if self.evaluate(candidate, step, float(self.latest)).divergence < lowest else best
+
+    def evaluate(self, candidate: Any, step: int, loss: float | None) -> Evaluation:
         compared = compare(self.graph, self.variables, candidate, self.held_out, batch_size=self.config.batch_size)
         if not math.isfinite(compared.divergence):
             raise FloatingPointError(
-                f"the student's outputs became NaN or infinite by step {self.done} of fine-tuning. Try a lower "
+                f"the student's outputs became NaN or infinite by step {step} of fine-tuning. Try a lower "
                 f"weight_rate than {self.config.weight_rate:g} and affine_rate than {self.config.affine_rate:g}."
             )
-        self.evaluations.append(Evaluation(self.done, compared.divergence, compared.agreement, loss))
+        self.evaluations.append(Evaluation(step, compared.divergence, compared.agreement, loss))
         return self.evaluations[-1]
 
-    def report(self, loss: float) -> None:
-        seconds = time.perf_counter() - self.started
-        eta = seconds / self.done * (self.config.steps - self.done)
-        self.on_progress(Progress(1, 1, self.done, self.config.steps, loss, seconds, eta))
-
     def result(self, completed: bool) -> tuple[Any, Finetuning]:
-        before, after = (self.graph.leaves_by_path(v) for v in (self.start, self.best_variables))
-        seconds = time.perf_counter() - self.started
-        found = Finetuning(tuple(self.evaluations), self.best, changed_codes(before, after), completed, seconds)
-        return self.best_variables, found
+        state, variables = self.work[0]
+        done = self.position * self.plan.chunk
+        if done > self.evaluations[-1].step:  # interrupted: what was learned since is not lost
+            variables = self.better(state, variables, done)
+        best = min(self.evaluations, key=lambda evaluation: evaluation.divergence)
+        changed, seconds = changed_codes(self.start, variables), time.perf_counter() - self.started
+        return variables, Finetuning(tuple(self.evaluations), best, changed, completed, seconds)
+
+    # --- checkpoints ---
+
+    def facts(self) -> dict[str, Any]:
+        return {"evaluations": list(map(dataclasses.astuple, self.evaluations))}
+
+    def resume(self, facts: dict[str, Any]) -> None:
+        self.evaluations = [Evaluation(*evaluation) for evaluation in facts["evaluations"]]
+
+    def template(self, batch: int, facts: dict[str, Any]) -> Any:
+        return jax.eval_shape(self.init_state), self.start
 
 
 def _checked_labels(graph: Graph, labels: Any, count: int) -> jax.Array:

@@ -22,20 +22,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dfq_jax.stages.comparison import kl_divergence
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 
 # Keeps the direction of a vector of zeros, and its gradient, finite.
 NORM_EPSILON = 1e-12
 
 
-class Observation(NamedTuple):
-    """What a pass of teacher or student shows."""
+class Outputs(NamedTuple):
+    """What a pass of teacher or student gives."""
 
     scores: Float[Array, "n ..."]  # the outputs that count: class scores where there are any
     features: tuple[Any, ...]  # outputs of the blocks but the last
 
 
-class Losses(NamedTuple):
+class DistillationLosses(NamedTuple):
     """Terms of the loss, unweighted but for the total."""
 
     total: Float[Array, ""]
@@ -48,10 +49,10 @@ class Losses(NamedTuple):
 def distillation_loss(
     config: FinetuneConfig,
     classes: int,
-    teacher: Observation,
-    student: Observation,
+    teacher: Outputs,
+    student: Outputs,
     labels: Int[Array, " n"] | None = None,
-) -> Losses:
+) -> DistillationLosses:
     """All terms on one batch.
 
     Args:
@@ -81,7 +82,7 @@ def distillation_loss(
         + config.attention_weight * attention
         + config.label_weight * labeled
     )
-    return Losses(total, divergence, features, attention, labeled)
+    return DistillationLosses(total, divergence, features, attention, labeled)
 
 
 def _mean(
@@ -89,18 +90,6 @@ def _mean(
 ) -> jax.Array:
     """Mean distance over blocks; 0 for a network of one block."""
     return sum(map(distance, teacher, student), start=jnp.zeros(())) / max(len(teacher), 1)
-
-
-def kl_divergence(
-    teacher: Float[Array, "n k"], student: Float[Array, "n k"], temperature: float = 1.0
-) -> Float[Array, ""]:
-    """Divergence of the student's class probabilities from the teacher's, times the squared temperature.
-
-    The factor keeps the size of gradients whatever the temperature; at a high one the loss becomes the squared error of
-    centered logits over twice the number of classes.
-    """
-    wanted, found = (jax.nn.log_softmax(s.astype(jnp.float32) / temperature) for s in (teacher, student))
-    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(-1).mean()
 
 
 def relative_error(teacher: Float[Array, "..."], student: Float[Array, "..."]) -> Float[Array, ""]:

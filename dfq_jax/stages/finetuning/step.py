@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import descend, random_crop, random_flip
+from dfq_jax.base import State, descend, random_crop, random_flip, repeat
 from dfq_jax.graph import Graph
 from dfq_jax.stages.finetuning.config import FinetuneConfig
-from dfq_jax.stages.finetuning.losses import Losses, distillation_loss
+from dfq_jax.stages.finetuning.losses import DistillationLosses, distillation_loss
 from dfq_jax.stages.finetuning.student import (
-    Parameters,
-    observe_student,
-    observe_teacher,
+    StudentParameters,
     project,
     soft_kernels,
-    soft_variables,
+    soft_student,
+    student_outputs,
+    teacher_outputs,
 )
 
 MOMENTUM = 0.9
@@ -28,18 +27,8 @@ MOMENTUM = 0.9
 ADAM_EPSILON = 1e-10
 
 
-class State(NamedTuple):
-    parameters: Parameters
-    optimizer: Any
-    step: Int[Array, ""]
-
-
-def init_state(config: FinetuneConfig, parameters: Parameters) -> State:
-    return State(parameters, make_optimizer(config).init(parameters), jnp.zeros((), jnp.int32))
-
-
 @functools.cache
-def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+def student_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     """One optimizer for each kind of parameter; cached, since compilation is keyed on it."""
 
     def make(rate: float) -> optax.GradientTransformation:
@@ -59,13 +48,15 @@ def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
         "affine": config.affine_rate,
     }
 
-    def labels(parameters: Parameters) -> Parameters:
-        return Parameters(**{kind: dict.fromkeys(part, kind) for kind, part in parameters._asdict().items()})
+    def labels(parameters: StudentParameters) -> StudentParameters:
+        return StudentParameters(**{kind: dict.fromkeys(part, kind) for kind, part in parameters._asdict().items()})
 
     return optax.multi_transform({kind: make(rate) for kind, rate in rates.items()}, labels)
 
 
-def augment(config: FinetuneConfig, key: Key[Array, ""], images: Float[Array, "n *s c"]) -> Float[Array, "n *s c"]:
+def augment_minibatch(
+    config: FinetuneConfig, key: Key[Array, ""], images: Float[Array, "n *s c"]
+) -> Float[Array, "n *s c"]:
     """The random changes of one step; the key is consumed."""
     flip_key, crop_key = jax.random.split(key)
     if config.flip:
@@ -76,7 +67,7 @@ def augment(config: FinetuneConfig, key: Key[Array, ""], images: Float[Array, "n
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "steps"), donate_argnames="state")
-def advance(
+def advance_student(
     graph: Graph,
     config: FinetuneConfig,
     steps: int,
@@ -86,11 +77,13 @@ def advance(
     labels: Int[Array, " n"] | None,
     state: State,
     key: Key[Array, ""],
-) -> tuple[State, Losses]:
+) -> tuple[State, DistillationLosses]:
     """Optimize the student for `steps` steps.
 
     Args:
-      graph: at the size of a minibatch; static, as are `config` and `steps`.
+      graph: at the size of a minibatch; static, as are all settings.
+      config: rates, and weights of the terms.
+      steps: how many.
       variables: of the teacher.
       qvariables: that the student started from.
       images: that minibatches are drawn from.
@@ -101,27 +94,22 @@ def advance(
     Returns:
       The new state, and the losses of the last step.
     """
-    optimizer, classes = make_optimizer(config), graph.num_classes
+    optimizer, classes = student_optimizer(config), graph.num_classes
 
-    def step(state: State, _: None = None) -> tuple[State, Losses]:
+    def step(state: State) -> tuple[State, DistillationLosses]:
         draw_key, augment_key = jax.random.split(jax.random.fold_in(key, state.step))
         chosen = jax.random.permutation(draw_key, len(images))[: config.batch_size]
-        x = augment(config, augment_key, images[chosen])
-        teacher = observe_teacher(graph, variables, x)
+        x = augment_minibatch(config, augment_key, images[chosen])
+        teacher = teacher_outputs(graph, variables, x)
         own_labels = None if labels is None else labels[chosen]
 
-        def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
+        def loss(parameters: StudentParameters) -> tuple[jax.Array, DistillationLosses]:
             soft = soft_kernels(parameters)
-            student = observe_student(graph, soft_variables(graph, qvariables, parameters), x, soft)
+            student = student_outputs(graph, soft_student(graph, qvariables, parameters), x, soft)
             losses = distillation_loss(config, classes, teacher, student, own_labels)
             return losses.total, losses
 
-        gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
-        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters)
-        parameters = project(parameters, graph, qvariables)
-        return State(parameters, optimizer_state, state.step + 1), losses
+        state, losses = descend(optimizer, loss, state)
+        return state._replace(parameters=project(state.parameters, graph, qvariables)), losses
 
-    if steps == 1:
-        return step(state)
-    state, losses = jax.lax.scan(step, state, length=steps)
-    return state, jax.tree.map(lambda value: value[-1], losses)
+    return repeat(step, state, steps)

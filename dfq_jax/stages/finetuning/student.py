@@ -20,17 +20,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dfq_jax.graph import Graph, LayerRule, TensorRule, loop_friendly, quantized_rules, run_block
-from dfq_jax.quantizers import QTensor, code_limits, quantization, with_quantization
+from dfq_jax.quantizers import QTensor, code_limits, quantization
 from dfq_jax.stages.finetuning.config import FinetuneConfig
-from dfq_jax.stages.finetuning.losses import Observation
-from dfq_jax.stages.rounding.block import bias_unit, learned_product
-from dfq_jax.stages.rounding.soft import scaled
+from dfq_jax.stages.finetuning.losses import Outputs
+from dfq_jax.stages.learning import learned_product, moved, with_scaled_steps
 
 # How far from its code a weight may start; half a unit would round to the next one.
 REACH = 0.5 - 2**-10
 
 
-class Parameters(NamedTuple):
+class StudentParameters(NamedTuple):
     """What is learned; what is to stay as it is has no entry."""
 
     kernels: dict[str, Float[Array, "..."]]  # by leaf: u, in the shape of the kernel
@@ -39,7 +38,7 @@ class Parameters(NamedTuple):
     affine: dict[str, Float[Array, "..."]]  # by leaf: what is added, in units of the leaf's own size
 
 
-def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvariables: Any) -> Parameters:
+def init_student(graph: Graph, config: FinetuneConfig, variables: Any, qvariables: Any) -> StudentParameters:
     """Parameters with which the student is the network `qvariables`."""
     float_leaves, leaves = (graph.leaves_by_path(v) for v in (variables, qvariables))
     kernels = {layer.kernel: leaves[layer.kernel] for layer in graph.layers}
@@ -55,7 +54,7 @@ def init_parameters(graph: Graph, config: FinetuneConfig, variables: Any, qvaria
         paths = [path for bn in graph.batch_norms for path in (bn.scale, bn.bias)]
         paths += [layer.bias for layer in graph.layers if layer.batch_norm is None]  # else the BatchNorm's does it all
         affine = {path: jnp.zeros(leaves[path].shape, jnp.float32) for path in paths if path is not None}
-    return Parameters(codes, scales, steps, affine)
+    return StudentParameters(codes, scales, steps, affine)
 
 
 def init_codes(weight: Float[Array, "..."], kernel: QTensor, trust: float) -> Float[Array, "..."]:
@@ -71,7 +70,7 @@ def rounded(u: Float[Array, "..."], kernel: QTensor) -> Float[Array, "..."]:
     return u + jax.lax.stop_gradient(jnp.clip(jnp.round(u), low, high) - u)
 
 
-def project(parameters: Parameters, graph: Graph, qvariables: Any) -> Parameters:
+def project(parameters: StudentParameters, graph: Graph, qvariables: Any) -> StudentParameters:
     """Parameters with u within the outermost cells."""
     leaves = graph.leaves_by_path(qvariables)
 
@@ -82,7 +81,7 @@ def project(parameters: Parameters, graph: Graph, qvariables: Any) -> Parameters
     return parameters._replace(kernels={path: within(path, u) for path, u in parameters.kernels.items()})
 
 
-def soft_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any:
+def soft_student(graph: Graph, qvariables: Any, parameters: StudentParameters) -> Any:
     """The student's variables with kernels as arrays, differentiable in all parameters."""
     leaves = graph.leaves_by_path(qvariables)
     kernels = {}
@@ -90,10 +89,10 @@ def soft_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any
         leaf, u = leaves[path], parameters.kernels.get(path)
         codes = leaf.centered().astype(jnp.float32) if u is None else rounded(u, leaf)
         kernels[path] = (codes * _scale(path, leaf, parameters)).astype(leaf.dtype)
-    return _with_rest(graph, qvariables, leaves, kernels, parameters)
+    return _learned(graph, qvariables, leaves, kernels, parameters)
 
 
-def hard_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any:
+def hard_student(graph: Graph, qvariables: Any, parameters: StudentParameters) -> Any:
     """The student's variables, quantized: of the structure of `qvariables`."""
     leaves = graph.leaves_by_path(qvariables)
     kernels = {}
@@ -104,51 +103,46 @@ def hard_variables(graph: Graph, qvariables: Any, parameters: Parameters) -> Any
             codes = rounded(u, leaf) + (0 if leaf.zero_point is None else leaf.zero_point)
             codes = jnp.round(codes).astype(leaf.qvalue.dtype)
         kernels[path] = dataclasses.replace(leaf, qvalue=codes, scale=_scale(path, leaf, parameters))
-    return _with_rest(graph, qvariables, leaves, kernels, parameters)
+    return _learned(graph, qvariables, leaves, kernels, parameters)
 
 
-def soft_kernels(parameters: Parameters) -> frozenset[str]:
-    """The kernels that are arrays in `soft_variables`."""
+def soft_kernels(parameters: StudentParameters) -> frozenset[str]:
+    """The kernels that are arrays in `soft_student`."""
     return frozenset(parameters.kernels.keys() | parameters.scales.keys())
 
 
-def _scale(path: str, kernel: QTensor, parameters: Parameters) -> jax.Array:
+def _scale(path: str, kernel: QTensor, parameters: StudentParameters) -> jax.Array:
     log_factor = parameters.scales.get(path)
     return kernel.scale if log_factor is None else kernel.scale * jnp.exp(log_factor)
 
 
-def _with_rest(
-    graph: Graph, qvariables: Any, leaves: dict[str, Any], kernels: dict[str, Any], parameters: Parameters
+def _learned(
+    graph: Graph, qvariables: Any, leaves: dict[str, Any], kernels: dict[str, Any], parameters: StudentParameters
 ) -> Any:
-    affine = {
-        path: (leaves[path] + bias_unit(leaves[path]) * change).astype(leaves[path].dtype)
-        for path, change in parameters.affine.items()
-    }
-    steps = parameters.steps
-    quantizers = quantization(qvariables).map(lambda name, q: scaled(q, steps[name]) if name in steps else q)
-    return with_quantization(graph.replace(qvariables, {**kernels, **affine}), quantizers)
+    affine = {path: moved(leaves[path], change) for path, change in parameters.affine.items()}
+    return with_scaled_steps(graph.replace(qvariables, {**kernels, **affine}), parameters.steps)
 
 
 # --- passes ---
 
 
-def observe_teacher(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Observation:
+def teacher_outputs(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Outputs:
     """The float network, block by block."""
-    return _observe(graph, variables, x, loop_friendly, None)
+    return _outputs(graph, variables, x, loop_friendly, None)
 
 
-def observe_student(graph: Graph, variables: Any, x: Float[Array, "n ..."], soft: frozenset[str]) -> Observation:
-    """The network of `soft_variables`, block by block: fake-quantized activations, arrays for kernels.
+def student_outputs(graph: Graph, variables: Any, x: Float[Array, "n ..."], soft: frozenset[str]) -> Outputs:
+    """The network of `soft_student`, block by block: fake-quantized activations, arrays for kernels.
 
     `soft` are the kernels that are soft; others are float, or quantized and fixed.
     """
     rules = quantized_rules(variables, product=learned_product, in_float=loop_friendly, soft=soft)
-    return _observe(graph, variables, x, rules.layer, rules.tensor)
+    return _outputs(graph, variables, x, rules.layer, rules.tensor)
 
 
-def _observe(graph: Graph, variables: Any, x: jax.Array, layer: LayerRule, tensor: TensorRule | None) -> Observation:
+def _outputs(graph: Graph, variables: Any, x: jax.Array, layer: LayerRule, tensor: TensorRule | None) -> Outputs:
     features = []
     for block in graph.blocks:
         x = run_block(graph, block, variables, x, layer=layer, tensor=tensor)
         features.append(x)
-    return Observation(graph.logits(features.pop()), tuple(features))
+    return Outputs(graph.logits(features.pop()), tuple(features))

@@ -15,27 +15,23 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dfq_jax.base import descend
-from dfq_jax.graph import Graph, LayerCall, loop_friendly, quantized_rules, run
-from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization, with_quantization
+from dfq_jax.base import State, descend, repeat
+from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
+from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization
+from dfq_jax.stages.comparison import kl_divergence
+from dfq_jax.stages.learning import learned_product, moved, with_scaled_steps
 from dfq_jax.stages.rounding.config import ReconstructionConfig
-from dfq_jax.stages.rounding.soft import SoftKernel, base_codes, harden, init_soft, scaled, soft_weight, undecided
+from dfq_jax.stages.rounding.soft import SoftKernel, base_codes, harden, init_soft, soft_weight, undecided
 
 Variables = dict[str, Any]  # of a block: leaves by name, and the collection "quantization"
 
 
-class Parameters(NamedTuple):
+class BlockParameters(NamedTuple):
     """What is optimized."""
 
     kernels: dict[str, SoftKernel]  # by leaf
     steps: dict[str, Float[Array, ""]]  # by tensor: log of the factor on its quantizer's step
     biases: dict[str, Float[Array, "..."]]  # by leaf: what is added, in units of the leaf's own size
-
-
-class State(NamedTuple):
-    parameters: Parameters
-    optimizer: Any
-    step: Int[Array, ""]
 
 
 class Cache(NamedTuple):
@@ -50,14 +46,16 @@ class Cache(NamedTuple):
     logits: Float[Array, "n k"] | None = None
 
 
-class Losses(NamedTuple):
+class BlockLosses(NamedTuple):
+    """Terms of the loss, unweighted."""
+
     reconstruction: Float[Array, ""]
     undecided: Float[Array, ""]
 
 
-def init_parameters(
+def init_block(
     graph: Graph, config: ReconstructionConfig, float_own: Variables, own: Variables, frozen: frozenset[str]
-) -> tuple[Parameters, dict[str, jax.Array]]:
+) -> tuple[BlockParameters, dict[str, jax.Array]]:
     """Parameters that start at the quantization given, and the fixed base codes of the kernels."""
     kernels, bases, biases = {}, {}, {}
     for layer in graph.layers:
@@ -69,35 +67,27 @@ def init_parameters(
         if config.bias_rate and bias is not None and bias not in frozen:
             biases[bias] = jnp.zeros_like(own[bias], jnp.float32)
     steps = {name: jnp.zeros(()) for name in quantization(own).by_tensor}
-    return Parameters(kernels, steps, biases), bases
+    return BlockParameters(kernels, steps, biases), bases
 
 
-def soft_variables(own: Variables, bases: dict[str, jax.Array], parameters: Parameters) -> Variables:
+def soft_block(own: Variables, bases: dict[str, jax.Array], parameters: BlockParameters) -> Variables:
     """The block's variables with soft kernels (arrays), learned steps and biases."""
     kernels = {
         name: soft_weight(soft, bases[name], own[name]).astype(own[name].dtype)
         for name, soft in parameters.kernels.items()
     }
-    return _with_quantizers({**own, **kernels}, parameters)
+    return _learned(own, kernels, parameters)
 
 
-def hard_variables(own: Variables, bases: dict[str, jax.Array], parameters: Parameters) -> Variables:
+def hard_block(own: Variables, bases: dict[str, jax.Array], parameters: BlockParameters) -> Variables:
     """The block's quantized variables as learned."""
     kernels = {name: harden(soft, bases[name], own[name]) for name, soft in parameters.kernels.items()}
-    return _with_quantizers({**own, **kernels}, parameters)
+    return _learned(own, kernels, parameters)
 
 
-def _with_quantizers(own: Variables, parameters: Parameters) -> Variables:
-    quantizers = quantization(own).map(lambda name, params: scaled(params, parameters.steps[name]))
-    biases = {
-        name: (own[name] + bias_unit(own[name]) * d).astype(own[name].dtype) for name, d in parameters.biases.items()
-    }
-    return with_quantization({**own, **biases}, quantizers)
-
-
-def bias_unit(bias: Float[Array, "..."]) -> Float[Array, ""]:
-    """The size that a change of a bias is measured in, so that one learning rate suits all."""
-    return jnp.sqrt(jnp.mean(jnp.square(bias.astype(jnp.float32))) + 1e-6)
+def _learned(own: Variables, kernels: dict[str, Any], parameters: BlockParameters) -> Variables:
+    biases = {name: moved(own[name], change) for name, change in parameters.biases.items()}
+    return with_scaled_steps({**own, **kernels, **biases}, parameters.steps)
 
 
 def apply_soft(
@@ -121,12 +111,6 @@ def apply_soft(
         variables, product=learned_product, in_float=loop_friendly, fake_quantize=dropped, soft=soft
     )
     return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor)
-
-
-def learned_product(call: LayerCall, params: QuantizerParams) -> jax.Array:
-    """A quantized layer while it is learned: fake-quantized operands, multiplied as the network multiplies."""
-    del params  # they are in the fake-quantized tensor
-    return loop_friendly(call.reading(call.source))
 
 
 def mix(key: Key[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
@@ -159,16 +143,8 @@ def reconstruction_error(found: Any, expected: Any) -> Float[Array, ""]:
     return sum(jax.tree.leaves(jax.tree.map(error, found, expected)), start=jnp.zeros(()))
 
 
-def prediction_difference(
-    found: Float[Array, "n k"], expected: Float[Array, "n k"], temperature: float
-) -> Float[Array, ""]:
-    """Divergence of class probabilities from those of the float network, times the squared temperature."""
-    log_found, log_expected = (jax.nn.log_softmax(z / temperature) for z in (found, expected))
-    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_found, log_expected).mean()
-
-
 @functools.cache
-def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
+def block_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
     """Adam for each kind of parameter; cached, since compilation is keyed on it."""
 
     def decayed(rate: float) -> optax.GradientTransformation:
@@ -181,8 +157,8 @@ def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation
         "bias": decayed(config.bias_rate),
     }
 
-    def labels(parameters: Parameters) -> Parameters:
-        return Parameters(
+    def labels(parameters: BlockParameters) -> BlockParameters:
+        return BlockParameters(
             kernels={name: SoftKernel("rounding", "scale") for name in parameters.kernels},
             steps=dict.fromkeys(parameters.steps, "step"),
             biases=dict.fromkeys(parameters.biases, "bias"),
@@ -200,7 +176,7 @@ def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tup
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "steps", "rest_graph"), donate_argnames="state")
-def advance(
+def advance_block(
     graph: Graph,
     config: ReconstructionConfig,
     steps: int,
@@ -211,13 +187,16 @@ def advance(
     cache: Cache,
     state: State,
     key: Key[Array, ""],
-) -> tuple[State, Losses]:
+) -> tuple[State, BlockLosses]:
     """Optimize a block for `steps` steps.
 
     Args:
-      graph: of the block alone (`subnetwork`), static, as are `config` and `steps`: equal blocks compile once.
-      rest_graph, rest: the network behind the block, for the prediction difference, and its float variables; static and
-        an argument. None where the block's output holds the class scores, or the difference is not asked for.
+      graph: of the block alone (`subnetwork`), static, as are all settings: equal blocks compile once.
+      config: rates, and weights of the terms.
+      steps: how many.
+      rest_graph: the network behind the block, for the prediction difference; static. None where the block's output
+        holds the class scores, or the difference is not asked for.
+      rest: its float variables.
       own: the block's quantized variables at the start.
       bases: base codes of its kernels.
       cache: what the minibatches are drawn from.
@@ -227,18 +206,18 @@ def advance(
     Returns:
       The new state, and the losses of the last step.
     """
-    optimizer = make_optimizer(config)
+    optimizer = block_optimizer(config)
     count = cache.inputs.shape[0]
 
-    def step(state: State, _: None = None) -> tuple[State, Losses]:
+    def step(state: State) -> tuple[State, BlockLosses]:
         draw_key, input_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         chosen = jax.random.randint(draw_key, (config.batch_size,), 0, count)
         batch = jax.tree.map(lambda a: a[chosen], cache)
         x = mix(input_key, batch.float_inputs, batch.inputs, config.drop)
         weight, beta = rounding_pressure(config, state.step)
 
-        def loss(parameters: Parameters) -> tuple[jax.Array, Losses]:
-            variables, soft = soft_variables(own, bases, parameters), frozenset(parameters.kernels)
+        def loss(parameters: BlockParameters) -> tuple[jax.Array, BlockLosses]:
+            variables, soft = soft_block(own, bases, parameters), frozenset(parameters.kernels)
             found = apply_soft(graph, variables, x, drop_key, config.drop, soft)
             error = reconstruction_error(found, batch.targets)
             difference = jnp.zeros(())
@@ -246,16 +225,11 @@ def advance(
                 last = graph if rest_graph is None else rest_graph
                 outputs = found if rest_graph is None else run(rest_graph, rest, found, layer=loop_friendly)
                 logits = last.logits(outputs).astype(jnp.float32)
-                difference = prediction_difference(logits, batch.logits, config.temperature)
+                difference = kl_divergence(batch.logits, logits, config.temperature)
             regularizer = sum((undecided(soft, beta) for soft in parameters.kernels.values()), start=jnp.zeros(()))
             total = error + config.prediction_weight * difference + weight * regularizer
-            return total, Losses(error, regularizer)
+            return total, BlockLosses(error, regularizer)
 
-        gradient, losses = jax.grad(loss, has_aux=True)(state.parameters)
-        parameters, optimizer_state = descend(optimizer, gradient, state.optimizer, state.parameters)
-        return State(parameters, optimizer_state, state.step + 1), losses
+        return descend(optimizer, loss, state)
 
-    if steps == 1:
-        return step(state)
-    state, losses = jax.lax.scan(step, state, length=steps)
-    return state, jax.tree.map(lambda value: value[-1], losses)
+    return repeat(step, state, steps)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, full_precision
+from dfq_jax.base import batches, check_field, full_precision, is_non_negative
 from dfq_jax.graph import BatchNormRule, Graph, LayerCall, apply_quantized, as_argument, check_images
 from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes, quantized_kernels, with_codes
 
@@ -50,13 +49,10 @@ class GPTQConfig:
     max_patches: int = 1 << 15
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise ValueError(f"order: expected one of {ORDERS}, found {self.order!r}.")
-        if not (math.isfinite(self.damping) and self.damping > 0):
-            raise ValueError(f"damping: expected a positive number such as 0.01, found {self.damping!r}.")
+        check_field("order", self.order, f"one of {ORDERS}", lambda v: v in ORDERS)
+        check_field("damping", self.damping, "a positive number such as 0.01", lambda v: is_non_negative(v) and v > 0)
         for name in ("passes", "block", "max_patches"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, found {getattr(self, name)!r}.")
+            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
 
 
 @full_precision
@@ -110,7 +106,7 @@ def gptq(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class PatchMoments:
     """Sums over patches, for each group.
 
     Attributes:
@@ -132,16 +128,16 @@ def _moments(
     images: jax.Array,
     max_patches: int,
     batch_norm: BatchNormRule | None,
-) -> dict[str, Moments]:
-    """Moments of the inputs that each of some kernels meets, by its path."""
-    totals: dict[str, Moments] = {}
+) -> dict[str, PatchMoments]:
+    """PatchMoments of the inputs that each of some kernels meets, by its path."""
+    totals: dict[str, PatchMoments] = {}
 
     def measure(call: LayerCall, result: jax.Array) -> jax.Array:
         if call.layer.kernel not in paths:
             return result
         x = _thinned(call.form.patches(call.operand), max_patches)
         second = jnp.einsum("mgd,mge->gde", x, x, precision=lax.Precision.HIGHEST)
-        new = Moments(jnp.float32(x.shape[0]), x.sum(0), second)
+        new = PatchMoments(jnp.float32(x.shape[0]), x.sum(0), second)
         path = call.layer.kernel  # layers that share a kernel add up
         totals[path] = new if path not in totals else jax.tree.map(jnp.add, totals[path], new)
         return result
@@ -161,7 +157,7 @@ def _thinned(x: Float[Array, "m g d"], count: int) -> Float[Array, "n g d"]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def round_kernel(kernel: KernelCodes, moments: Moments, config: GPTQConfig) -> Float[Array, "g o i k"]:
+def round_kernel(kernel: KernelCodes, moments: PatchMoments, config: GPTQConfig) -> Float[Array, "g o i k"]:
     """Codes of a kernel; compiled once for each shape."""
     shape = kernel.values.shape
     flat = KernelCodes(*(a.reshape(*shape[:2], -1) for a in kernel))

@@ -14,46 +14,42 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import catch_interrupt, full_precision, platform_of, products
-from dfq_jax.graph import Graph, Subnetwork, apply_quantized, check_images, merge_blocks, subnetwork
-from dfq_jax.quantizers import QTensor, is_quantized
+from dfq_jax.base import (
+    Loop,
+    Plan,
+    Progress,
+    State,
+    Turn,
+    full_precision,
+    init_state,
+    largest_divisor,
+    platform_of,
+)
+from dfq_jax.graph import Graph, Subnetwork, merge_blocks, subnetwork
+from dfq_jax.quantizers import changed_codes
+from dfq_jax.stages.comparison import apply_jitted
+from dfq_jax.stages.learning import check_learning, held_out_count
 from dfq_jax.stages.rounding.block import (
     Cache,
-    State,
     Variables,
-    advance,
-    hard_variables,
-    init_parameters,
-    make_optimizer,
+    advance_block,
+    block_optimizer,
+    hard_block,
+    init_block,
     reconstruction_error,
 )
 from dfq_jax.stages.rounding.codes import common_form
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 
-# Optimizer steps in one compiled call, by backend.
-DEFAULT_CHUNK = {"cpu": 1}
+# Optimizer steps in one compiled call; one on CPU.
 ACCELERATOR_CHUNK = 100
-REPORT_EVERY_STEPS = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockProgress:
-    """What is known between two reports."""
-
-    block: str
-    index: int
-    num_blocks: int
-    step: int
-    steps: int
-    loss: float  # reconstruction error of the latest minibatch, soft weights
-    seconds: float
-    eta: float  # seconds left, at the speed so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +92,9 @@ def reconstruct(
     key: Key[Array, ""],
     config: ReconstructionConfig = ReconstructionConfig(),
     *,
-    on_progress: Callable[[BlockProgress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
 ) -> tuple[Any, Reconstruction]:
     """Learn rounding, scales, activation steps and biases of a quantized network, block by block.
 
@@ -107,38 +105,58 @@ def reconstruct(
       images: `[N, H, W, C]`, preprocessed.
       key: a JAX key; consumed.
       config: steps, rates, and so on.
-      on_progress: called every few steps.
+      on_progress: called every few steps; a block counts as a batch, and has a name.
+      checkpoint: a file to save unfinished work to and to resume it from; removed at the end. Resuming gives the same
+        network, bit for bit, as an uninterrupted run on the same machine.
+      keep_checkpoint: leave the file there at the end: the same call returns the finished blocks without learning.
 
     Returns:
       Quantized variables of the same structure, and what happened. Ctrl-C keeps the blocks finished so far.
 
     Raises:
       GraphError: the variables are not those of the graph.
-      ValueError: `qvariables` are not quantized, or there are too few or unusable images.
+      ValueError: `qvariables` are not quantized, there are too few or unusable images, or a checkpoint of other work.
+      OSError: the checkpoint cannot be written.
     """
-    check_images(graph, images)
-    if not is_quantized(qvariables):
-        raise ValueError("qvariables: found float variables; quantize_params makes quantized ones to start from.")
-    if len(images) < 2:
-        raise ValueError(f"images: expected at least 2, one to learn from and one held out, found {len(images)}.")
-    graph.leaves(variables)  # refuses other trees
+    check_learning(graph, variables, qvariables, images)
     if config.prediction_weight and graph.num_classes < 2:
         raise ValueError("prediction_weight: the network has no class scores to compare; set it to 0.")
-    run = _Run(graph, variables, qvariables, jnp.asarray(images), key, config, on_progress)
-    with catch_interrupt() as interrupted:
-        completed = run.all_blocks(interrupted)
-    return run.qvariables, Reconstruction(tuple(run.results), completed, time.perf_counter() - run.started)
+    loop = _BlockLoop(graph, variables, qvariables, jnp.asarray(images), key, config)
+    completed = loop.run(
+        on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
+    )
+    return loop.qvariables, Reconstruction(tuple(loop.results), completed, time.perf_counter() - loop.started)
 
 
-class _Run:
-    """The state of one call of `reconstruct`."""
+class _Block(NamedTuple):
+    """The block that is worked on."""
+
+    index: int
+    sub: Subnetwork
+    own: Variables  # quantized, as it was given
+    targets: Any  # its float outputs on all images
+    cache: Cache
+    start: State
+    bases: dict[str, jax.Array]
+    rest_graph: Graph | None
+    rest: Variables | None
+    key: jax.Array
+    started: float
+
+
+class _BlockLoop(Loop):
+    """The loop of one call of `reconstruct`: its work on a block is a state, and in the end the block's variables."""
 
     def __init__(
-        self, graph: Graph, variables: Any, qvariables: Any, images: jax.Array, key: Any, config: Any, on_progress: Any
+        self,
+        graph: Graph,
+        variables: Any,
+        qvariables: Any,
+        images: jax.Array,
+        key: Any,
+        config: ReconstructionConfig,
     ):
-        self.started = time.perf_counter()
-        held_out = min(max(round(config.held_out * len(images)), 1), len(images) - 1)
-        self.train = len(images) - held_out
+        self.train = len(images) - held_out_count(config.held_out, len(images))
         if config.flip and images.ndim > 2:  # vectors have no sides
             learned = images[: self.train]
             images = jnp.concatenate([learned, jnp.flip(learned, axis=-2), images[self.train :]])
@@ -149,38 +167,66 @@ class _Run:
         self.graph = graph.at((self.batch_size, *images.shape[1:]), images.dtype)
         self.blocks = merge_blocks(self.graph.blocks, config.min_layers)
         self.variables, self.qvariables = variables, qvariables
-        self.float_inputs = self.inputs = images
-        self.float_logits = self.class_scores() if config.prediction_weight else None
-        self.key, self.on_progress = key, on_progress
-        self.chunk = config.chunk or DEFAULT_CHUNK.get(platform_of(images, qvariables), ACCELERATOR_CHUNK)
+        self.images = self.float_inputs = self.inputs = images
+        self.block: _Block | None = None
+        self.results: list[BlockResult] = []
+        chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
+        plan = Plan(
+            num_batches=len(self.blocks),
+            steps=config.steps,
+            chunk=largest_divisor(chunk, config.steps),
+            report_every=50,
+            names=tuple(block.name for block in self.blocks),
+        )
+        super().__init__(plan, key)
+
+    def origin(self) -> tuple[tuple[Any, ...], Any]:
+        return ("reconstruction", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
+
+    # --- one block ---
+
+    def begin(self, batch: int) -> State:
+        return self.enter(batch).start
+
+    def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
+        block = self.enter(turn.batch)
+        state, losses = advance_block(
+            block.sub.graph,
+            self.config,
+            self.plan.chunk,
+            block.rest_graph,
+            block.rest,
+            block.own,
+            block.bases,
+            block.cache,
+            work,
+            block.key,
+        )
+        finished = turn.end == self.config.steps
+        return self.finish(block, state) if finished else state, losses.reconstruction
+
+    def enter(self, index: int) -> _Block:
+        """The block with all that its steps need, made once."""
+        if self.block is None or self.block.index != index:
+            started, sub = time.perf_counter(), self.sub(index)
+            targets = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
+            every = Cache(self.float_inputs, self.inputs, targets, self.float_logits)
+            cache = jax.tree.map(lambda a: a[: self.train], every)
+            own, key = sub.select(self.graph, self.qvariables), jax.random.fold_in(self.key, index)
+            state, bases = self.start(index)
+            self.block = _Block(index, sub, own, targets, cache, state, bases, *self.rest(index), key, started)
+        return self.block
+
+    def start(self, index: int) -> tuple[State, dict[str, jax.Array]]:
+        sub = self.sub(index)
+        own, float_own = (sub.select(self.graph, v) for v in (self.qvariables, self.variables))
         # Leaves of earlier blocks: already learned, and other blocks rely on them. Kernels that other blocks read as
         # other matrices: what one block learns about them is noise to the others.
-        self.seen = {path for path in self.graph.kernels if self.divides(path)}
-        self.results: list[BlockResult] = []
-        self.steps_done = 0
-
-    def all_blocks(self, interrupted: Callable[[], bool]) -> bool:
-        """Work through the blocks; whether all of them were finished."""
-        for index, block in enumerate(self.blocks):
-            started = time.perf_counter()
-            sub = subnetwork(self.graph, block, self.batch_size)
-            targets = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
-            learned = self.learn(sub, index, targets, interrupted)
-            if learned is None:
-                return False
-            own, flipped = learned
-            before = sub.select(self.graph, self.qvariables)
-            errors = [self.held_out_error(sub, candidate, targets) for candidate in (before, own)]
-            kept = errors[1] < errors[0]
-            if kept:
-                self.qvariables = sub.insert(self.graph, self.qvariables, own)
-            seconds = time.perf_counter() - started
-            self.results.append(BlockResult(block.name, block.layers, *errors, kept, flipped, seconds))
-            self.seen.update(sub.leaves)
-            if index + 1 < len(self.blocks):
-                self.inputs = self.outputs(sub, own if kept else before, self.inputs)
-                self.float_inputs = targets
-        return True
+        seen = {path for path in self.graph.kernels if self.divides(path)}
+        seen.update(path for earlier in range(index) for path in self.sub(earlier).leaves)
+        frozen = frozenset(n for n, path in zip(sub.graph.leaf_paths, sub.leaves, strict=True) if path in seen)
+        parameters, bases = init_block(sub.graph, self.config, float_own, own, frozen)
+        return init_state(block_optimizer(self.config), parameters), bases
 
     def divides(self, path: str) -> bool:
         """Whether several blocks read a kernel, as different matrices."""
@@ -188,81 +234,72 @@ class _Run:
         blocks = sum(not readers.isdisjoint(block.layers) for block in self.blocks)
         return blocks > 1 and common_form(self.graph, path) is None
 
-    def learn(
-        self, sub: Subnetwork, index: int, targets: Any, interrupted: Callable[[], bool]
-    ) -> tuple[Variables, float] | None:
-        """The block's variables as learned, and the share of changed codes; None if interrupted."""
-        config, own = self.config, sub.select(self.graph, self.qvariables)
-        frozen = frozenset(n for n, path in zip(sub.graph.leaf_paths, sub.leaves, strict=True) if path in self.seen)
-        float_own = sub.select(self.graph, self.variables)
-        parameters, bases = init_parameters(sub.graph, config, float_own, own, frozen)
-        state = State(parameters, make_optimizer(config).init(parameters), jnp.zeros((), jnp.int32))
-        cache = jax.tree.map(
-            lambda a: a[: self.train], Cache(self.float_inputs, self.inputs, targets, self.float_logits)
-        )
-        rest = self.rest(index)
-        rest_graph = None if rest is None else rest.graph
-        rest_own = None if rest is None else rest.select(self.graph, self.variables)
-        key = jax.random.fold_in(self.key, index)
-        done = 0
-        while done < config.steps:
-            steps = min(self.chunk, config.steps - done)
-            with products(config.precision):
-                state, losses = advance(sub.graph, config, steps, rest_graph, rest_own, own, bases, cache, state, key)
-            done += steps
-            self.steps_done += steps
-            if interrupted():
-                return None
-            if self.on_progress is not None and (done % REPORT_EVERY_STEPS < steps or done == config.steps):
-                self.report(index, done, float(losses.reconstruction))
-        learned = hard_variables(own, bases, state.parameters)
-        return learned, changed_codes(own, learned)
+    def finish(self, block: _Block, state: State) -> Variables:
+        """Judge what was learned, and go on to the next block."""
+        learned = hard_block(block.own, block.bases, state.parameters)
+        found = (self.outputs(block.sub, own, self.inputs) for own in (block.own, learned))
+        held_out = (jax.tree.map(lambda a: a[self.train :], (outputs, block.targets)) for outputs in found)
+        before, after = (float(reconstruction_error(*pair)) for pair in held_out)
+        kept, flipped = after < before, changed_codes(block.own, learned)
+        seconds = time.perf_counter() - block.started
+        own = learned if kept else block.own
+        self.leave(block, own, before, after, kept, flipped, seconds)
+        return own
 
-    def rest(self, index: int) -> Subnetwork | None:
-        """The network behind a block, where the prediction difference needs it."""
+    def leave(self, block: _Block, own: Variables, before: float, after: float, kept: bool, *rest: float) -> None:
+        """Take the variables that a block ends with, and make the inputs of the next one."""
+        name, layers = self.blocks[block.index].name, self.blocks[block.index].layers
+        self.results.append(BlockResult(name, layers, before, after, kept, *rest))
+        if kept:
+            self.qvariables = block.sub.insert(self.graph, self.qvariables, own)
+        if block.index + 1 < len(self.blocks):
+            self.inputs = self.outputs(block.sub, own, self.inputs)
+            self.float_inputs = block.targets
+        self.block = None  # and the memory of its inputs and outputs
+
+    def sub(self, index: int) -> Subnetwork:
+        return subnetwork(self.graph, self.blocks[index], self.batch_size)
+
+    def rest(self, index: int) -> tuple[Graph, Variables] | tuple[None, None]:
+        """The network behind a block, where the prediction difference needs it, and its float variables."""
         if not self.config.prediction_weight or index + 1 == len(self.blocks):
-            return None
+            return None, None
         (behind,) = merge_blocks(self.blocks[index + 1 :], len(self.graph.layers))
-        return subnetwork(self.graph, behind, self.batch_size)
+        sub = subnetwork(self.graph, behind, self.batch_size)
+        return sub.graph, sub.select(self.graph, self.variables)
 
-    def report(self, index: int, step: int, loss: float) -> None:
-        seconds = time.perf_counter() - self.started
-        left = len(self.blocks) * self.config.steps - self.steps_done
-        eta = seconds / self.steps_done * left
-        name = self.blocks[index].name
-        self.on_progress(BlockProgress(name, index, len(self.blocks), step, self.config.steps, loss, seconds, eta))
-
-    def class_scores(self) -> jax.Array:
-        """Of the float network, for all images."""
+    @functools.cached_property
+    def float_logits(self) -> jax.Array | None:
+        """Of all images, where the prediction difference needs them."""
+        if not self.config.prediction_weight:
+            return None
         (whole,) = merge_blocks(self.graph.blocks, len(self.graph.layers))
         sub = subnetwork(self.graph, whole, self.batch_size)
-        outputs = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
+        outputs = self.outputs(sub, sub.select(self.graph, self.variables), self.images)
         return sub.graph.logits(outputs).astype(jnp.float32)
 
     @full_precision
     def outputs(self, sub: Subnetwork, own: Variables, inputs: jax.Array) -> Any:
-        """The block's outputs on all images, in batches of one size."""
+        """A block's outputs on all images, in batches of one size."""
         size, count = self.batch_size, len(inputs)
         results = []
         for start in range(0, count, size):
             # The last batch reaches back; what it computes again is cut off.
             begin = min(start, count - size)
-            result = _apply(sub.graph, own, inputs[begin : begin + size])
+            result = apply_jitted(sub.graph, own, inputs[begin : begin + size])
             results.append(jax.tree.map(lambda a, n=start - begin: a[n:], result))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
-    def held_out_error(self, sub: Subnetwork, own: Variables, targets: Any) -> float:
-        found = self.outputs(sub, own, self.inputs)
-        return float(reconstruction_error(*jax.tree.map(lambda a: a[self.train :], (found, targets))))
+    # --- checkpoints ---
 
+    def facts(self) -> dict[str, Any]:
+        return {"results": [dataclasses.astuple(result)[2:] for result in self.results]}
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _apply(graph: Graph, own: Variables, x: jax.Array) -> Any:
-    return apply_quantized(graph, own, x)
+    def resume(self, facts: dict[str, Any]) -> None:
+        for index, result in enumerate(facts["results"]):
+            self.leave(self.enter(index), self.work[index], *result)
 
-
-def changed_codes(before: Variables, after: Variables) -> float:
-    """Share of the weights whose code changed."""
-    pairs = [(leaf, after[name]) for name, leaf in before.items() if isinstance(leaf, QTensor)]
-    changed = sum(int(jnp.sum(a.qvalue != b.qvalue)) for a, b in pairs)
-    return changed / max(sum(a.size for a, _ in pairs), 1)
+    def template(self, batch: int, facts: dict[str, Any]) -> Any:
+        if batch < len(facts["results"]):
+            return self.sub(batch).select(self.graph, self.qvariables)
+        return jax.eval_shape(lambda: self.start(batch)[0])

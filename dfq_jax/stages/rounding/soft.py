@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.quantizers import QTensor, QuantizerParams, code_limits
+from dfq_jax.quantizers import QTensor, code_limits
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch of the sigmoid, so that 0 and 1 are reached
 
@@ -85,8 +85,3 @@ def undecided(soft: SoftKernel, beta: Float[Array, ""]) -> Float[Array, ""]:
     # The base of the power is kept off 0, where the derivative of x^beta by way of log x is not finite.
     distance = jnp.maximum(jnp.abs(2 * rectified_sigmoid(soft.rounding) - 1), 1e-6)
     return jnp.sum(1 - distance**beta)
-
-
-def scaled(params: QuantizerParams, log_scale: Float[Array, ""]) -> QuantizerParams:
-    """An activation quantizer with its step multiplied by `exp(log_scale)`; the zero point stays an integer."""
-    return dataclasses.replace(params, scale=params.scale * jnp.exp(log_scale))

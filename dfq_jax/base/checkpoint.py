@@ -1,4 +1,4 @@
-"""Unfinished synthesis on disk: one npz file, written to a temporary name and renamed."""
+"""Unfinished work on disk: one npz file, written to a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.base import replacing
-from dfq_jax.quantizers import flatten_with_paths
+from dfq_jax.base.files import replacing
 
 
 class Checkpoint:
@@ -30,18 +29,15 @@ class Checkpoint:
         if not os.access(self.path.parent, os.W_OK):
             raise ValueError(f"checkpoint: the folder {str(self.path.parent)!r} cannot be written to.")
 
-    def save(self, work: dict[int, Any], **meta: Any) -> None:
+    def save(self, work: dict[int, Any], **facts: Any) -> None:
         """Write `{batch: pytree of arrays}` and JSON-able facts."""
-        arrays = {}
-        for batch, tree in work.items():
-            paths, leaves = flatten_with_paths(tree)
-            arrays.update({f"{batch}:{p}": _to_numpy(v) for p, v in zip(paths, leaves, strict=True)})
-        header = json.dumps({"identity": self.identity, "batches": sorted(work), **meta})
+        arrays = {name: _to_numpy(leaf) for batch, tree in work.items() for name, leaf in _named_leaves(batch, tree)}
+        header = json.dumps({"identity": self.identity, "batches": sorted(work), **facts})
         with replacing(self.path, _temporary(self.path)) as file:
             np.savez(file, header=np.array(header), **arrays)
 
-    def load(self, template: Callable[[], Any]) -> tuple[dict[int, Any], dict[str, Any]] | None:
-        """What was saved, as pytrees like `template()`; None where there is no file.
+    def load(self, template: Callable[[int, dict[str, Any]], Any]) -> tuple[dict[int, Any], dict[str, Any]] | None:
+        """What was saved, each batch as a pytree like `template(batch, facts)`; None where there is no file.
 
         Raises:
           ValueError: the file is damaged, or belongs to other work.
@@ -50,35 +46,28 @@ class Checkpoint:
             return None
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
+                facts = json.loads(str(file["header"]))
                 arrays = {name: file[name] for name in file.files}
-            identity = header["identity"]
+            identity = facts["identity"]
         except Exception as error:  # whatever a damaged or foreign file makes the readers raise
             raise self._unreadable(error) from error
         if identity != self.identity:
             raise ValueError(
-                f"checkpoint: {str(self.path)!r} belongs to other work (another key, config or network); delete it or "
-                "give another name."
+                f"checkpoint: {str(self.path)!r} belongs to other work (another key, config or network, or other "
+                "images); delete it or give another name."
             )
-        structure = template()
-        paths, leaves = flatten_with_paths(structure)
-        treedef = jax.tree.structure(structure)
-
-        def restore(batch: int) -> Any:
-            found = [arrays[f"{batch}:{path}"] for path in paths]
-            return jax.tree.unflatten(treedef, list(map(_from_numpy, found, leaves)))
-
-        try:
-            return {batch: restore(batch) for batch in header["batches"]}, header
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._unreadable(error) from error
+        work = {}
+        for batch in facts["batches"]:
+            like = template(batch, facts)
+            try:
+                leaves = [_from_numpy(arrays[name], leaf) for name, leaf in _named_leaves(batch, like)]
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._unreadable(error) from error
+            work[batch] = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return work, facts
 
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"checkpoint: {str(self.path)!r} cannot be read ({error}); delete it to start anew.")
-
-    def remove(self) -> None:
-        """Remove the file."""
-        remove_checkpoint(self.path)
 
 
 def remove_checkpoint(path: str | Path) -> None:
@@ -87,9 +76,26 @@ def remove_checkpoint(path: str | Path) -> None:
     _temporary(Path(path)).unlink(missing_ok=True)
 
 
+def fingerprint(*trees: Any) -> str:
+    """A digest of all the bytes in trees of arrays.
+
+    >>> fingerprint({"a": np.zeros(3)}) == fingerprint([np.zeros(3)]) != fingerprint([np.ones(3)])
+    True
+    """
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def _temporary(path: Path) -> Path:
     # Always the same name: what a killed process left behind is overwritten or removed by the next one.
     return path.with_name(path.name + ".tmp")
+
+
+def _named_leaves(batch: int, tree: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(f"{batch}:{jax.tree_util.keystr(path, simple=True, separator='/')}", leaf) for path, leaf in flat]
 
 
 def _to_numpy(leaf: jax.Array) -> np.ndarray:
