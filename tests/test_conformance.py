@@ -1,20 +1,31 @@
-"""What every range estimator and every weight estimator must keep to; a new entry of the tables is held to it too."""
+"""What every estimator, step, rounding and exporter must keep to; a new row of their tables is held to it too."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import model_grid
 import numpy as np
 import pytest
 from model_grid import GRID
 
+from dfq_jax.export import FORMATS, get_exporter
 from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.graph import Graph, trace
+from dfq_jax.quantizers import dequantized
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import WEIGHT_RANGES, quantize_kernel
+from dfq_jax.recipes.images import Images
+from dfq_jax.recipes.judge import Candidate
+from dfq_jax.recipes.quantized import Quantized
+from dfq_jax.recipes.recipe import ROUNDINGS, Recipe
+from dfq_jax.recipes.steps import STEPS, Work
+from dfq_jax.stages import BatchNormConfig, FinetuneConfig, ReconstructionConfig, find_pairs
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import BINS, ESTIMATORS, Summary, apply_estimator, summarize
@@ -219,3 +230,212 @@ def test_weight_estimator_on_a_network(method, build):
     for path, a, b in zip(net.graph.leaf_paths, *map(net.graph.leaves, (qvariables, net.variables)), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, path
     assert net.worst_sqnr(qvariables) > 25
+
+
+# --- steps of recipes, and roundings ---
+
+
+ROWS = [name for name in STEPS if name != "rounding"] + [f"rounding {name}" for name in ROUNDINGS]
+# Their loops run on the host, or so does the judge; all others can be traced.
+ON_THE_HOST = {"equalization", "reconstruction", "fine-tuning"}
+# All steps, as short as they go.
+RECIPE = Recipe(
+    name="conformance",
+    estimator="max",
+    weight_range="min_max",
+    equalize=True,
+    reconstruction=ReconstructionConfig(steps=2, batch_size=4),
+    bias_correction=True,
+    batch_norm=BatchNormConfig(),
+    finetune=FinetuneConfig(steps=2, batch_size=4),
+)
+
+
+def work_on(net: Network, row: str, bits: str) -> Work:
+    return Work(
+        graph=net.graph,
+        recipe=RECIPE.replace(rounding=row.partition(" ")[2] or "nearest"),
+        convention=Convention.parse(bits, weight_range="min_max"),
+        images=Images(net.images, "noise"),
+        keys={name: jax.random.key(i) for i, name in enumerate(STEPS)},
+    )
+
+
+def step_of(row: str) -> Any:
+    return STEPS[row.partition(" ")[0]].run
+
+
+def nearest(work: Work, start: Candidate) -> Candidate:
+    """With ranges and the nearest codes, where they are not there already."""
+    return STEPS["weights"].run(work, STEPS["ranges"].run(work, start))
+
+
+@functools.cache
+def taken(row: str, build: Any, bits: str = "w4a4") -> tuple[Work, Candidate, Candidate]:
+    """The work, the candidate before the step, and the one after it."""
+    net = network(build)
+    work, start = work_on(net, row, bits), Candidate(variables=net.variables)
+    if row == "weights":
+        start = STEPS["ranges"].run(work, start)
+    elif row not in ("equalization", "ranges"):
+        start = nearest(work, start)
+    return work, start, step_of(row)(work, start)
+
+
+def assert_same_types(found: Any, expected: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert_same_types(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+SLOW_BUILDS = (model_grid.conv_bias_bn, model_grid.bfloat16)
+STEP_GRID = [model_grid.mlp, *(pytest.param(build, marks=pytest.mark.slow) for build in SLOW_BUILDS)]
+LEARNED = ("reconstruction", "fine-tuning")
+FAST_ROWS = [pytest.param(row, marks=[pytest.mark.slow] if row in LEARNED else []) for row in ROWS]
+
+
+@pytest.mark.parametrize("build", STEP_GRID)
+@pytest.mark.parametrize("row", ROWS)
+def test_step_keeps_the_tree(row, build):
+    work, start, found = taken(row, build)
+    assert find_pairs(work.graph)[0]  # there is something to equalize
+    assert_same_types(found.variables, start.variables)
+    if start.quantized is not None:
+        assert_same_types(found.quantized, start.quantized)
+    complete = nearest(work, found)
+    leaves = map(work.graph.leaves, (complete.quantized, start.variables))
+    for path, a, b in zip(work.graph.leaf_paths, *leaves, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, path
+    assert set(complete.ranges) == {tensor.name for tensor in work.graph.tensors}
+    assert start.decisions == found.decisions[: len(start.decisions)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_step_gives_the_same_again(row):
+    work, start, found = taken(row, model_grid.mlp)
+    again = step_of(row)(work, start)
+    assert (again.decisions, again.divergence) == (found.decisions, found.divergence)
+    for name in ("variables", "ranges", "quantized"):
+        assert_equal(getattr(again, name), getattr(found, name))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in ON_THE_HOST])
+def test_step_jit_equals_eager(row):
+    work, start, found = taken(row, model_grid.mlp)
+
+    @jax.jit
+    def step(images, variables, ranges, quantized):
+        on_images = dataclasses.replace(work, images=work.images._replace(images=images))
+        before = dataclasses.replace(start, variables=variables, ranges=ranges, quantized=quantized)
+        after = step_of(row)(on_images, before)
+        return after.variables, after.ranges, after.quantized
+
+    jitted = step(work.images.images, start.variables, start.ranges, start.quantized)
+    expected = (found.variables, found.ranges, found.quantized)
+    assert_same_types(jitted, expected)
+    for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            assert (a != b).mean() < 0.01  # what lies between two codes may go to either
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", FAST_ROWS)
+def test_step_with_nothing_to_do(row):
+    """No pairs to equalize, activations in float, and weights that lie on their codes."""
+    net = network(model_grid.dilated_grouped)
+    work = work_on(net, row, "w4a16")
+    assert not find_pairs(work.graph)[0]
+    exact = dequantized(nearest(work, Candidate(variables=net.variables)).quantized)
+    start = Candidate(variables=exact)
+    if row in ("equalization", "ranges", "weights"):
+        start = start if row == "equalization" else nearest(work, start)
+        assert step_of(row)(work, start) is start
+        assert start.ranges is None or start.ranges == {}
+        return
+    start = nearest(work, start)
+    found = step_of(row)(work, start).quantized
+    assert_same_types(found, start.quantized)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(start.quantized), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", FAST_ROWS)
+def test_step_at_eight_bits(row):
+    work, _, found = taken(row, model_grid.mlp, "w8a8")
+    assert network(model_grid.mlp).worst_sqnr(nearest(work, found).quantized) > 25
+
+
+# --- exporters ---
+
+
+@functools.cache
+def exported() -> Quantized:
+    net = network(model_grid.mlp)
+    work = work_on(net, "weights", "w8a8")
+    qvariables = nearest(work, Candidate(variables=net.variables)).quantized
+    return Quantized(
+        variables=qvariables,
+        graph=net.graph,
+        report=None,
+        recipe=work.recipe,
+        convention=work.convention,
+        images=net.images,
+    )
+
+
+def exporter_of(name: str) -> Any:
+    """The exporter; Qwix's files have parameters alone, so that it takes the model's code, too."""
+    exporter = get_exporter(name)
+    return dataclasses.replace(exporter, module=model_grid.mlp().model) if name == "qwix" else exporter
+
+
+def written(name: str, path: Any) -> Any:
+    """What runs the network from a file; the test is skipped where the format's libraries are missing."""
+    try:
+        exporter_of(name).write(exported(), path)
+        return exporter_of(name).open(path)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exporter_computes_what_the_simulation_does(name, tmp_path):
+    run, net = written(name, tmp_path / "net"), exported()
+    expected = np.asarray(net.graph.logits(net(net.images)))
+    for count in (1, 16):
+        found = run(np.asarray(net.images[:count]))
+        assert found.shape == (count, net.graph.num_classes) and found.dtype == np.float32
+        assert sqnr(expected[:count], found) > 20
+    with pytest.raises(ValueError, match="x: "):
+        run(np.zeros((2, 3), np.float32))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exporter_leaves_one_file_or_none(name, tmp_path):
+    written(name, tmp_path / "net")
+    assert os.listdir(tmp_path) == ["net"]
+    with pytest.raises(OSError):
+        exporter_of(name).write(exported(), tmp_path / "missing" / "net")
+    assert os.listdir(tmp_path) == ["net"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exporter_refuses_other_files(name, tmp_path):
+    (tmp_path / "text").write_text("nothing of the kind, though long enough to be read as one")
+    try:
+        with pytest.raises(ValueError):
+            exporter_of(name).open(tmp_path / "text")
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exporter_is_what_it_is_called(name):
+    assert get_exporter(name).name == name
+    assert get_exporter(name).extra

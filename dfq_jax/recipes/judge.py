@@ -65,6 +65,7 @@ class Judge:
 
     @property
     def has_images(self) -> bool:
+        """Whether any are held out."""
         return len(self.images) > 0
 
     def consider(self, name: str, current: Candidate, quantized: Any) -> Candidate:

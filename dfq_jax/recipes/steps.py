@@ -207,6 +207,7 @@ class Step(NamedTuple):
     field: str | None = None
 
     def is_in(self, recipe: Recipe) -> bool:
+        """Whether the recipe asks for it."""
         return self.field is None or getattr(recipe, self.field) not in (None, False, "nearest")
 
 
