@@ -54,11 +54,12 @@ _CHUNKED = "__msgpack_chunked_array__"
 _MAPPED_BYTES = 16 << 20
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike[str], kind: tuple[str, Opener] | None = None) -> dict[str, np.ndarray]:
     """Reads all named arrays of a file; the format is recognized by content, not by the file's name.
 
     Args:
       path: what `open_arrays` opens.
+      kind: as of `open_arrays`.
 
     Returns:
       Name to array; nested names of a msgpack file or directory joined with '/'.
@@ -67,7 +68,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ValueError: if there is no such file, it is in none of the formats, or is damaged.
       ImportError: for a directory of Orbax without orbax-checkpoint.
     """
-    with open_arrays(path) as readers:
+    with open_arrays(path, kind) as readers:
         return {name: read() for name, read in readers.items()}
 
 
@@ -86,8 +87,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if there is no such file, it is no npz file, is damaged, or holds Python objects.
     """
-    with open_arrays(path, ("npz", _open_npz)) as readers:
-        return {name: read() for name, read in readers.items()}
+    return read_arrays(path, ("npz", _open_npz))
 
 
 def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -107,8 +107,7 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ValueError: if there is no such file, it is not a torch file, is truncated, refers to names other than
         those of tensors, its tensors reach beyond their storages, or it declares absurd sizes.
     """
-    with open_arrays(path, ("a torch file", open_torch)) as readers:
-        return {name: read() for name, read in readers.items()}
+    return read_arrays(path, ("a torch file", open_torch))
 
 
 @contextlib.contextmanager
@@ -217,7 +216,8 @@ def _parse_npy(raw: bytes) -> np.ndarray:
 
 
 def _open_safetensors(file: BinaryIO, size: int) -> Readers:
-    mapped, unread = None, 0
+    mapped: Any = None
+    unread = 0
 
     def read(name: str) -> np.ndarray:
         nonlocal mapped, unread

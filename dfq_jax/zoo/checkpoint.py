@@ -100,7 +100,8 @@ def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any
     if isinstance(model, ZooEntry):
         return model.template()
     if isinstance(model, nnx.Module):
-        return nnx.to_pure_dict(nnx.split(model, nnx.RngState, ...)[2])
+        *_, state = nnx.split(model, nnx.RngState, ...)
+        return nnx.to_pure_dict(state)
     if not isinstance(model, Mapping):
         raise TypeError(
             "model: expected a name of the zoo, an entry of it, a Linen or NNX module, or nested dictionaries of "
@@ -148,10 +149,10 @@ def _place(
     misfits: list[str] = []
     copies: dict[str, tuple[int, ...]] = {}
     for name, read in readers.items():
-        place = layout.place(name)
-        if place is not None and place[1] is None:
+        rule, place = layout.place(name) or (FLAX.rules[0], "")
+        if place is None:
             continue
-        target = None if place is None else _existing(place[1], wanted)
+        target = _existing(place, wanted)
         if target is None:
             unexpected.append(name)
             continue
@@ -166,7 +167,7 @@ def _place(
                 misfits.append(f"{name}: shape {array.shape}, and what lies along the first axis differs")
                 continue
             array = array[0]
-        fitted = _fit(array, place[0], wanted[target])
+        fitted = _fit(array, rule, wanted[target])
         if isinstance(fitted, str):
             misfits.append(f"{name}: {fitted}")
         else:
