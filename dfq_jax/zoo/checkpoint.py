@@ -100,8 +100,7 @@ def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any
     if isinstance(model, ZooEntry):
         return model.template()
     if isinstance(model, nnx.Module):
-        *_, state = nnx.split(model, nnx.RngState, ...)
-        return nnx.to_pure_dict(state)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
     if not isinstance(model, Mapping):
         raise TypeError(
             "model: expected a name of the zoo, an entry of it, a Linen or NNX module, or nested dictionaries of "
