@@ -211,7 +211,7 @@ def _find_layout(
         return max(candidates, key=lambda candidate: _count_placed(candidate, arrays, wanted))
     raise ValueError(
         f"path: {os.fspath(path)!r} is in no known layout; it starts with {_some(list(arrays)[:8])}. "
-        f"Known are: {known}. Pass a dfq_jax.zoo.checkpoint.Layout for it"
+        f"Known are: {known}. Pass a dfq_jax.zoo.Layout for it"
     )
 
 
