@@ -3,10 +3,10 @@
     python benchmarks/fuzz_files.py [--mutations 1500] [--kinds npz msgpack]
 
 A file of each kind is damaged in many ways (bytes changed, the end cut off, pieces deleted, copied and overwritten,
-digits of headers changed) and read. Whatever is wrong with it must be an error of ours that names the file, within two
-seconds and three times the file's size in memory, files below a megabyte counting as one. Memory is what Python and
-NumPy allocated or, on Linux, how far the resident memory rose, whichever is more. The exit status is 1 if a file broke
-one of these rules.
+digits of headers changed; every second archive inside a member, with right checksums) and read. Whatever is wrong with
+it must be an error of ours that names the file, within two seconds and three times the file's size in memory, files
+below a megabyte counting as one. Memory is what Python and NumPy allocated or, on Linux, how far the resident memory
+rose, whichever is more. The exit status is 1 if a file broke one of these rules.
 """
 
 from __future__ import annotations
@@ -163,6 +163,18 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
+def mutate_member(content: bytes, rng: np.random.Generator) -> bytes:
+    """A zip archive with a damaged member and right checksums, so that what is behind them is reached."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(stream, "w") as new:
+        names = old.namelist()
+        damaged = names[rng.integers(len(names)) if rng.integers(2) else 0]
+        for name in names:
+            raw = old.read(name)
+            new.writestr(name, mutate(raw, rng) if name == damaged else raw)
+    return stream.getvalue()
+
+
 # --- what comes of it ---
 
 
@@ -214,7 +226,8 @@ def fuzz(kind: str, mutations: int, folder: Path) -> Outcome:
     path.write_bytes(content)
     read(path)  # what is compiled and imported then is not the damage's
     for seed in range(mutations):
-        path.write_bytes(content if seed == 0 else mutate(content, np.random.default_rng(seed)))
+        damage = mutate_member if seed % 2 and zipfile.is_zipfile(io.BytesIO(content)) else mutate
+        path.write_bytes(damage(content, np.random.default_rng(seed)) if seed else content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result, seconds, memory = attempt(read, path)

@@ -455,7 +455,7 @@ def test_torch_archive_among_zip_files(tmp_path):
 def test_msgpack_of_other_things(tmp_path):
     path = tmp_path / "w.msgpack"
     path.write_bytes(flax.serialization.msgpack_serialize({"params": {"a": "text"}}))
-    unreadable(path, "'params/a': it is a str, no array")
+    unreadable(path, "'params/a': it is no array")
     path.write_bytes(flax.serialization.msgpack_serialize({"params": {}}))
     unreadable(path, "it holds no arrays")
     path.write_bytes(b"\x81\xa1a" + b"\x81\xa1a" * 2000 + b"\x01")
@@ -466,7 +466,13 @@ def test_msgpack_of_other_things(tmp_path):
     path.write_bytes(b"\x82" + 2 * good[1:])
     unreadable(path, "two leaves have the name 'a'")
     path.write_bytes(b"\x81\xc0" + good[3:])
-    unreadable(path, "the key None is neither")
+    unreadable(path, "a key in '' is neither")
+    path.write_bytes(b"\x81\xdd\x00\x10\x00\x00" + bytes(1 << 20) + good[1:])
+    tracemalloc.start()
+    unreadable(path, "a key in '' is neither")  # a list of a million numbers, which is not made
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
     for bomb in (b"\xdf\xff\xff\xff\xff", b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", b"\x81\xdb\xff\xff\xff\xff"):
         path.write_bytes(bomb + b"\xa1a")
         unreadable(path, "cannot be read as Flax msgpack")

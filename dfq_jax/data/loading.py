@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def load_data(
         raise ValueError(f"input_shape: expected (1, H, W, C), found {tuple(input_shape)}")
     if channels is None and input_shape is not None:
         channels = input_shape[3]
-    checks = {
+    checks: dict[str, Any] = {
         "image_shape": None if input_shape is None else tuple(input_shape[1:]),
         "num_classes": num_classes,
     }
@@ -100,7 +101,7 @@ def _bundled() -> tuple[np.ndarray, np.ndarray]:
     path = importlib.resources.files("dfq_jax.zoo") / "weights" / "fashion_test.npz"
     if not path.is_file():
         raise ValueError("spec: the bundled images are missing; install the package again")
-    return _npz(os.fspath(path), "bundled")
+    return _npz(str(path), "bundled")
 
 
 def _npz(path: str, spec: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,17 +44,22 @@ _FOREIGN = {
 # Compressed images may be mostly background; 1032 is what deflate can reach at all.
 _NPZ_EXPANSION = 200
 _NPZ_FLOOR = 64 << 20
+# First bytes of msgpack's dictionaries, of those and extension types, and of integers and strings.
+_MAP = re.compile(rb"[\x80-\x8f\xde\xdf]")
+_ARRAY = re.compile(rb"[\x80-\x8f\xde\xdf\xc7-\xc9\xd4-\xd8]")
+_KEY = re.compile(rb"[\x00-\x7f\xcc-\xd3\xe0-\xff\xa0-\xbf\xd9-\xdb]")
 # Flax writes arrays of more than a gigabyte as a dictionary of pieces, with this key among them.
 _CHUNKED = "__msgpack_chunked_array__"
 # What has been read of a mapped file counts as memory of the process until the file is mapped anew.
 _MAPPED_BYTES = 16 << 20
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike[str], kind: tuple[str, Opener] | None = None) -> dict[str, np.ndarray]:
     """Reads all named arrays of a file; the format is recognized by content, not by the file's name.
 
     Args:
       path: what `open_arrays` opens.
+      kind: as of `open_arrays`.
 
     Returns:
       Name to array; nested names of a msgpack file or directory joined with '/'.
@@ -62,7 +68,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ValueError: if there is no such file, it is in none of the formats, or is damaged.
       ImportError: for a directory of Orbax without orbax-checkpoint.
     """
-    with open_arrays(path) as readers:
+    with open_arrays(path, kind) as readers:
         return {name: read() for name, read in readers.items()}
 
 
@@ -81,8 +87,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if there is no such file, it is no npz file, is damaged, or holds Python objects.
     """
-    with open_arrays(path, ("npz", _open_npz)) as readers:
-        return {name: read() for name, read in readers.items()}
+    return read_arrays(path, ("npz", _open_npz))
 
 
 def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -102,8 +107,7 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ValueError: if there is no such file, it is not a torch file, is truncated, refers to names other than
         those of tensors, its tensors reach beyond their storages, or it declares absurd sizes.
     """
-    with open_arrays(path, ("a torch file", open_torch)) as readers:
-        return {name: read() for name, read in readers.items()}
+    return read_arrays(path, ("a torch file", open_torch))
 
 
 @contextlib.contextmanager
@@ -171,7 +175,7 @@ def _recognize(file: BinaryIO, size: int) -> tuple[str, Opener]:
         return "safetensors", _open_safetensors
     if start[:1] == b"\x80":
         return "a torch file", open_torch
-    if _is_map(start):
+    if _MAP.match(start):
         return "Flax msgpack", _open_msgpack
     what = "it is empty" if not start else f"it starts with {start!r}"
     raise ValueError(f"{what}, which is none of the formats read here: {_FORMATS}")
@@ -212,7 +216,8 @@ def _parse_npy(raw: bytes) -> np.ndarray:
 
 
 def _open_safetensors(file: BinaryIO, size: int) -> Readers:
-    mapped, unread = None, 0
+    mapped: Any = None
+    unread = 0
 
     def read(name: str) -> np.ndarray:
         nonlocal mapped, unread
@@ -240,9 +245,11 @@ def _open_msgpack(file: BinaryIO, size: int) -> Readers:
 
     def read(start: int, end: int) -> np.ndarray:
         file.seek(start)
-        leaf = flax.serialization.msgpack_restore(file.read(end - start))
+        raw = file.read(end - start)
+        # A list of numbers would take many times its bytes, so look first; whole arrays are of a type of Flax's own.
+        leaf = flax.serialization.msgpack_restore(raw) if _ARRAY.match(raw) else None
         if not isinstance(leaf, (np.ndarray, np.generic)):
-            raise ValueError(f"it is a {type(leaf).__name__}, no array")
+            raise ValueError("it is no array")
         return np.asarray(leaf)
 
     return {name: functools.partial(read, *span) for name, span in spans.items()}
@@ -251,21 +258,16 @@ def _open_msgpack(file: BinaryIO, size: int) -> Readers:
 def _msgpack_spans(unpacker: msgpack.Unpacker, descriptor: int, name: str) -> dict[str, tuple[int, int]]:
     """Where in the file each leaf of the nested dictionaries lies: name to first byte and end."""
     start = unpacker.tell()
-    if not _is_map(os.pread(descriptor, 1, start)):
+    if not _MAP.match(os.pread(descriptor, 1, start)):
         unpacker.skip()
         return {name: (start, unpacker.tell())}
     spans: dict[str, tuple[int, int]] = {}
     for _ in range(unpacker.read_map_header()):
+        if not _KEY.match(os.pread(descriptor, 1, unpacker.tell())):  # it may be of any size, so look first
+            raise ValueError(f"a key in {name!r} is neither a string nor an integer")
         key = unpacker.unpack()
-        if isinstance(key, bool) or not isinstance(key, (str, int)):
-            raise ValueError(f"the key {key!r} is neither a string nor an integer")
         inner = _msgpack_spans(unpacker, descriptor, f"{name}/{key}" if name else str(key))
         if twice := spans.keys() & inner.keys():
             raise ValueError(f"two leaves have the name {min(twice)!r}")
         spans |= inner
     return {name: (start, unpacker.tell())} if f"{name}/{_CHUNKED}" in spans else spans
-
-
-def _is_map(start: bytes) -> bool:
-    """Whether a msgpack object with this first byte is a dictionary."""
-    return b"\x80" <= start[:1] <= b"\x8f" or start[:1] in (b"\xde", b"\xdf")

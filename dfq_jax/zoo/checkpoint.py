@@ -100,7 +100,7 @@ def _template(model: Any, input_shape: Sequence[int] | None) -> Mapping[str, Any
     if isinstance(model, ZooEntry):
         return model.template()
     if isinstance(model, nnx.Module):
-        return nnx.to_pure_dict(nnx.split(model, nnx.RngState, ...)[2])
+        return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
     if not isinstance(model, Mapping):
         raise TypeError(
             "model: expected a name of the zoo, an entry of it, a Linen or NNX module, or nested dictionaries of "
@@ -148,10 +148,10 @@ def _place(
     misfits: list[str] = []
     copies: dict[str, tuple[int, ...]] = {}
     for name, read in readers.items():
-        place = layout.place(name)
-        if place is not None and place[1] is None:
+        rule, place = layout.place(name) or (FLAX.rules[0], "")
+        if place is None:
             continue
-        target = None if place is None else _existing(place[1], wanted)
+        target = _existing(place, wanted)
         if target is None:
             unexpected.append(name)
             continue
@@ -166,7 +166,7 @@ def _place(
                 misfits.append(f"{name}: shape {array.shape}, and what lies along the first axis differs")
                 continue
             array = array[0]
-        fitted = _fit(array, place[0], wanted[target])
+        fitted = _fit(array, rule, wanted[target])
         if isinstance(fitted, str):
             misfits.append(f"{name}: {fitted}")
         else:
@@ -211,7 +211,7 @@ def _find_layout(
         return max(candidates, key=lambda candidate: _count_placed(candidate, arrays, wanted))
     raise ValueError(
         f"path: {os.fspath(path)!r} is in no known layout; it starts with {_some(list(arrays)[:8])}. "
-        f"Known are: {known}. Pass a dfq_jax.zoo.checkpoint.Layout for it"
+        f"Known are: {known}. Pass a dfq_jax.zoo.Layout for it"
     )
 
 

@@ -108,14 +108,14 @@ class InceptionC(nn.Module):
 
         a = conv(320, name="branch1x1")(x, train)
         b = split(conv(384, name="branch3x3_1")(x, train), "branch3x3_2")
-        c = conv(448, name="branch3x3dbl_1")(x, train)
-        c = split(conv(384, 3, name="branch3x3dbl_2")(c, train), "branch3x3dbl_3")
+        c0 = conv(448, name="branch3x3dbl_1")(x, train)
+        c = split(conv(384, 3, name="branch3x3dbl_2")(c0, train), "branch3x3dbl_3")
         d = conv(192, name="branch_pool")(average_pool(x, 3, 1, 1), train)
         return jnp.concatenate([a, *b, *c, d], axis=-1)
 
 
 # The blocks of each image size, with the number of channels that they leave open.
-STAGES = (
+STAGES: tuple[tuple[tuple[Any, ...], ...], ...] = (
     ((InceptionA, 32), (InceptionA, 64), (InceptionA, 64)),
     ((ReductionA,), (InceptionB, 128), (InceptionB, 160), (InceptionB, 160), (InceptionB, 192)),
     ((ReductionB,), (InceptionC,), (InceptionC,)),

@@ -115,7 +115,7 @@ def _trained_weights(entry: ZooEntry) -> str:
             f"checkpoint: the weights {entry.weights!r} of {entry.name!r} are missing; install the package "
             "again, or pass a checkpoint"
         )
-    return os.fspath(path)
+    return str(path)
 
 
 def _initialize(entry: ZooEntry, key: Key[Array, ""]) -> tuple[nn.Module | nnx.Module, dict[str, Any]]:

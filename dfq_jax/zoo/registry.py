@@ -36,13 +36,13 @@ __all__ = ["find_model", "list_models"]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What the networks for one data set have in common.
-_IMAGENET = dict(
+_IMAGENET: dict[str, Any] = dict(
     input_shape=(1, 224, 224, 3),
     num_classes=1000,
     preprocessing=Preprocessing(mean=_MEAN, std=_STD, resize=256, crop=224, interpolation="bilinear"),
     trained_on="ImageNet-1k",
 )
-_CIFAR = dict(
+_CIFAR: dict[str, Any] = dict(
     input_shape=(1, 32, 32, 3),
     num_classes=10,
     preprocessing=Preprocessing(mean=_MEAN, std=_STD),
@@ -51,7 +51,7 @@ _CIFAR = dict(
 _PYTORCHCV_CIFAR = _CIFAR | dict(
     preprocessing=Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 )
-_FASHION = dict(
+_FASHION: dict[str, Any] = dict(
     input_shape=(1, 28, 28, 1),
     num_classes=fashion.CLASSES,
     preprocessing=Preprocessing(mean=(fashion.MEAN,), std=(fashion.STD,)),

@@ -106,6 +106,7 @@ class ResNet(nnx.Module):
         channels = 64
         for stage, name, stride in staged(DEPTHS[depth], STAGE_STRIDES):
             features = STAGE_CHANNELS[stage]
+            module: BasicBlock | Bottleneck
             if depth < BOTTLENECK_DEPTH:
                 module = BasicBlock(channels, features, stride, dtype=dtype, rngs=rngs)
             else:

@@ -160,7 +160,7 @@ class _Stream:
 class _Unpickler(pickle._Unpickler):
     def __init__(self, file: BinaryIO, size: int):
         super().__init__(_Stream(file, size), encoding="latin-1")
-        self.dispatch = _Dispatch(_STEPS)
+        self.dispatch = _Dispatch(_STEPS)  # type: ignore[misc]
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -204,6 +204,8 @@ def unpickle(file: BinaryIO, size: int) -> tuple[Any, dict[str, Storage]]:
 
 def brief(value: Any) -> str:
     """A short description that never follows references: nested values may be exponentially large."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value) if len(repr(value)) <= 80 else repr(value)[:80] + "..."
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 80 else repr(value[:80] + "...")
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)[:80]
     return f"a {type(value).__name__.strip('_').lower()}"
