@@ -211,6 +211,7 @@ def test_qtensor(bits, symmetric):
     centered = q.centered()
     assert centered.dtype == (jnp.int16 if bits == 8 and not symmetric else jnp.int8)
     np.testing.assert_array_equal(centered.astype(jnp.float32) * q.scale, q.dequantize())
+    np.testing.assert_array_equal(q.with_centered(centered.astype(jnp.float32)).qvalue, q.qvalue)
     packed = pack(q.qvalue, bits)
     assert q.nbytes_packed == packed.nbytes + 4 * 6 * (1 if symmetric else 2)
     np.testing.assert_array_equal(unpack(packed, bits, q.shape, q.signed), q.qvalue)

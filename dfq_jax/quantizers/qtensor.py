@@ -12,6 +12,8 @@ nothing). See Krishnamoorthi, "Quantizing deep convolutional networks for effici
 arXiv 1806.08342, and Nagel et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any
@@ -329,6 +331,11 @@ class QTensor:
           without a zero point) span up to ``[-255, 255]`` and come as int16. A NumPy array if the codes are one.
         """
         return centered_codes(self.qvalue, self.params).astype(np.int8 if int8_zero(self.params) is None else np.int16)
+
+    def with_centered(self, codes: Float[Array, "..."]) -> QTensor:
+        """The tensor of other codes, given less the zero point: the inverse of `centered`."""
+        codes = codes if self.zero_point is None else codes + self.zero_point
+        return dataclasses.replace(self, qvalue=jnp.round(codes).astype(self.qvalue.dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.qvalue, "shape", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dfq_jax.graph import Graph, KernelForm
-from dfq_jax.quantizers import QTensor, bounds
+from dfq_jax.quantizers import QTensor, code_limits
 
 
 class KernelCodes(NamedTuple):
@@ -32,18 +31,15 @@ class KernelCodes(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[Array, "..."]) -> KernelCodes:
     """The quantized kernel of a layer and the float one as `KernelCodes`."""
-    qmin, qmax = bounds(kernel.bits, kernel.signed)
-    zero = jnp.zeros_like(kernel.scale) if kernel.zero_point is None else kernel.zero_point
     values = leaf.astype(jnp.float32) / kernel.scale
-    limits = (jnp.broadcast_to(q - zero, leaf.shape) for q in (qmin, qmax))
+    limits = (jnp.broadcast_to(jnp.asarray(q, jnp.float32), leaf.shape) for q in code_limits(kernel.params))
     return KernelCodes(*(form.matrix(a) for a in (values, kernel.centered().astype(jnp.float32), *limits)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def with_codes(form: KernelForm, kernel: QTensor, codes: Float[Array, "g o i k"]) -> QTensor:
     """The quantized kernel with other centered codes."""
-    zero = 0.0 if kernel.zero_point is None else kernel.zero_point
-    return dataclasses.replace(kernel, qvalue=(form.leaf(codes) + zero).astype(jnp.asarray(kernel.qvalue).dtype))
+    return kernel.with_centered(form.leaf(codes))
 
 
 def quantized_kernels(

@@ -73,11 +73,7 @@ def soft_weight(soft: SoftKernel, base: Float[Array, "..."], kernel: QTensor) ->
 def harden(soft: SoftKernel, base: Float[Array, "..."], kernel: QTensor) -> QTensor:
     """The quantized kernel: each weight at the nearer of its two codes, the learned scale."""
     codes = base + (soft.rounding >= 0).astype(base.dtype)
-    if kernel.zero_point is not None:
-        codes = codes + kernel.zero_point
-    return dataclasses.replace(
-        kernel, qvalue=codes.astype(kernel.qvalue.dtype), scale=kernel.scale * jnp.exp(soft.log_scale)
-    )
+    return dataclasses.replace(kernel.with_centered(codes), scale=kernel.scale * jnp.exp(soft.log_scale))
 
 
 def undecided(soft: SoftKernel, beta: Float[Array, ""]) -> Float[Array, ""]:
