@@ -61,6 +61,17 @@ class Net(nn.Module):
         return {"features": x, "logits": logits} if self.as_dict else logits
 
 
+class Chain(nn.Module):
+    """Layers that can be equalized with one another."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for name in ("conv1", "conv2"):
+            x = nn.Conv(6, (3, 3), use_bias=False, name=name)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f"bn_{name}")(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
 class NoNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -84,6 +95,7 @@ def case_of(module, shape=SHAPE):
 
 
 CASE = case_of(Net())
+CHAIN = case_of(Chain())
 NO_NORM = case_of(NoNorm())
 
 
@@ -770,7 +782,7 @@ def test_the_graph_of_a_quantized_network_is_that_of_the_float_one():
 
 @functools.cache
 def judged(batch_norm_method="differential"):
-    case = model_grid.cifar_resnet8()
+    case = CASE
     recipe = FAST.replace(
         held_out=0.5, rounding="nearest", batch_norm=BatchNormConfig(method=batch_norm_method), bias_correction=False
     )
@@ -832,7 +844,7 @@ def test_held_out_share(share):
 
 
 def test_instant_takes_no_images():
-    case = model_grid.cifar_resnet8()
+    case = CHAIN
     first, second = (
         quantize(case.model, case.variables, input_shape=case.input_shape, recipe="instant", bits="w4a4", key=key)
         for key in (0, 1)
@@ -858,7 +870,7 @@ def test_instant_takes_no_images():
 
 def unbalanced():
     """A network, and variables of the same function with every other channel between layers a hundred times larger."""
-    case = model_grid.cifar_resnet8()
+    case = CHAIN
     graph = trace(*case.function(), case.input_shape)
     leaves = dict(zip(graph.leaf_paths, graph.leaves(case.variables), strict=True))
     for pair in find_pairs(graph)[0]:
@@ -922,12 +934,13 @@ class Stretched(nn.Module):
 
 def test_instant_on_nearly_dead_channels():
     x = jax.random.normal(jax.random.key(1), (64, *SHAPE[1:]))
-    start = Stretched().init(jax.random.key(0), x)
+    init, apply = jax.jit(Stretched().init), jax.jit(Stretched().apply)
+    start = init(jax.random.key(0), x)
     for factor in (1.0, 1e-2, 1e-4, 1e-6, 0.0):
         kernel = start["params"]["wide"]["kernel"] * jnp.where(jnp.arange(12) < 3, factor, 1.0)
         params = {**start["params"], "wide": {"kernel": kernel}}
         variables = trained_statistics({**start, "params": params}, x)
-        wanted = Stretched().apply(variables, x)
+        wanted = apply(variables, x)
         found = {}
         for equal in (True, False):
             recipe = RECIPES["instant"].replace(equalize=equal)
@@ -961,7 +974,11 @@ def test_instant_without_batch_norm_uses_noise():
 
 
 @pytest.mark.parametrize(
-    "build", [model_grid.cifar_resnet8, pytest.param(model_grid.mobilenet_v2, marks=pytest.mark.slow)]
+    "build",
+    [
+        pytest.param(lambda: CASE, id="small"),
+        *(pytest.param(b, marks=pytest.mark.slow) for b in (model_grid.cifar_resnet8, model_grid.mobilenet_v2)),
+    ],
 )
 def test_best_learns_rounding(build, tmp_path):
     case = build()
