@@ -133,7 +133,7 @@ class EqualBlocks(nn.Module):
 
 
 @functools.cache
-def quantized_network(bits: str, **fields: str):
+def quantized_network(bits: str = "w3a4", **fields: str):
     module = EqualBlocks()
     images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 3)), jnp.float32)
     variables = jax.jit(module.init)(jax.random.key(0), images)
