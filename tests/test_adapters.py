@@ -20,7 +20,6 @@ from dfq_jax.graph.adapters import INFERENCE_ARGUMENTS, as_function, inference_a
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError
 
-
 QUICK = dfq_jax.RECIPES["noise"].replace(synthesis_num_images=4)  # where any quantized network will do
 
 
