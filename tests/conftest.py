@@ -16,6 +16,7 @@ if (0, 7) <= jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 if jax.default_backend() == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
 
 # Functions of these modules are checked against their jaxtyping signatures by `pytest --typecheck`. It is an option
 # because these checks come before the library's own: tests of bad input (marked `untyped`) would see other errors.

@@ -144,7 +144,7 @@ def test_a_plateau_stops_at_the_lowest_rate():
 
 def test_generated_images_come_to_match_the_statistics():
     result = synthesize(GRAPH, VARIABLES, KEY, dataclasses.replace(GENERATOR, steps=60))
-    start = generator.generate(
+    start = jax.jit(generator.generate, static_argnums=1)(
         source.make_source(GENERATOR, GRAPH.input.shape).init(
             jax.random.split(jax.random.split(jax.random.fold_in(KEY, 0))[0])[0]
         ),
