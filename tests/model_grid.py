@@ -27,6 +27,7 @@ from flax import nnx
 from flax.core import freeze
 
 from dfq_jax.graph.adapters import as_function
+from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.quantizers.trees import path_string
 from dfq_jax.zoo.cifar_resnet import CifarResNet
 
@@ -891,3 +892,21 @@ BUILDERS = (
     weight_standardized, transformer, convnext, vit, unet, audio, video, scanned_resnet, scanned_vit,
 )  # fmt: skip
 GRID = [pytest.param(functools.cache(build), id=build.__name__) for build in BUILDERS]
+LARGE = ("resnet18", "resnet50", "odd_sizes", "efficientnet")  # much like others, and slow to compile
+
+
+def every_third(turn: int) -> list[Any]:
+    """The grid for a test that compiles each network: a third of it, and the rest under `slow`.
+
+    Tests take turns (0, 1, 2), so that each network but the large ones is compiled by a fast one. Neighbors in
+    `BUILDERS` are alike, so that each third holds about all kinds.
+    """
+    fast = [param.id for param in GRID if param.id not in LARGE][turn::3]
+    return [pytest.param(*p.values, id=p.id, marks=[] if p.id in fast else [pytest.mark.slow]) for p in GRID]
+
+
+@functools.cache
+def traced(build: Callable[[], Case]) -> Graph:
+    """The graph of a network of `GRID`, traced once for all tests of a process."""
+    case = build()
+    return trace(*case.function(), case.input_shape)

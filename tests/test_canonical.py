@@ -11,7 +11,7 @@ import model_grid
 import numpy as np
 import pytest
 from jax import lax
-from model_grid import GRID
+from model_grid import GRID, every_third
 
 import dfq_jax
 from dfq_jax.graph import normalize, run
@@ -25,7 +25,7 @@ rng = np.random.default_rng(0)
 # --- no recognition depends on the batch ---
 
 
-@pytest.mark.parametrize("build", GRID)
+@pytest.mark.parametrize("build", every_third(1))  # and of the whole grid two batches in test_graph
 def test_one_digest_at_every_batch(build):
     case = build()
     function, variables = case.function()

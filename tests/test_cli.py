@@ -26,6 +26,8 @@ pytest.importorskip("rich")
 
 SMALL = ("--images", "8", "--steps", "4", "--batch-size", "8")
 NETS = """
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,8 +61,9 @@ class NnxNet(nnx.Module):
         return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
 
 
+@functools.cache
 def _variables(module):
-    return module.init(jax.random.key(0), jnp.zeros(SHAPE))
+    return jax.jit(module.init)(jax.random.key(0), jnp.zeros(SHAPE))
 
 
 def linen():

@@ -1,5 +1,7 @@
 """Kernels that a network computes from its parameters become leaves, and are quantized like others."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -90,9 +92,10 @@ NETWORKS = {
 }
 
 
+@functools.cache
 def build(name):
     module = NETWORKS[name][0]()
-    return module, spread(module.init(jax.random.key(0), jnp.zeros(SHAPE)))
+    return module, spread(jax.jit(module.init)(jax.random.key(0), jnp.zeros(SHAPE)))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,7 @@ def x():
     return jax.random.normal(jax.random.key(1), SHAPE)
 
 
+@functools.cache
 def computed(name):
     apply_fn, variables = as_function(*build(name))
     return apply_fn, variables, *dfq_jax.compute_kernels(trace(apply_fn, variables, SHAPE), variables)
@@ -123,9 +127,10 @@ def test_the_same_function_in_a_tree_of_the_same_structure(name, x):
     assert jax.tree.structure(new) == jax.tree.structure(variables)
     assert {s.shape for s in jax.tree.leaves(new)} == {s.shape for s in jax.tree.leaves(variables)}
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if name != "adapters" else {"rtol": 1e-2, "atol": 1e-2}
-    np.testing.assert_allclose(graph.apply_fn(new, x), apply_fn(variables, x), **tolerance)
+    own, run = jax.jit(apply_fn), jax.jit(lambda v, x: dfq_jax.run(graph, v, x))
+    np.testing.assert_allclose(jax.jit(graph.apply_fn)(new, x), own(variables, x), **tolerance)
     x = jnp.concatenate([x, x + 1, x])  # another batch size
-    np.testing.assert_allclose(dfq_jax.run(graph, new, x), apply_fn(variables, x), **tolerance)
+    np.testing.assert_allclose(run(new, x), own(variables, x), **tolerance)
     assert dfq_jax.compute_kernels(graph, new) == (graph, new)
     abstract, shapes = dfq_jax.compute_kernels(trace(apply_fn, variables, SHAPE), jax.eval_shape(lambda: variables))
     assert abstract == graph and shapes == jax.eval_shape(lambda: new)
@@ -191,7 +196,8 @@ def test_from_quantize_to_file(name, x, tmp_path):
 @pytest.mark.parametrize("name", ["standardized", "spectral"])
 def test_float_on_dequantized_weights_is_the_simulation(name, x):
     q = dfq_jax.quantize(*build(name), input_shape=SHAPE, recipe="fast", images=jnp.concatenate([x] * 4), bits="w4a16")
-    np.testing.assert_allclose(q.graph.apply_fn(dequantized(q.variables), x), q(x), rtol=1e-4, atol=1e-5)
+    found = jax.jit(q.graph.apply_fn)(dequantized(q.variables), x)
+    np.testing.assert_allclose(found, q(x), rtol=1e-4, atol=1e-5)
 
 
 def test_onnx(x, tmp_path):

@@ -23,9 +23,7 @@ from dfq_jax.stages.convention import Convention, quantize_params
 
 @functools.cache
 def traced(build: Any) -> tuple[Graph, Any]:
-    case = build()
-    apply_fn, variables = case.function()
-    return trace(apply_fn, variables, case.input_shape), variables
+    return model_grid.traced(build), build().function()[1]
 
 
 def unit_ranges(graph: Graph) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -226,8 +224,14 @@ def test_eight_bit_weights_are_symmetric(symmetric, edge_bits):
 # --- the quantized tree ---
 
 
-@pytest.mark.parametrize("shortcuts", ["float", "quantized"])
-@pytest.mark.parametrize("build", GRID)
+@pytest.mark.parametrize(
+    ("build", "shortcuts"),
+    [  # in turns, the other half under `slow`
+        pytest.param(*param.values, kind, id=f"{param.id}-{kind}", marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for i, param in enumerate(GRID)
+        for j, kind in enumerate(("float", "quantized"))
+    ],
+)
 def test_structure(build, shortcuts):
     graph, variables = traced(build)
     convention = Convention(shortcuts=shortcuts)

@@ -1,5 +1,7 @@
 """Depthwise convolutions as shifted products: values and both gradients are those of XLA."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,10 +39,14 @@ def test_values_and_gradients(size, kernel, strides, padding):
     def expected(x, weights):
         return lax.conv_general_dilated(x, weights, strides, padding, dimension_numbers=NUMBERS, feature_group_count=4)
 
-    y, pull = jax.vjp(expected, x, weights)
-    found, found_pull = jax.vjp(lambda x, w: depthwise_product(x, w, strides, padding), x, weights)
-    gradient = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
-    for a, b in zip((found, *found_pull(gradient)), (y, *pull(gradient)), strict=True):
+    @jax.jit
+    def both(x, weights, direction):
+        y, pull = jax.vjp(expected, x, weights)
+        found, found_pull = jax.vjp(lambda x, w: depthwise_product(x, w, strides, padding), x, weights)
+        return (found, *found_pull(direction)), (y, *pull(direction))
+
+    direction = rng.normal(size=jax.eval_shape(expected, x, weights).shape).astype(np.float32)
+    for a, b in zip(*both(x, weights, direction), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -62,12 +68,13 @@ class Net(nn.Module):
 def test_the_interpreter_uses_it_where_it_may(options, supported):
     net = Net(**options)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
-    variables = net.init(jax.random.key(1), x)
+    variables = jax.jit(net.init)(jax.random.key(1), x)
     graph = trace(net.apply, variables, x.shape)
     layer = graph.first_layer
     op = graph.program.ops[layer.op]
     assert is_supported(op.params, x.shape, layer.kernel_shape) == supported
-    np.testing.assert_allclose(run(graph, variables, x), net.apply(variables, x), rtol=1e-5, atol=1e-5)
+    found, expected = jax.jit(lambda v, x: (run(graph, v, x), net.apply(v, x)))(variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     # What is traced holds the program's own convolution; what is compiled for CPU only where nothing else is known.
     traced = jax.jit(lambda v, x: run(graph, v, x)).trace(variables, x)
     assert str(traced.jaxpr).count("conv_general_dilated") == 1
@@ -83,10 +90,19 @@ class Separable(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
+@functools.cache
 def separable():
     net, x = Separable(), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    variables = net.init(jax.random.key(1), x)
+    variables = jax.jit(net.init)(jax.random.key(1), x)
     return trace(net.apply, variables, x.shape), variables, x
+
+
+@functools.cache
+def quantized():
+    graph, variables, x = separable()
+    convention = Convention.parse("w8a8", weight_range="min_max")
+    ranges = estimate_ranges(graph, variables, x, convention, estimator="max")
+    return quantize_params(graph, variables, ranges, convention)
 
 
 def gradient(graph, layer):
@@ -123,9 +139,8 @@ def test_one_export_for_all_platforms():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("integer", [False, True])
 def test_quantized_network_by_platform(platform, integer):
-    graph, variables, x = separable()
-    convention = Convention.parse("w8a8")
-    qvariables = quantize_params(graph, variables, estimate_ranges(graph, variables, x, convention), convention)
+    graph, _, x = separable()
+    qvariables = quantized()
     if integer:
         plan, arrays = compile_integer(graph, qvariables)
         function = jax.jit(lambda v, x: apply_plan(plan, v, x))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
-from model_grid import GRID, function_case, linen_case
+from model_grid import GRID, every_third, function_case, linen_case
 
 from dfq_jax.graph import apply_quantized, normalize, record_tensors, run
 from dfq_jax.graph.graph import Graph, trace
@@ -48,8 +48,7 @@ class Results(NamedTuple):
 @functools.cache
 def traced(build: Callable[[], model_grid.Case]) -> tuple[Graph, Any, jax.Array]:
     case = build()
-    apply_fn, variables = case.function()
-    return trace(apply_fn, variables, case.input_shape), variables, case.images()
+    return model_grid.traced(build), case.function()[1], case.images()
 
 
 @functools.cache
@@ -84,12 +83,7 @@ def assert_same_outputs(found: Any, expected: Any, tolerance: float) -> None:
 
 FAST = ("w4a4", "float")  # 4-bit asymmetric and, at both edges, 8-bit symmetric weights
 SLOW = (("w4a4", "quantized"), ("w8a8", "float"), ("w8a8", "quantized"))
-# Large, or much like another: compiling is what takes the time here.
-ALSO_SLOW = ("resnet18", "resnet50", "efficientnet", "odd_sizes", "conv_1d", "conv_3d", "tuple_outputs")
-FAST_GRID = [
-    pytest.param(*param.values, id=param.id, marks=[pytest.mark.slow] if param.id in ALSO_SLOW else [])
-    for param in GRID
-]
+FAST_GRID = every_third(1)
 
 
 @pytest.mark.parametrize("build", FAST_GRID)

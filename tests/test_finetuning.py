@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 from flax import nnx
 from model_grid import Case, cifar_resnet8, function_case, linen_case, mlp, shared_kernel
 
@@ -376,20 +377,20 @@ def test_structure_types_and_statistics_are_kept():
 def test_the_same_key_gives_the_same_network_and_nothing_compiles_twice():
     graph, variables, qvariables, images = start_of(small)
     expected, _ = tuned()
-    compiled = advance_student._cache_size()
-    again, _ = finetune(graph, variables, qvariables, images, jax.random.key(0), CONFIG)
-    other, _ = finetune(graph, variables, qvariables, images, jax.random.key(1), CONFIG)
-    assert advance_student._cache_size() == compiled
+    with Compilations() as compiled:
+        again, _ = finetune(graph, variables, qvariables, images, jax.random.key(0), CONFIG)
+        other, _ = finetune(graph, variables, qvariables, images, jax.random.key(1), CONFIG)
+    assert compiled["advance_student"] == 0
     same(again, expected)
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True))
 
 
 def test_one_compilation_serves_all_steps_and_chunks_change_nothing():
     graph, variables, qvariables, images = start_of(small)
-    compiled = advance_student._cache_size()
     config = dataclasses.replace(CONFIG, chunk=9)  # of 42 steps: shortened to 7
-    learned, info = finetune(graph, variables, qvariables, images, jax.random.key(0), config)
-    assert advance_student._cache_size() == compiled + 1
+    with Compilations() as compiled:
+        learned, info = finetune(graph, variables, qvariables, images, jax.random.key(0), config)
+    assert compiled["advance_student"] == 1
     first, again = (i.evaluations[1] for i in (tuned()[1], info))  # later, rounding has made different networks of them
     assert first.step == again.step
     np.testing.assert_allclose((again.divergence, again.loss), (first.divergence, first.loss), rtol=0.05)

@@ -10,16 +10,12 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
-from model_grid import GRID, linen_case
+from model_grid import every_third, linen_case, traced
 
 import dfq_jax
 from dfq_jax.graph.graph import trace
 from dfq_jax.stages.folding import fold_batch_norm, foldable
 
-LARGE = ("resnet50", "resnet18", "densenet", "odd_sizes", "efficientnet")  # much like others here, and slow to compile
-GRID = [
-    pytest.param(*param.values, id=param.id, marks=[pytest.mark.slow] if param.id in LARGE else []) for param in GRID
-]
 # Networks whose every BatchNorm directly follows a layer of its own, and has a bias to take the offset.
 ALL_FOLD = {
     "resnet18", "resnet50", "bfloat16", "odd_sizes", "frozen_dict", "cifar_resnet8", "nnx_resnet", "mobilenet_v2",
@@ -30,11 +26,11 @@ ALL_FOLD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("build", GRID)
+@pytest.mark.parametrize("build", every_third(2))
 def test_fold_keeps_tree_and_function(build):
     case = build()
     apply_fn, variables = case.function()
-    graph, x = trace(apply_fn, variables, case.input_shape), case.images()
+    graph, x = traced(build), case.images()
     # One program: folding can be traced, and the network runs on what comes out of it.
     folded, before, after = jax.jit(
         lambda v, x: (fold := fold_batch_norm(graph, v), apply_fn(v, x), apply_fn(fold, x))

@@ -59,8 +59,7 @@ SHAPES = [(3, 8, 8, 3), (2, 9, 6, 1), (4, 5, 2), (2, 4, 5, 3, 2), (5, 7)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_images_are_those_of_the_architecture(shape):
     fresh = jax.eval_shape(lambda key: generator.init_generator(key, shape), KEY)
-    rng = np.random.default_rng(0)
-    parameters = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), fresh)
+    parameters = model_grid.randomize(fresh)  # no zero biases and unit scales
     images = jax.jit(generator.generate, static_argnums=1)(parameters, shape)
     assert images.shape == shape and images.dtype == jnp.float32
     np.testing.assert_allclose(images, reference(parameters, shape), atol=2e-4)
@@ -145,7 +144,7 @@ def test_a_plateau_stops_at_the_lowest_rate():
 
 def test_generated_images_come_to_match_the_statistics():
     result = synthesize(GRAPH, VARIABLES, KEY, dataclasses.replace(GENERATOR, steps=60))
-    start = generator.generate(
+    start = jax.jit(generator.generate, static_argnums=1)(
         source.make_source(GENERATOR, GRAPH.input.shape).init(
             jax.random.split(jax.random.split(jax.random.fold_in(KEY, 0))[0])[0]
         ),

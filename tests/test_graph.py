@@ -17,7 +17,7 @@ import model_grid
 import numpy as np
 import pytest
 from flax import nnx
-from model_grid import GRID
+from model_grid import GRID, every_third, traced
 
 from dfq_jax.graph.adapters import as_function
 from dfq_jax.graph.graph import Graph, trace
@@ -83,12 +83,6 @@ EPSILONS = {
     "inception": {1e-3},
     "private_batch_norm": {1e-3, 2e-5},
 }
-
-
-@functools.cache
-def traced(build) -> Graph:
-    case = build()
-    return trace(*case.function(), case.input_shape)
 
 
 def build_of(name: str):
@@ -440,12 +434,7 @@ def test_shared_batch_norm_gets_two_names():
 # --- the program computes what the network computes ---
 
 
-# Compiling gradients takes long; these repeat what shallower networks of the grid have.
-DEEP = ("resnet18", "resnet50", "odd_sizes", "efficientnet")
-GRID_FOR_GRADIENTS = [pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) if p.id in DEEP else p for p in GRID]
-
-
-@pytest.mark.parametrize("build", GRID_FOR_GRADIENTS)
+@pytest.mark.parametrize("build", every_third(0))
 def test_program_and_gradients_equal_apply_fn(build):
     case, graph = build(), traced(build)
     apply_fn, variables = case.function()
@@ -530,22 +519,15 @@ def test_custom_derivatives_of_plain_functions_stay():
 
 
 @pytest.mark.parametrize("build", GRID)
-def test_tracing_is_deterministic(build):
+def test_tracing_is_deterministic_and_shapes_are_enough(build):
     case, graph = build(), traced(build)
     apply_fn, variables = case.function()
-    again = trace(apply_fn, variables, case.input_shape)
+    specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    again = trace(apply_fn, specs, jax.ShapeDtypeStruct(case.input_shape, jnp.float32))
     assert again == graph
     assert hash(again) == hash(graph)
     assert again.digest == graph.digest
     assert (again.layers, again.batch_norms, again.tensors) == (graph.layers, graph.batch_norms, graph.tensors)
-
-
-@pytest.mark.parametrize("build", GRID)
-def test_shapes_are_enough(build):
-    case, graph = build(), traced(build)
-    apply_fn, variables = case.function()
-    specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    assert trace(apply_fn, specs, jax.ShapeDtypeStruct(case.input_shape, jnp.float32)) == graph
 
 
 @pytest.mark.parametrize("build", GRID)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -33,6 +34,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from dfq_jax.export.onnx import export_onnx, open_onnx, to_onnx  # noqa: E402
 
 
+@functools.cache
 def setup(build):
     case = build()
     function, variables = case.function()
@@ -42,7 +44,7 @@ def setup(build):
 
 
 def quantized(graph, variables, x, bits, **fields):
-    convention = dfq_jax.Convention.parse(bits, **fields)
+    convention = dfq_jax.Convention.parse(bits, weight_range="min_max", **fields)
     ranges = {}
     if convention.activation_bits is not None:
         ranges = dfq_jax.estimate_ranges(graph, variables, jnp.asarray(x), convention, estimator="max")

@@ -59,7 +59,7 @@ def start(shortcuts, kernels, tensors, dtype=jnp.float32):
     x = case.images().astype(dtype)
     graph = trace(residual, variables, jax.ShapeDtypeStruct(x.shape, dtype))
     assert [layer.name for layer in graph.layers] == list(SHAPES)
-    convention = Convention.parse("w4a4", shortcuts=shortcuts)
+    convention = Convention.parse("w4a4", shortcuts=shortcuts, weight_range="min_max")
     ranges = estimate_ranges(graph, variables, x, convention, estimator="max")
     qvariables = quantize_params(graph, variables, ranges, convention)
     kept = [(tensor.name, tensor.name) for tensor in graph.tensors if tensor.name not in tensors]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 from flax import linen as nn
 from model_grid import cifar_resnet8, mlp, transposed_conv
 
@@ -16,7 +17,7 @@ from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import quantize_kernel
 from dfq_jax.stages.comparison import compare, kl_divergence
-from dfq_jax.stages.rounding.block import advance_block, random_mask
+from dfq_jax.stages.rounding.block import random_mask
 from dfq_jax.stages.rounding.learned import reconstruct
 from dfq_jax.stages.rounding.soft import base_codes, harden, init_soft, soft_weight, undecided
 
@@ -52,13 +53,7 @@ def test_random_mask_has_the_share_asked_for(share):
 
 @pytest.mark.parametrize("shortcuts", ["float", "quantized"])
 def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
-    case = cifar_resnet8()
-    apply_fn, variables = case.function()
-    graph = trace(apply_fn, variables, case.input_shape)
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(20, 16, 16, 3)), jnp.float32)
-    convention = Convention.parse("w3a4", shortcuts=shortcuts)
-    ranges = estimate_ranges(graph, variables, images, convention)
-    qvariables = quantize_params(graph, variables, ranges, convention)
+    graph, variables, qvariables, images = quantized_network("w3a4", shortcuts=shortcuts)
     config = ReconstructionConfig(steps=60, batch_size=8, rounding_rate=0.1, regularizer=0.01)
     reports = []
     learned, info = reconstruct(
@@ -75,13 +70,9 @@ def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
 
 def test_mirror_images_are_learned_from():
     """`flip` is the same as mirror images among those to learn from; those held out stay as they are."""
-    case = cifar_resnet8()
-    apply_fn, variables = case.function()
-    graph = trace(apply_fn, variables, case.input_shape)
-    images = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
+    graph, variables, qvariables, images = quantized_network("w4a4")
+    images = np.asarray(images[:8])
     doubled = np.concatenate([images[:6], images[:6, :, ::-1], images[6:]])
-    ranges = estimate_ranges(graph, variables, images, Convention())
-    qvariables = quantize_params(graph, variables, ranges, Convention())
     (ours, info), (expected, other) = (
         reconstruct(
             graph,
@@ -141,24 +132,26 @@ class EqualBlocks(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-def quantized_network(bits: str = "w3a4"):
+@functools.cache
+def quantized_network(bits: str = "w3a4", **fields: str):
     module = EqualBlocks()
     images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 3)), jnp.float32)
-    variables = module.init(jax.random.key(0), images)
+    variables = jax.jit(module.init)(jax.random.key(0), images)
     graph = trace(module.apply, variables, images.shape)
-    convention = Convention.parse(bits)
+    convention = Convention.parse(bits, **fields)
     ranges = estimate_ranges(graph, variables, images, convention)
     return graph, variables, quantize_params(graph, variables, ranges, convention), images
 
 
 def test_equal_blocks_compile_once():
-    graph, variables, qvariables, images = quantized_network()
+    graph, variables, qvariables, images = quantized_network("w3a4")
     config = ReconstructionConfig(steps=4, batch_size=4)
-    compiled = advance_block._cache_size()
-    _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
-    assert len(info.blocks) == 5 and advance_block._cache_size() == compiled + 3
-    reconstruct(graph, variables, qvariables, images, jax.random.key(1), config)
-    assert advance_block._cache_size() == compiled + 3
+    with Compilations() as compiled:
+        _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
+    assert len(info.blocks) == 5 and compiled["advance_block"] == 3
+    with Compilations() as compiled:
+        reconstruct(graph, variables, qvariables, images, jax.random.key(1), config)
+    assert compiled["advance_block"] == 0
 
 
 def test_prediction_difference_is_the_divergence_of_class_probabilities():

@@ -27,6 +27,7 @@ from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
 
+W8A8 = Convention.parse("w8a8", per_channel=False)
 TINY = {"synthesis_steps": 4, "synthesis_num_images": 8, "synthesis_batch_size": 8}
 
 
@@ -107,9 +108,14 @@ def test_same_graph_as_written_out(name):
     np.testing.assert_allclose(found, net.model.apply(net.variables, net.images), rtol=1e-4, atol=1e-5)
 
 
-@BOTH
 @pytest.mark.parametrize(
-    "convention", [Convention(), Convention.parse("w8a8", per_channel=False)], ids=["w4a4", "w8a8"]
+    ("convention", "name"),
+    [
+        pytest.param(Convention(), "scanned_resnet", id="w4a4-scanned_resnet"),
+        pytest.param(Convention(), "scanned_vit", id="w4a4-scanned_vit", marks=pytest.mark.slow),
+        pytest.param(W8A8, "scanned_resnet", id="w8a8-scanned_resnet", marks=pytest.mark.slow),
+        pytest.param(W8A8, "scanned_vit", id="w8a8-scanned_vit"),
+    ],
 )
 def test_same_codes_and_outputs_as_written_out(name, convention):
     net = twins(name)
@@ -132,7 +138,7 @@ def test_same_codes_and_outputs_as_written_out(name, convention):
     assert sqnr(apply(qvariables, net.images), found) > 40
 
 
-@BOTH
+@pytest.mark.parametrize("name", ["scanned_resnet", pytest.param("scanned_vit", marks=pytest.mark.slow)])
 def test_instant(name, tmp_path):
     net = twins(name)
     quantize = functools.partial(dfq_jax.quantize, input_shape=net.shape, recipe="instant", key=jax.random.key(0))

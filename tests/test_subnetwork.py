@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from model_grid import GRID, cifar_resnet8, resnet50, vgg
+from model_grid import GRID, cifar_resnet8, resnet50, traced, vgg
 
 from dfq_jax import run_block, trace
 from dfq_jax.graph.subnetwork import subnetwork
@@ -21,7 +21,7 @@ PARAMS = [
 def test_blocks_one_after_the_other_are_the_network(build):
     case = build()
     apply_fn, variables = case.function()
-    graph, x = trace(apply_fn, variables, case.input_shape), case.images()
+    graph, x = traced(build), case.images()
 
     def by_blocks(variables, x):
         for block in graph.blocks:
@@ -48,8 +48,7 @@ def test_blocks_one_after_the_other_are_the_network(build):
 
 @pytest.mark.parametrize("build", GRID)
 def test_blocks_traced_by_themselves_have_their_layers(build):
-    case = build()
-    graph = trace(*case.function(), case.input_shape)
+    graph = traced(build)
     for block in graph.blocks:
         own = subnetwork(graph, block, 2).graph.layers
         assert [layer.kind for layer in own] == [graph.layer(name).kind for name in block.layers]

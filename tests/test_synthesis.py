@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ import model_grid
 import numpy as np
 import optax
 import pytest
+from compilations import Compilations
 
 from dfq_jax.base import loop
 from dfq_jax.base.checkpoint import Checkpoint
@@ -341,21 +341,6 @@ def test_optimizers_and_schedules(name, schedule):
         last = {"constant": 0.2, "cosine": 0.0, "exponential": 0.01}[schedule]
         np.testing.assert_allclose(updates[-1], last, rtol=1e-3, atol=1e-6)
     assert all(u >= -1e-7 for u in updates)
-
-
-class Compilations(Counter):
-    """How often each function was compiled within the block."""
-
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self._count)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._count)
-
-    def _count(self, event, seconds, fun_name="?", **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self[fun_name.removeprefix("jit(").removesuffix(")")] += 1
 
 
 @pytest.mark.parametrize(

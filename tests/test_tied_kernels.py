@@ -169,7 +169,7 @@ def setup(build, bits, **fields):
     variables = jax.tree.map(spread, variables)
     graph = trace(function, variables, case.input_shape)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(8, *case.input_shape[1:])), jnp.float32)
-    convention = Convention.parse(bits, **fields)
+    convention = Convention.parse(bits, weight_range="min_max", **fields)
     ranges = {}
     if convention.activation_bits is not None:
         ranges = estimate_ranges(graph, variables, x, convention, estimator="max")
