@@ -225,15 +225,15 @@ def fuzz(kind: str, mutations: int, folder: Path) -> Outcome:
     content, path, outcome = make(), folder / "file", Outcome(kind)
     path.write_bytes(content)
     read(path)  # what is compiled and imported then is not the damage's
-    for seed in range(mutations):
+    for seed in range(mutations + 1):  # the first is the file unharmed, which is measured and not counted
         damage = mutate_member if seed % 2 and zipfile.is_zipfile(io.BytesIO(content)) else mutate
         path.write_bytes(damage(content, np.random.default_rng(seed)) if seed else content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result, seconds, memory = attempt(read, path)
         ratio = memory / max(path.stat().st_size, FLOOR)
-        outcome.mutations += 1
-        outcome.read += result == "read"
+        outcome.mutations += seed > 0
+        outcome.read += seed > 0 and result == "read"
         outcome.refused += result == "refused"
         outcome.other += result not in ("read", "refused")
         outcome.slowest, outcome.memory = max(outcome.slowest, seconds), max(outcome.memory, ratio)
@@ -245,7 +245,7 @@ def fuzz(kind: str, mutations: int, folder: Path) -> Outcome:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=1500, help="of each kind; the first is the file unharmed")
+    parser.add_argument("--mutations", type=int, default=1500, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
     broken: list[str] = []
