@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +26,7 @@ FORMATS = ("onnx", "qwix", "stablehlo", "tflite")
 Runner = Callable[[Float[np.ndarray, "n ..."]], Float[np.ndarray, "n ..."]]
 
 
+@runtime_checkable
 class Exporter(Protocol):
     """One file format.
 

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Integer, UInt8
+from jaxtyping import Integer, UInt8
 
-from dfq_jax.quantizers.qtensor import bounds, storage_bits
+from dfq_jax.quantizers.qtensor import AnyArray, bounds, storage_bits
 
 
 def pack(codes: Integer[ArrayLike, "..."], bits: int) -> UInt8[np.ndarray, " bytes"]:
@@ -43,8 +43,8 @@ def pack(codes: Integer[ArrayLike, "..."], bits: int) -> UInt8[np.ndarray, " byt
 
 
 def unpack(
-    packed: UInt8[Array | np.ndarray, " bytes"], bits: int, shape: tuple[int, ...], signed: bool
-) -> Integer[Array | np.ndarray, "..."]:
+    packed: UInt8[AnyArray, " bytes"], bits: int, shape: tuple[int, ...], signed: bool
+) -> Integer[AnyArray, "..."]:
     """Inverse of `pack`, on the host; inside a compiled function where `packed` is a JAX array.
 
     >>> unpack(pack(np.array([-2, -1, 0, 1, 1]), bits=2), bits=2, shape=(5,), signed=True)

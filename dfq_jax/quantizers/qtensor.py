@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int8, Integer
 
 MIN_BITS, MAX_BITS = 2, 8
+AnyArray = Array | np.ndarray  # on a device, in a trace, or on the host
 
 # Scale of a range of zero width (a dead channel). Its reciprocal square is still finite in float32, so
 # gradients through x / scale stay finite too.
@@ -109,13 +110,13 @@ def code_limits(params: QuantizerParams) -> tuple[Float[Array, "..."] | float, F
     return qmin - zero_point, qmax - zero_point
 
 
-def centered_codes(codes: Integer[Array, "..."], params: QuantizerParams) -> Integer[Array, "..."]:
+def centered_codes(codes: Integer[AnyArray, "..."], params: QuantizerParams) -> Integer[AnyArray, "..."]:
     """Codes less the zero point, int16, as NumPy arrays of NumPy arrays."""
     codes = codes.astype(np.int16)
     return codes if params.zero_point is None else codes - params.zero_point.astype(np.int16)
 
 
-def int8_zero(params: QuantizerParams) -> Float[Array, "..."] | None:
+def int8_zero(params: QuantizerParams) -> Float[AnyArray, "..."] | None:
     """The int8 value of real zero, in float; None where codes less their zero point fit int8, so that it is 0.
 
     They do not where there are 8 bits and a zero point: then unsigned codes move down by half of their range, and
@@ -128,8 +129,8 @@ def int8_zero(params: QuantizerParams) -> Float[Array, "..."] | None:
 
 
 def int8_codes(
-    codes: Integer[Array, "..."], params: QuantizerParams
-) -> tuple[Int8[Array, "..."], Float[Array, "..."] | None]:
+    codes: Integer[AnyArray, "..."], params: QuantizerParams
+) -> tuple[Int8[AnyArray, "..."], Float[AnyArray, "..."] | None]:
     """Codes as operands of int8 products, and what stands for real zero among them; see `int8_zero`.
 
     >>> params = params_from_range(0.0, 255.0, bits=8)
@@ -323,7 +324,7 @@ class QTensor:
         """The real tensor, in the original dtype."""
         return dequantize(self.qvalue, self.params).astype(self.dtype)
 
-    def centered(self) -> Integer[Array, "..."]:
+    def centered(self) -> Integer[AnyArray, "..."]:
         """Codes less the zero point: the real tensor is the scale times them.
 
         Returns:
@@ -332,7 +333,7 @@ class QTensor:
         """
         return centered_codes(self.qvalue, self.params).astype(np.int8 if int8_zero(self.params) is None else np.int16)
 
-    def with_centered(self, codes: Float[Array, "..."]) -> QTensor:
+    def with_centered(self, codes: Float[AnyArray, "..."]) -> QTensor:
         """The tensor of other codes, given less the zero point: the inverse of `centered`."""
         codes = codes if self.zero_point is None else codes + self.zero_point
         return dataclasses.replace(self, qvalue=jnp.round(codes).astype(self.qvalue.dtype))
