@@ -30,7 +30,7 @@ Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
 class ConventionOptions:
     """Fields of a convention; the help of each is the record's."""
 
-    __doc__ = Convention.__doc__
+    __doc__ = (Convention.__doc__ or "").replace("None for", "none for", 1)
 
     edge_bits: Bits = Convention.edge_bits
     edge_input_bits: Count = None
