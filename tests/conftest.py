@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 # Tests run a program once or twice: compiling it is what takes the time, and this makes it three times as fast. No test
-# asks how fast programs are, or that two programs agree in more than what rounding leaves. An XLA that does not know a
-# flag ends the process, so that it is given to those which are known to have it.
+# asks how fast programs are, or that two programs agree in more than what rounding leaves. Programs in one piece take a
+# third of the maps (see below). An XLA that does not know a flag ends the process: only those known to have them get
+# them.
 if (0, 7) <= jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 if jax.default_backend() == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start

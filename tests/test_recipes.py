@@ -159,7 +159,8 @@ def test_models_of_every_kind(kind):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe(name):
-    q = run(recipe=RECIPES[name].replace(**SMALL))
+    short = {"reconstruction_steps": 20} if RECIPES[name].reconstruction else {}
+    q = run(recipe=RECIPES[name].replace(**SMALL | short))
     assert q.report.recipe == name
     assert q.images.shape == (8, *SHAPE[1:])
     assert np.isfinite(q(inputs())).all()
@@ -975,8 +976,7 @@ def test_images_take_the_place_of_batch_norm_parameters():
 
 
 def test_instant_without_batch_norm_uses_noise():
-    case = model_grid.no_batch_norm()
-    result = quantize(case.model, case.variables, input_shape=case.input_shape, recipe="instant", bits="w8a8")
+    result = run(NO_NORM.model, NO_NORM.variables, recipe="instant", bits="w8a8")
     assert "noise" in result.report.images and not result.report.images.startswith("none")
 
 

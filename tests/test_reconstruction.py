@@ -53,7 +53,7 @@ def test_random_mask_has_the_share_asked_for(share):
 
 @pytest.mark.parametrize("shortcuts", ["float", "quantized"])
 def test_reconstruction_lowers_the_error_of_blocks(shortcuts):
-    graph, variables, qvariables, images = quantized_network("w3a4", shortcuts=shortcuts)
+    graph, variables, qvariables, images = quantized_network(count=32, shortcuts=shortcuts)
     config = ReconstructionConfig(steps=60, batch_size=8, rounding_rate=0.1, regularizer=0.01)
     reports = []
     learned, info = reconstruct(
@@ -133,9 +133,9 @@ class EqualBlocks(nn.Module):
 
 
 @functools.cache
-def quantized_network(bits: str = "w3a4", **fields: str):
+def quantized_network(bits: str = "w3a4", count: int = 16, **fields: str):
     module = EqualBlocks()
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8, 3)), jnp.float32)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(count, 8, 8, 3)), jnp.float32)
     variables = jax.jit(module.init)(jax.random.key(0), images)
     graph = trace(module.apply, variables, images.shape)
     convention = Convention.parse(bits, **fields)
