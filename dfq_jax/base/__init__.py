@@ -3,7 +3,7 @@
 from dfq_jax.base.backend import platform_of
 from dfq_jax.base.checkpoint import remove_checkpoint
 from dfq_jax.base.contexts import may_transfer
-from dfq_jax.base.fields import check_field, is_non_negative, known_fields
+from dfq_jax.base.fields import check_field, check_fields, is_non_negative, known_fields
 from dfq_jax.base.files import replacing, write_atomically
 from dfq_jax.base.images import batches, clip, low_pass, random_crop, random_flip, random_shift, random_window, smooth
 from dfq_jax.base.loop import Loop, Plan, Progress, Turn, largest_divisor
@@ -18,6 +18,7 @@ __all__ = [
     "Turn",
     "batches",
     "check_field",
+    "check_fields",
     "check_precision",
     "clip",
     "descend",

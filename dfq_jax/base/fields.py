@@ -13,6 +13,18 @@ def is_non_negative(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
+# What fields are asked to be, in words and as a test.
+RULES: dict[str, Callable[[Any], bool]] = {
+    "an integer of at least 1": lambda v: type(v) is int and v >= 1,
+    "an integer of at least 0": lambda v: type(v) is int and v >= 0,
+    "a finite number of at least 0": is_non_negative,
+    "a positive number": lambda v: is_non_negative(v) and v > 0,
+    "a number from 0 to 1": lambda v: is_non_negative(v) and v <= 1,
+    "a number above 0 and below 1": lambda v: is_non_negative(v) and 0 < v < 1,
+    "True or False": lambda v: isinstance(v, bool),
+}
+
+
 def known_fields(record: type, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a dataclass as read from a file.
 
@@ -32,3 +44,16 @@ def check_field(name: str, value: object, wanted: str, ok: Callable[[Any], bool]
     """
     if not ok(value):
         raise ValueError(f"{name}: expected {wanted}, found {value!r}.")
+
+
+def check_fields(record: Any, wanted: str | tuple[Any, ...], *names: str) -> None:
+    """Refuse, by name, fields of a record that are not what `RULES` has under these words, or one of these choices.
+
+    Raises:
+      ValueError: one is not.
+    """
+    for name in names:
+        if isinstance(wanted, str):
+            check_field(name, getattr(record, name), wanted, RULES[wanted])
+        else:
+            check_field(name, getattr(record, name), f"one of {wanted}", lambda v: v in wanted)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dfq_jax.base import check_field, check_precision, is_non_negative
+from dfq_jax.base import check_field, check_fields, check_precision, is_non_negative
 
 SOURCES = ("pixels", "generator")
 STATISTICS = ("batch", "image", "set")
@@ -103,43 +103,24 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        for name in ("num_images", "batch_size", "steps"):
-            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        for name in ("extra_pixels", "jitter", "crop", "patience", "chunk"):
-            check_field(name, getattr(self, name), "an integer of at least 0", lambda v: type(v) is int and v >= 0)
-        for name in (
-            "mean_weight",
-            "std_weight",
-            "input_weight",
-            "class_weight",
-            "class_focus",
-            "distance_weight",
-            "response_weight",
-            "total_variation_weight",
-            "smoothing",
-            "low_pass",
-            "min_improvement",
-        ):
-            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
-        for name in ("learning_rate", "generator_learning_rate"):
-            check_field(name, getattr(self, name), "a positive number", lambda v: is_non_negative(v) and v > 0)
-        for name in ("flip", "swing"):
-            check_field(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
+        check_fields(self, "an integer of at least 1", "num_images", "batch_size", "steps")
+        check_fields(self, "an integer of at least 0", "extra_pixels", "jitter", "crop", "patience", "chunk")
+        weights = (name for name in vars(self) if name.endswith("_weight"))
+        others = ("class_focus", "smoothing", "low_pass", "min_improvement")
+        check_fields(self, "a finite number of at least 0", *weights, *others)
+        check_fields(self, "a positive number", "learning_rate", "generator_learning_rate")
+        check_fields(self, "True or False", "flip", "swing")
         # Lists, as read from a file, become tuples: a config is hashable.
         object.__setattr__(self, "distance_range", _tuples(self.distance_range))
         object.__setattr__(self, "pixel_range", _tuples(self.pixel_range))
         check_field("distance_range", self.distance_range, "two numbers, 0 <= low <= high <= 2", _distances)
         check_field("pixel_range", self.pixel_range, "((low, ...), (high, ...)), low < high in each channel", _limits)
-        for name in ("response_start", "response_quantile"):
-            check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
-        for name, choices in (
-            ("source", SOURCES),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("statistics", STATISTICS),
-            ("layer_weighting", WEIGHTINGS),
-        ):
-            check_field(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
+        check_fields(self, "a number from 0 to 1", "response_start", "response_quantile")
+        check_fields(self, SOURCES, "source")
+        check_fields(self, OPTIMIZERS, "optimizer")
+        check_fields(self, SCHEDULES, "schedule")
+        check_fields(self, STATISTICS, "statistics")
+        check_fields(self, WEIGHTINGS, "layer_weighting")
 
     @property
     def uses_classes(self) -> bool:

@@ -33,10 +33,10 @@ from dfq_jax.base import (
     State,
     Turn,
     check_field,
+    check_fields,
     descend,
     full_precision,
     init_state,
-    is_non_negative,
     largest_divisor,
     platform_of,
     repeat,
@@ -72,12 +72,9 @@ class RefineConfig:
     statistics: SynthesisConfig = SynthesisConfig()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        for name in ("learning_rate", "rho"):
-            check_field(name, getattr(self, name), "a positive number", lambda v: is_non_negative(v) and v > 0)
-        for name in ("similarity_weight", "diversity_weight"):
-            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
+        check_fields(self, "an integer of at least 1", "steps", "batch_size")
+        check_fields(self, "a positive number", "learning_rate", "rho")
+        check_fields(self, "a finite number of at least 0", "similarity_weight", "diversity_weight")
         check_field("statistics", self.statistics, "a SynthesisConfig", lambda v: isinstance(v, SynthesisConfig))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dfq_jax.base import check_field, check_precision, is_non_negative
+from dfq_jax.base import check_fields, check_precision
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -65,30 +65,17 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        for name in ("steps", "batch_size", "evaluations"):
-            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        for name in ("crop", "chunk"):
-            check_field(name, getattr(self, name), "an integer of at least 0", lambda v: type(v) is int and v >= 0)
-        for name in (
-            "weight_rate",
-            "scale_rate",
-            "step_rate",
-            "affine_rate",
-            "divergence_weight",
-            "feature_weight",
-            "attention_weight",
-            "label_weight",
-        ):
-            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
-        for name in ("trust", "difficulty"):
-            check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
-        check_field("temperature", self.temperature, "a positive number", lambda v: is_non_negative(v) and v > 0)
-        check_field("flip", self.flip, "True or False", lambda v: isinstance(v, bool))
-        check_field(
-            "held_out", self.held_out, "a number above 0 and below 1", lambda v: is_non_negative(v) and 0 < v < 1
-        )
-        for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            check_field(name, getattr(self, name), f"one of {choices}", lambda v, c=choices: v in c)
         terms = ("divergence_weight", "feature_weight", "attention_weight", "label_weight")
+        check_fields(self, "an integer of at least 1", "steps", "batch_size", "evaluations")
+        check_fields(self, "an integer of at least 0", "crop", "chunk")
+        check_fields(
+            self, "a finite number of at least 0", "weight_rate", "scale_rate", "step_rate", "affine_rate", *terms
+        )
+        check_fields(self, "a number from 0 to 1", "trust", "difficulty")
+        check_fields(self, "a positive number", "temperature")
+        check_fields(self, "True or False", "flip")
+        check_fields(self, "a number above 0 and below 1", "held_out")
+        check_fields(self, OPTIMIZERS, "optimizer")
+        check_fields(self, SCHEDULES, "schedule")
         if not any(getattr(self, name) for name in terms):
             raise ValueError(f"{', '.join(terms)}: all are 0; nothing would be learned.")

@@ -157,17 +157,8 @@ class _StudentLoop(Loop):
 
     def advance(self, turn: Turn, work: tuple[State, Any]) -> tuple[tuple[State, Any], jax.Array]:
         state, best = work
-        state, losses = advance_student(
-            self.graph,
-            self.config,
-            self.plan.chunk,
-            self.variables,
-            self.start,
-            self.images,
-            self.labels,
-            state,
-            self.key,
-        )
+        fixed = self.variables, self.start, self.images, self.labels
+        state, losses = advance_student(self.graph, self.config, self.plan.chunk, *fixed, state, self.key)
         self.latest = losses.total
         before, after = (step * self.config.evaluations // self.config.steps for step in (turn.begin, turn.end))
         return (state, self.better(state, best, turn.end) if before < after else best), losses.total

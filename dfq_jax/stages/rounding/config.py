@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dfq_jax.base import check_field, check_precision, is_non_negative
+from dfq_jax.base import check_field, check_fields, check_precision, is_non_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,18 +62,14 @@ class ReconstructionConfig:
         check_precision(self.precision)
         if isinstance(self.beta, list):  # as JSON has it
             object.__setattr__(self, "beta", tuple(self.beta))
-        for name in ("steps", "batch_size", "min_layers"):
-            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        check_field("chunk", self.chunk, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
-        for name in ("rounding_rate", "scale_rate", "step_rate", "bias_rate", "regularizer", "prediction_weight"):
-            check_field(name, getattr(self, name), "a finite number of at least 0", is_non_negative)
-        check_field("flip", self.flip, "True or False", lambda v: isinstance(v, bool))
-        check_field("temperature", self.temperature, "a positive number", lambda v: is_non_negative(v) and v > 0)
-        for name in ("drop", "warm_up", "trust"):
-            check_field(name, getattr(self, name), "a number from 0 to 1", lambda v: is_non_negative(v) and v <= 1)
-        check_field(
-            "held_out", self.held_out, "a number above 0 and below 1", lambda v: is_non_negative(v) and 0 < v < 1
-        )
+        check_fields(self, "an integer of at least 1", "steps", "batch_size", "min_layers")
+        check_fields(self, "an integer of at least 0", "chunk")
+        rates = (name for name in vars(self) if name.endswith("_rate"))
+        check_fields(self, "a finite number of at least 0", *rates, "regularizer", "prediction_weight")
+        check_fields(self, "a positive number", "temperature")
+        check_fields(self, "a number from 0 to 1", "drop", "warm_up", "trust")
+        check_fields(self, "a number above 0 and below 1", "held_out")
+        check_fields(self, "True or False", "flip")
         check_field(
             "beta",
             self.beta,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, check_field, full_precision, is_non_negative
+from dfq_jax.base import batches, check_field, check_fields, full_precision, is_non_negative
 from dfq_jax.graph import BatchNormRule, Graph, LayerCall, apply_quantized, as_argument, check_images
 from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes, quantized_kernels, with_codes
 
@@ -49,10 +49,9 @@ class GPTQConfig:
     max_patches: int = 1 << 15
 
     def __post_init__(self) -> None:
-        check_field("order", self.order, f"one of {ORDERS}", lambda v: v in ORDERS)
+        check_fields(self, ORDERS, "order")
         check_field("damping", self.damping, "a positive number such as 0.01", lambda v: is_non_negative(v) and v > 0)
-        for name in ("passes", "block", "max_patches"):
-            check_field(name, getattr(self, name), "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        check_fields(self, "an integer of at least 1", "passes", "block", "max_patches")
 
 
 @full_precision

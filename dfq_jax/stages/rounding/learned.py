@@ -21,17 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import (
-    Loop,
-    Plan,
-    Progress,
-    State,
-    Turn,
-    full_precision,
-    init_state,
-    largest_divisor,
-    platform_of,
-)
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, init_state, largest_divisor, platform_of
 from dfq_jax.graph import Graph, Subnetwork, merge_blocks, subnetwork
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import apply_jitted
@@ -138,8 +128,7 @@ class _Block(NamedTuple):
     cache: Cache
     start: State
     bases: dict[str, jax.Array]
-    rest_graph: Graph | None
-    rest: Variables | None
+    rest: tuple[Graph, Variables] | tuple[None, None]
     key: jax.Array
     started: float
 
@@ -148,13 +137,7 @@ class _BlockLoop(Loop):
     """The loop of one call of `reconstruct`: its work on a block is a state, and in the end the block's variables."""
 
     def __init__(
-        self,
-        graph: Graph,
-        variables: Any,
-        qvariables: Any,
-        images: jax.Array,
-        key: Any,
-        config: ReconstructionConfig,
+        self, graph: Graph, variables: Any, qvariables: Any, images: jax.Array, key: Any, config: ReconstructionConfig
     ):
         self.train = len(images) - held_out_count(config.held_out, len(images))
         if config.flip and images.ndim > 2:  # vectors have no sides
@@ -190,18 +173,8 @@ class _BlockLoop(Loop):
 
     def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
         block = self.enter(turn.batch)
-        state, losses = advance_block(
-            block.sub.graph,
-            self.config,
-            self.plan.chunk,
-            block.rest_graph,
-            block.rest,
-            block.own,
-            block.bases,
-            block.cache,
-            work,
-            block.key,
-        )
+        static = block.sub.graph, self.config, self.plan.chunk
+        state, losses = advance_block(*static, *block.rest, block.own, block.bases, block.cache, work, block.key)
         finished = turn.end == self.config.steps
         return self.finish(block, state) if finished else state, losses.reconstruction
 
@@ -214,7 +187,7 @@ class _BlockLoop(Loop):
             cache = jax.tree.map(lambda a: a[: self.train], every)
             own, key = sub.select(self.graph, self.qvariables), jax.random.fold_in(self.key, index)
             state, bases = self.start(index)
-            self.block = _Block(index, sub, own, targets, cache, state, bases, *self.rest(index), key, started)
+            self.block = _Block(index, sub, own, targets, cache, state, bases, self.rest(index), key, started)
         return self.block
 
     def start(self, index: int) -> tuple[State, dict[str, jax.Array]]:
