@@ -80,7 +80,7 @@ def adapt_batch_norm(
     batch_size: int = 64,
     batch_norm: BatchNormRule = normalize,
 ) -> Any:
-    """Quantized variables with adapted BatchNorm statistics.
+    """Adapt the BatchNorm statistics of a quantized network to what its layers compute.
 
     Pure and traceable: `jax.jit` with `graph` and `config` static. Statistics are over the whole set of images, also
     when it is sharded over devices.
@@ -99,6 +99,11 @@ def adapt_batch_norm(
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
+
+    Example:
+      >>> adapted = dfq_jax.adapt_batch_norm(graph, variables, qvariables, images)
+      >>> bool((adapted["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
+      False
     """
     check_images(graph, images)
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
@@ -182,7 +187,7 @@ def _stored(graph: Graph, variables: Any) -> Moments:
 
 @full_precision
 def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> Moments:
-    """Mean and variance of every BatchNorm's input over all images, by name, in inference mode.
+    """Measure mean and variance of every BatchNorm's input over all images, in inference mode.
 
     Args:
       graph: from `trace`.
@@ -192,6 +197,11 @@ def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ...
 
     Returns:
       `{BatchNorm name: (mean [channels], variance [channels])}`, float32, biased variance.
+
+    Example:
+      >>> mean, variance = dfq_jax.batch_norm_moments(graph, variables, images)["bn1"]
+      >>> mean.shape == variance.shape == variables["bn1"]["mean"].shape
+      True
     """
     total: dict[str, tuple[jax.Array, jax.Array]] = {}
     for batch in batches(images, batch_size):
@@ -245,7 +255,7 @@ def correct_bias(
     normalized: bool = True,
     batch_norm: BatchNormRule | None = None,
 ) -> Any:
-    """Empirical bias correction: every layer's mean output per channel becomes that of the float network.
+    """Correct biases so that every layer's mean output per channel becomes that of the float network.
 
     After Nagel et al. (DFQ, arXiv 1906.04721) and Banner et al. (arXiv 1810.05723). The correction goes into the mean
     of the BatchNorm that follows, else into the layer's own bias; layers with neither are left as they are. Layers are
@@ -265,6 +275,11 @@ def correct_bias(
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
+
+    Example:
+      >>> corrected = dfq_jax.correct_bias(graph, variables, qvariables, images)
+      >>> bool((corrected["dense2"]["bias"] == qvariables["dense2"]["bias"]).any())
+      False
     """
     check_images(graph, images)
     return _correct_bias(graph, variables, qvariables, images, normalized, as_argument(batch_norm))

@@ -55,13 +55,20 @@ class Pair:
 
 
 def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
-    """The pairs that `equalize` treats, and why other layers are in none.
+    """Find the pairs that `equalize` treats, and why other layers are in none.
 
     Args:
       graph: from `trace`.
 
     Returns:
       `(pairs, skipped)`, in the order of layers.
+
+    Example:
+      >>> pairs, skipped = dfq_jax.find_pairs(graph)
+      >>> [(pair.first, pair.readers) for pair in pairs]
+      [('dense1', ('dense2',))]
+      >>> [layer.name for layer in skipped]
+      ['dense2']
     """
     tensors = {tensor.value: tensor for tensor in graph.tensors}
     pairs, skipped = [], []
@@ -119,7 +126,7 @@ def _serve_only(graph: Graph, leaves: tuple[int | None, ...], ops: tuple[int, ..
 
 
 def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
-    """Variables of the same function with equalized ranges between layers.
+    """Equalize the ranges of channels between layers, with the function kept.
 
     Where a BatchNorm follows the first layer, its scale and bias take the factor, otherwise the kernel and bias do;
     `fold_batch_norm` afterwards moves it into the kernel. Pure and traceable. See `find_pairs` for what is equalized.
@@ -138,6 +145,11 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
     Raises:
       ValueError: `balance` is unknown.
       GraphError: `variables` are not the traced tree.
+
+    Example:
+      >>> equalized = dfq_jax.equalize(graph, variables)
+      >>> bool(jnp.allclose(apply_fn(equalized, images), apply_fn(variables, images), atol=1e-4))
+      True
     """
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {BALANCES}, found {balance!r}.")
@@ -267,6 +279,11 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
     Raises:
       ValueError: `sigmas` is not positive.
       GraphError: `variables` are not the traced tree.
+
+    Example:
+      >>> absorbed = dfq_jax.absorb_high_bias(graph, variables, sigmas=1.0)
+      >>> bool((absorbed["bn1"]["bias"] < variables["bn1"]["bias"]).any())
+      True
     """
     if not (isinstance(sigmas, (int, float)) and math.isfinite(sigmas) and sigmas > 0):
         raise ValueError(f"sigmas: expected a positive number such as 3.0, found {sigmas!r}.")

@@ -66,7 +66,7 @@ def gptq(
     batch_size: int = 32,
     batch_norm: BatchNormRule | None = None,
 ) -> Any:
-    """Quantized variables with codes found from the layers' inputs on images.
+    """Round weights with a view to the layers' inputs on images.
 
     All layers are treated at once in each pass, so the network is compiled once and memory holds one batch.
 
@@ -85,6 +85,11 @@ def gptq(
 
     Raises:
       ValueError: no kernel is quantized, `variables` are not the float ones, no images, or images with NaN or infinity.
+
+    Example:
+      >>> rounded = dfq_jax.gptq(graph, variables, qvariables, images)
+      >>> rounded["dense1"]["kernel"].qvalue.shape
+      (6, 4)
     """
     check_images(graph, images)
     kernels = quantized_kernels(graph, variables, qvariables)

@@ -21,7 +21,7 @@ from dfq_jax.stages.rounding.codes import kernel_codes, quantized_kernels, with_
 
 
 def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
-    """Quantized variables with the codes of SQuant in place of the nearest ones.
+    """Put the codes of SQuant in place of the nearest ones.
 
     Pure and traceable: `jax.jit` with `graph` static.
 
@@ -37,6 +37,11 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
 
     Raises:
       ValueError: no kernel is quantized, or `variables` are not the float ones.
+
+    Example:
+      >>> rounded = dfq_jax.squant(graph, variables, qvariables)
+      >>> rounded["dense1"]["kernel"].qvalue.shape
+      (6, 4)
     """
     updates = {}
     for path, (form, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
