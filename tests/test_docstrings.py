@@ -34,7 +34,6 @@ WITHOUT_EXAMPLE = {  # shrinks
     "quantize_params",
     "reconstruct",
     "record_tensors",
-    "run",
     "run_block",
     "synthesize",
     "trace",

@@ -47,6 +47,10 @@ POOL = 4_194_301
 def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -> dict[str, Summary]:
     """Tell the summaries of every tensor, for `apply_estimator`, from BatchNorm parameters.
 
+    >>> summaries = dfq_jax.analytic_summaries(graph, variables, num_samples=8)
+    >>> sorted(summaries)
+    ['dense1', 'dense2']
+
     Args:
       graph: from `trace`.
       variables: float variables.
@@ -58,11 +62,6 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -
 
     Raises:
       GraphError: the network has no BatchNorm.
-
-    Example:
-      >>> summaries = dfq_jax.analytic_summaries(graph, variables, num_samples=8)
-      >>> sorted(summaries)
-      ['dense1', 'dense2']
     """
     images, rule = _noise(graph, variables, num_samples)
     return summarize(graph, variables, images, batch_size=num_samples, batch_norm=rule)
@@ -86,6 +85,10 @@ def analytic_correction(
     Each layer is taken by itself, with inputs as the float network's. Channels of one BatchNorm count as independent,
     and pixels as correlated to `SPATIAL_CORRELATION`: means do not depend on that, ratios of variances do.
 
+    >>> corrected = dfq_jax.analytic_correction(graph, variables, qvariables, num_samples=8)
+    >>> bool((corrected["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
+    False
+
     Args:
       graph: from `trace`.
       variables: float variables.
@@ -98,11 +101,6 @@ def analytic_correction(
 
     Raises:
       GraphError: the network has no BatchNorm.
-
-    Example:
-      >>> corrected = dfq_jax.analytic_correction(graph, variables, qvariables, num_samples=8)
-      >>> bool((corrected["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
-      False
     """
     noise, rule = _noise(graph, variables, num_samples)
     adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
@@ -115,6 +113,10 @@ def gptq_from_noise(
     """Round weights by GPTQ without images.
 
     The layers' inputs are noise of the moments that the BatchNorms in front promise.
+
+    >>> rounded = dfq_jax.gptq_from_noise(graph, variables, qvariables, num_samples=8)
+    >>> rounded["dense2"]["kernel"].bits
+    4
 
     Args:
       graph: from `trace`.
@@ -129,11 +131,6 @@ def gptq_from_noise(
     Raises:
       GraphError: the network has no BatchNorm.
       ValueError: as `gptq`.
-
-    Example:
-      >>> rounded = dfq_jax.gptq_from_noise(graph, variables, qvariables, num_samples=8)
-      >>> rounded["dense2"]["kernel"].bits
-      4
     """
     noise, rule = _noise(graph, variables, num_samples)
     return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)

@@ -85,6 +85,10 @@ def adapt_batch_norm(
     Pure and traceable: `jax.jit` with `graph` and `config` static. Statistics are over the whole set of images, also
     when it is sharded over devices.
 
+    >>> adapted = dfq_jax.adapt_batch_norm(graph, variables, qvariables, images)
+    >>> bool((adapted["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
+    False
+
     Args:
       graph: from `trace`.
       variables: the float variables.
@@ -99,11 +103,6 @@ def adapt_batch_norm(
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
-
-    Example:
-      >>> adapted = dfq_jax.adapt_batch_norm(graph, variables, qvariables, images)
-      >>> bool((adapted["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
-      False
     """
     check_images(graph, images)
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
@@ -189,6 +188,10 @@ def _stored(graph: Graph, variables: Any) -> Moments:
 def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> Moments:
     """Measure mean and variance of every BatchNorm's input over all images, in inference mode.
 
+    >>> mean, variance = dfq_jax.batch_norm_moments(graph, variables, images)["bn1"]
+    >>> mean.shape == variance.shape == variables["bn1"]["mean"].shape
+    True
+
     Args:
       graph: from `trace`.
       variables: float or quantized variables.
@@ -197,11 +200,6 @@ def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ...
 
     Returns:
       `{BatchNorm name: (mean [channels], variance [channels])}`, float32, biased variance.
-
-    Example:
-      >>> mean, variance = dfq_jax.batch_norm_moments(graph, variables, images)["bn1"]
-      >>> mean.shape == variance.shape == variables["bn1"]["mean"].shape
-      True
     """
     total: dict[str, tuple[jax.Array, jax.Array]] = {}
     for batch in batches(images, batch_size):
@@ -262,6 +260,10 @@ def correct_bias(
     corrected in order, each behind those already corrected, over all images together. What is corrected already, by
     this function or by differential adaptation, stays as it is.
 
+    >>> corrected = dfq_jax.correct_bias(graph, variables, qvariables, images)
+    >>> bool((corrected["dense2"]["bias"] == qvariables["dense2"]["bias"]).any())
+    False
+
     Args:
       graph: from `trace`.
       variables: the float variables.
@@ -275,11 +277,6 @@ def correct_bias(
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
-
-    Example:
-      >>> corrected = dfq_jax.correct_bias(graph, variables, qvariables, images)
-      >>> bool((corrected["dense2"]["bias"] == qvariables["dense2"]["bias"]).any())
-      False
     """
     check_images(graph, images)
     return _correct_bias(graph, variables, qvariables, images, normalized, as_argument(batch_norm))

@@ -57,18 +57,17 @@ class Pair:
 def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
     """Find the pairs that `equalize` treats, and why other layers are in none.
 
+    >>> pairs, skipped = dfq_jax.find_pairs(graph)
+    >>> [(pair.first, pair.readers) for pair in pairs]
+    [('dense1', ('dense2',))]
+    >>> [layer.name for layer in skipped]
+    ['dense2']
+
     Args:
       graph: from `trace`.
 
     Returns:
       `(pairs, skipped)`, in the order of layers.
-
-    Example:
-      >>> pairs, skipped = dfq_jax.find_pairs(graph)
-      >>> [(pair.first, pair.readers) for pair in pairs]
-      [('dense1', ('dense2',))]
-      >>> [layer.name for layer in skipped]
-      ['dense2']
     """
     tensors = {tensor.value: tensor for tensor in graph.tensors}
     pairs, skipped = [], []
@@ -131,6 +130,10 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
     Where a BatchNorm follows the first layer, its scale and bias take the factor, otherwise the kernel and bias do;
     `fold_batch_norm` afterwards moves it into the kernel. Pure and traceable. See `find_pairs` for what is equalized.
 
+    >>> equalized = dfq_jax.equalize(graph, variables)
+    >>> bool(jnp.allclose(apply_fn(equalized, images), apply_fn(variables, images), atol=1e-4))
+    True
+
     Args:
       graph: from `trace`.
       variables: float variables.
@@ -145,11 +148,6 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
     Raises:
       ValueError: `balance` is unknown.
       GraphError: `variables` are not the traced tree.
-
-    Example:
-      >>> equalized = dfq_jax.equalize(graph, variables)
-      >>> bool(jnp.allclose(apply_fn(equalized, images), apply_fn(variables, images), atol=1e-4))
-      True
     """
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {BALANCES}, found {balance!r}.")
@@ -268,6 +266,10 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
     by what the ReLU cuts off farther out; run `equalize` first. Layers behind that pad are left out: their borders
     would lack the constant.
 
+    >>> absorbed = dfq_jax.absorb_high_bias(graph, variables, sigmas=1.0)
+    >>> bool((absorbed["bn1"]["bias"] < variables["bn1"]["bias"]).any())
+    True
+
     Args:
       graph: from `trace`.
       variables: float variables.
@@ -279,11 +281,6 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
     Raises:
       ValueError: `sigmas` is not positive.
       GraphError: `variables` are not the traced tree.
-
-    Example:
-      >>> absorbed = dfq_jax.absorb_high_bias(graph, variables, sigmas=1.0)
-      >>> bool((absorbed["bn1"]["bias"] < variables["bn1"]["bias"]).any())
-      True
     """
     if not (isinstance(sigmas, (int, float)) and math.isfinite(sigmas) and sigmas > 0):
         raise ValueError(f"sigmas: expected a positive number such as 3.0, found {sigmas!r}.")

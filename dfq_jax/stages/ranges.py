@@ -189,6 +189,10 @@ def estimate_ranges(
 ) -> dict[str, Range]:
     """Estimate the clipping range of every tensor that layers read.
 
+    >>> ranges = dfq_jax.estimate_ranges(graph, variables, images, convention, estimator="mean_peak")
+    >>> sorted(ranges)
+    ['dense1', 'dense2']
+
     Args:
       graph: from `trace`.
       variables: float variables.
@@ -202,11 +206,6 @@ def estimate_ranges(
 
     Raises:
       ValueError: no images, images with NaN or infinity, an unknown estimator.
-
-    Example:
-      >>> ranges = dfq_jax.estimate_ranges(graph, variables, images, convention, estimator="mean_peak")
-      >>> sorted(ranges)
-      ['dense1', 'dense2']
     """
     function = resolve_estimator(estimator)
     return apply_estimator(graph, summarize(graph, variables, images, batch_size=batch_size), convention, function)
@@ -248,6 +247,10 @@ def summarize(
 ) -> dict[str, Summary]:
     """Collect peaks and histograms of every tensor, by name, in two passes over the images.
 
+    >>> summaries = dfq_jax.summarize(graph, variables, images)
+    >>> summaries["dense1"].peak_hi.shape == (len(images),)
+    True
+
     Args:
       graph: from `trace`.
       variables: float variables.
@@ -257,11 +260,6 @@ def summarize(
 
     Raises:
       ValueError: no images, or images with NaN or infinity.
-
-    Example:
-      >>> summaries = dfq_jax.summarize(graph, variables, images)
-      >>> summaries["dense1"].peak_hi.shape == (len(images),)
-      True
     """
     check_images(graph, images)
     rule = as_argument(batch_norm)

@@ -70,6 +70,10 @@ def gptq(
 
     All layers are treated at once in each pass, so the network is compiled once and memory holds one batch.
 
+    >>> rounded = dfq_jax.gptq(graph, variables, qvariables, images)
+    >>> rounded["dense1"]["kernel"].qvalue.shape
+    (6, 4)
+
     Args:
       graph: from `trace`.
       variables: the float variables.
@@ -85,11 +89,6 @@ def gptq(
 
     Raises:
       ValueError: no kernel is quantized, `variables` are not the float ones, no images, or images with NaN or infinity.
-
-    Example:
-      >>> rounded = dfq_jax.gptq(graph, variables, qvariables, images)
-      >>> rounded["dense1"]["kernel"].qvalue.shape
-      (6, 4)
     """
     check_images(graph, images)
     kernels = quantized_kernels(graph, variables, qvariables)

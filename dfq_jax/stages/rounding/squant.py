@@ -25,6 +25,10 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
 
     Pure and traceable: `jax.jit` with `graph` static.
 
+    >>> rounded = dfq_jax.squant(graph, variables, qvariables)
+    >>> rounded["dense1"]["kernel"].qvalue.shape
+    (6, 4)
+
     Args:
       graph: from `trace`.
       variables: the float variables.
@@ -37,11 +41,6 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
 
     Raises:
       ValueError: no kernel is quantized, or `variables` are not the float ones.
-
-    Example:
-      >>> rounded = dfq_jax.squant(graph, variables, qvariables)
-      >>> rounded["dense1"]["kernel"].qvalue.shape
-      (6, 4)
     """
     updates = {}
     for path, (form, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
