@@ -47,7 +47,7 @@ def inspect(model: Positional[ModelName], *, checkpoint: Weights = None) -> None
     """Print the layers that are found in a network, and what would not be quantized.
 
     Args:
-        checkpoint: Weights for a model of the zoo, as for quantize; its structure is shown without, too.
+      checkpoint: Weights for a model of the zoo, as for quantize; its structure is shown without, too.
     """
     print(resolve(model, checkpoint, weights=False).graph.table())
 
@@ -70,18 +70,18 @@ def quantize(
     """Quantize a network without data.
 
     Args:
-        checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict), a
-            directory of Orbax, or hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
-        recipe: instant, fast, best, finetune, paper or noise.
-        bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
-        seed: Seed of all that is random.
-        evaluate: Measure float and quantized accuracy on labeled images: bundled, npz:FILE, folder:DIR or
-            tfds:NAME/SPLIT.
-        limit: Evaluate on the first N images only.
-        output: Save the quantized network (safetensors).
-        resume: Keep images in this file, unfinished and finished, and learned blocks and networks beside it, until all
-            is done; the same command goes on from it, bit for bit with as many CPU threads.
-        json: Write what was done and measured, for machines.
+      checkpoint: Weights for a model of the zoo: a file (safetensors, npz, Flax msgpack or a torch state dict), a
+          directory of Orbax, or hf:ORG/REPO[/FILE][@REVISION] of the Hugging Face hub.
+      recipe: instant, fast, best, finetune, paper or noise.
+      bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
+      seed: Seed of all that is random.
+      evaluate: Measure float and quantized accuracy on labeled images: bundled, npz:FILE, folder:DIR or
+          tfds:NAME/SPLIT.
+      limit: Evaluate on the first N images only.
+      output: Save the quantized network (safetensors).
+      resume: Keep images in this file, unfinished and finished, and learned blocks and networks beside it, until all
+          is done; the same command goes on from it, bit for bit with as many CPU threads.
+      json: Write what was done and measured, for machines.
     """
     began = time.perf_counter()
     check_targets(output, json, resume)
@@ -151,10 +151,10 @@ def evaluate(
     """Measure the accuracy of a saved quantized network.
 
     Args:
-        model: The model it was made from, where the file does not say; its weights are not needed.
-        limit: Evaluate on the first N images only.
-        integer: Compute in integers instead of simulating them.
-        json: Write what was measured, for machines.
+      model: The model it was made from, where the file does not say; its weights are not needed.
+      limit: Evaluate on the first N images only.
+      integer: Compute in integers instead of simulating them.
+      json: Write what was measured, for machines.
     """
     began = time.perf_counter()
     check_targets(json)
@@ -182,7 +182,7 @@ def models(*, json: OptionalFile = None) -> None:
     Top-1 is that of the float network as its source published it, or as measured for the bundled ones.
 
     Args:
-        json: Write the list, for machines.
+      json: Write the list, for machines.
     """
     check_targets(json)
     facts = [

@@ -42,7 +42,7 @@ def demo(*, json: OptionalFile = None) -> None:
     """Quantize the bundled network to 4 bits in three ways, and compare them on 10,000 test images.
 
     Args:
-        json: Write the results, for machines.
+      json: Write the results, for machines.
     """
     began = time.perf_counter()
     check_targets(json)

@@ -39,12 +39,12 @@ def export(
     """Write a saved quantized network in another format, and compare it with this library.
 
     Args:
-        to: The format.
-        output: What to write.
-        verify: Images to run both on: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT; labels are not used.
-        model: The model it was made from, where the file does not say; its weights are not needed.
-        limit: Verify on the first N images only.
-        json: Write what was measured, for machines.
+      to: The format.
+      output: What to write.
+      verify: Images to run both on: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT; labels are not used.
+      model: The model it was made from, where the file does not say; its weights are not needed.
+      limit: Verify on the first N images only.
+      json: Write what was measured, for machines.
     """
     began = time.perf_counter()
     check_targets(output, json)

@@ -145,7 +145,7 @@ def int8_codes(
 def params_from_range(
     lo: Float[ArrayLike, "..."], hi: Float[ArrayLike, "..."], *, bits: int, symmetric: bool = False
 ) -> QuantizerParams:
-    """Quantizer that covers the real range ``[lo, hi]``.
+    """Make the quantizer that covers the real range ``[lo, hi]``.
 
     The range is first widened to include zero. An asymmetric quantizer has unsigned codes,
     ``scale = (hi - lo) / (2**bits - 1)`` and ``zero_point = round(-lo / scale)``, whose rounding shifts
@@ -227,7 +227,7 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Arr
 
 
 def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[Array, "..."]:
-    """Real numbers of codes, ``scale * (q - zero_point)``, in float32.
+    """Compute the real numbers of codes, ``scale * (q - zero_point)``, in float32.
 
     >>> dequantize(jnp.array([0, 5, 15]), params_from_range(-5.0, 10.0, bits=4)).tolist()
     [-5.0, 0.0, 10.0]

@@ -45,7 +45,11 @@ POOL = 4_194_301
 
 
 def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -> dict[str, Summary]:
-    """Summaries of every tensor for `ranges.apply_estimator`, from BatchNorm parameters.
+    """Tell the summaries of every tensor, for `apply_estimator`, from BatchNorm parameters.
+
+    >>> summaries = dfq_jax.analytic_summaries(graph, variables, num_samples=8)
+    >>> sorted(summaries)
+    ['dense1', 'dense2']
 
     Args:
       graph: from `trace`.
@@ -71,7 +75,7 @@ def analytic_correction(
     *,
     num_samples: int = 32,
 ) -> Any:
-    """BatchNorm statistics and biases of the quantized network, corrected for what quantization does on average.
+    """Correct BatchNorm statistics and biases for what quantization does on average, without images.
 
     The data-free counterpart of `adapt_batch_norm` and `correct_bias`: float and quantized layers get the same noise of
     the moments that the BatchNorms in front of them promise, and the shift of the mean, `(W' - W) E[x]` and what
@@ -80,6 +84,10 @@ def analytic_correction(
 
     Each layer is taken by itself, with inputs as the float network's. Channels of one BatchNorm count as independent,
     and pixels as correlated to `SPATIAL_CORRELATION`: means do not depend on that, ratios of variances do.
+
+    >>> corrected = dfq_jax.analytic_correction(graph, variables, qvariables, num_samples=8)
+    >>> bool((corrected["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
+    False
 
     Args:
       graph: from `trace`.
@@ -102,7 +110,13 @@ def analytic_correction(
 def gptq_from_noise(
     graph: Graph, variables: Any, qvariables: Any, config: GPTQConfig = GPTQConfig(), *, num_samples: int = 32
 ) -> Any:
-    """GPTQ without images: the layers' inputs are noise of the moments that the BatchNorms in front promise.
+    """Round weights by GPTQ without images.
+
+    The layers' inputs are noise of the moments that the BatchNorms in front promise.
+
+    >>> rounded = dfq_jax.gptq_from_noise(graph, variables, qvariables, num_samples=8)
+    >>> rounded["dense2"]["kernel"].bits
+    4
 
     Args:
       graph: from `trace`.
@@ -124,7 +138,7 @@ def gptq_from_noise(
 
 @full_precision
 def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_samples: int = 32) -> Comparison:
-    """The quantized network against the float one without images, for who has none.
+    """Compare the quantized network with the float one without images, for who has none.
 
     Behind each BatchNorm the float network gets noise of the moments that it promises, and the quantized network the
     same noise with its own error up to there added: errors travel to the outputs through activations as they are on

@@ -80,10 +80,14 @@ def adapt_batch_norm(
     batch_size: int = 64,
     batch_norm: BatchNormRule = normalize,
 ) -> Any:
-    """Quantized variables with adapted BatchNorm statistics.
+    """Adapt the BatchNorm statistics of a quantized network to what its layers compute.
 
     Pure and traceable: `jax.jit` with `graph` and `config` static. Statistics are over the whole set of images, also
     when it is sharded over devices.
+
+    >>> adapted = dfq_jax.adapt_batch_norm(graph, variables, qvariables, images)
+    >>> bool((adapted["bn1"]["mean"] == qvariables["bn1"]["mean"]).any())
+    False
 
     Args:
       graph: from `trace`.
@@ -182,7 +186,11 @@ def _stored(graph: Graph, variables: Any) -> Moments:
 
 @full_precision
 def batch_norm_moments(graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> Moments:
-    """Mean and variance of every BatchNorm's input over all images, by name, in inference mode.
+    """Measure mean and variance of every BatchNorm's input over all images, in inference mode.
+
+    >>> mean, variance = dfq_jax.batch_norm_moments(graph, variables, images)["bn1"]
+    >>> mean.shape == variance.shape == variables["bn1"]["mean"].shape
+    True
 
     Args:
       graph: from `trace`.
@@ -245,12 +253,16 @@ def correct_bias(
     normalized: bool = True,
     batch_norm: BatchNormRule | None = None,
 ) -> Any:
-    """Empirical bias correction: every layer's mean output per channel becomes that of the float network.
+    """Correct biases so that every layer's mean output per channel becomes that of the float network.
 
     After Nagel et al. (DFQ, arXiv 1906.04721) and Banner et al. (arXiv 1810.05723). The correction goes into the mean
     of the BatchNorm that follows, else into the layer's own bias; layers with neither are left as they are. Layers are
     corrected in order, each behind those already corrected, over all images together. What is corrected already, by
     this function or by differential adaptation, stays as it is.
+
+    >>> corrected = dfq_jax.correct_bias(graph, variables, qvariables, images)
+    >>> bool((corrected["dense2"]["bias"] == qvariables["dense2"]["bias"]).any())
+    False
 
     Args:
       graph: from `trace`.

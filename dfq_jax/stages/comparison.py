@@ -96,7 +96,11 @@ def _apply_float(graph: Graph, variables: Any, x: jax.Array) -> Any:
 
 
 def sqnr(reference: Float[Array, "..."], other: Float[Array, "..."]) -> float:
-    """Signal-to-quantization-noise ratio in decibel: 10 log10(|reference|^2 / |reference - other|^2)."""
+    """Signal-to-quantization-noise ratio in decibel: 10 log10(|reference|^2 / |reference - other|^2).
+
+    >>> round(dfq_jax.stages.sqnr(np.array([1.0, 2.0]), np.array([1.0, 1.5])), 2)
+    13.01
+    """
     reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
     noise = float(np.square(reference - other).sum())
     signal = float(np.square(reference).sum())

@@ -55,7 +55,13 @@ class Pair:
 
 
 def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
-    """The pairs that `equalize` treats, and why other layers are in none.
+    """Find the pairs that `equalize` treats, and why other layers are in none.
+
+    >>> pairs, skipped = dfq_jax.find_pairs(graph)
+    >>> [(pair.first, pair.readers) for pair in pairs]
+    [('dense1', ('dense2',))]
+    >>> [layer.name for layer in skipped]
+    ['dense2']
 
     Args:
       graph: from `trace`.
@@ -119,10 +125,14 @@ def _serve_only(graph: Graph, leaves: tuple[int | None, ...], ops: tuple[int, ..
 
 
 def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
-    """Variables of the same function with equalized ranges between layers.
+    """Equalize the ranges of channels between layers, with the function kept.
 
     Where a BatchNorm follows the first layer, its scale and bias take the factor, otherwise the kernel and bias do;
     `fold_batch_norm` afterwards moves it into the kernel. Pure and traceable. See `find_pairs` for what is equalized.
+
+    >>> equalized = dfq_jax.equalize(graph, variables)
+    >>> bool(jnp.allclose(apply_fn(equalized, images), apply_fn(variables, images), atol=1e-4))
+    True
 
     Args:
       graph: from `trace`.
@@ -255,6 +265,10 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
     exceeds them by is a constant that the next layer can add itself (DFQ, section 4.1.3). This changes the function,
     by what the ReLU cuts off farther out; run `equalize` first. Layers behind that pad are left out: their borders
     would lack the constant.
+
+    >>> absorbed = dfq_jax.absorb_high_bias(graph, variables, sigmas=1.0)
+    >>> bool((absorbed["bn1"]["bias"] < variables["bn1"]["bias"]).any())
+    True
 
     Args:
       graph: from `trace`.

@@ -72,9 +72,8 @@ def mean_peak(summary: Summary, *, bits: int) -> Range:
 
 def percentile(summary: Summary, *, bits: int, percent: float = 99.9) -> Range:
     """The central range that holds `percent` of the values; a one-sided tensor is clipped on its one side."""
-    tail = 1.0 - percent / 100.0
     two_sided = (summary.lo < 0) & (summary.hi > 0)
-    tail = jnp.where(two_sided, tail / 2, tail)
+    tail = (1.0 - percent / 100.0) * jnp.where(two_sided, 0.5, 1.0)
     cumulative = jnp.cumsum(summary.counts) / jnp.maximum(summary.counts.sum(), 1e-30)
     width = (summary.hi - summary.lo) / summary.counts.shape[0]
     below = jnp.sum(cumulative <= tail)
@@ -188,7 +187,11 @@ def estimate_ranges(
     estimator: str | Estimator = "lp",
     batch_size: int = 64,
 ) -> dict[str, Range]:
-    """The clipping range of every tensor that layers read.
+    """Estimate the clipping range of every tensor that layers read.
+
+    >>> ranges = dfq_jax.estimate_ranges(graph, variables, images, convention, estimator="mean_peak")
+    >>> sorted(ranges)
+    ['dense1', 'dense2']
 
     Args:
       graph: from `trace`.
@@ -242,7 +245,11 @@ def summarize(
     batch_size: int = 64,
     batch_norm: BatchNormRule | None = None,
 ) -> dict[str, Summary]:
-    """Peaks and histograms of every tensor, by name, in two passes over the images.
+    """Collect peaks and histograms of every tensor, by name, in two passes over the images.
+
+    >>> summaries = dfq_jax.summarize(graph, variables, images)
+    >>> summaries["dense1"].peak_hi.shape == (len(images),)
+    True
 
     Args:
       graph: from `trace`.
@@ -259,10 +266,8 @@ def summarize(
     parts = [_peaks(graph, variables, batch, rule) for batch in batches(images, batch_size)]
     peaks = jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
     limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
-    counts = None
-    for batch in batches(images, batch_size):
-        new = _histograms(graph, variables, batch, limits, rule)
-        counts = new if counts is None else jax.tree.map(jnp.add, counts, new)
+    histograms = (_histograms(graph, variables, batch, limits, rule) for batch in batches(images, batch_size))
+    counts = functools.reduce(functools.partial(jax.tree.map, jnp.add), histograms)
     return {
         name: Summary(peak_lo=lo, peak_hi=hi, counts=counts[name], lo=limits[name][0], hi=limits[name][1])
         for name, (lo, hi) in peaks.items()

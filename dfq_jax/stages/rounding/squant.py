@@ -21,9 +21,13 @@ from dfq_jax.stages.rounding.codes import kernel_codes, quantized_kernels, with_
 
 
 def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
-    """Quantized variables with the codes of SQuant in place of the nearest ones.
+    """Put the codes of SQuant in place of the nearest ones.
 
     Pure and traceable: `jax.jit` with `graph` static.
+
+    >>> rounded = dfq_jax.squant(graph, variables, qvariables)
+    >>> rounded["dense1"]["kernel"].qvalue.shape
+    (6, 4)
 
     Args:
       graph: from `trace`.
