@@ -25,18 +25,12 @@ MODULES = [
 ]
 FUNCTIONS = [name for name in dfq_jax.__all__ if inspect.isfunction(getattr(dfq_jax, name))]
 WITHOUT_EXAMPLE = {  # shrinks
-    "apply_quantized",
-    "as_function",
-    "compute_kernels",
     "finetune",
     "load",
     "quantize",
     "quantize_params",
     "reconstruct",
-    "record_tensors",
-    "run_block",
     "synthesize",
-    "trace",
 }
 
 
