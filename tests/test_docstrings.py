@@ -24,14 +24,6 @@ MODULES = [
     if ">>> " in path.read_text()
 ]
 FUNCTIONS = [name for name in dfq_jax.__all__ if inspect.isfunction(getattr(dfq_jax, name))]
-WITHOUT_EXAMPLE = {  # shrinks
-    "finetune",
-    "load",
-    "quantize",
-    "quantize_params",
-    "reconstruct",
-    "synthesize",
-}
 
 
 def apply_fn(variables, x):
@@ -92,5 +84,4 @@ def test_examples(module, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_public_function_has_an_example(name):
-    function = getattr(dfq_jax, name)
-    assert (">>> " in inspect.getdoc(function)) != (name in WITHOUT_EXAMPLE)
+    assert ">>> " in inspect.getdoc(getattr(dfq_jax, name))

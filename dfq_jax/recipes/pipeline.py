@@ -56,6 +56,10 @@ def quantize(
 ) -> Quantized:
     """Quantize a trained network without data.
 
+    >>> quantized = quantize(apply_fn, variables, input_shape=(1, 6), recipe="instant", bits="w8a8")
+    >>> quantized(images).shape
+    (8, 3)
+
     Args:
       model: a Linen module, an NNX module, or a function `(variables, x) -> outputs` in inference mode.
       variables: its variables (optional for NNX).

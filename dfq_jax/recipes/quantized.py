@@ -116,6 +116,11 @@ class Quantized:
 def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     """Read a quantized network back.
 
+    >>> quantized = dfq_jax.quantize(apply_fn, variables, input_shape=(1, 6), recipe="instant", bits="w8a8")
+    >>> quantized.save("net.safetensors")
+    >>> bool((load("net.safetensors", apply_fn, variables)(images) == quantized(images)).all())
+    True
+
     Args:
       path: a file written by `Quantized.save`.
       model: the same model it was made from.

@@ -163,9 +163,12 @@ def _stored_with(graph: Graph, layer: Layer) -> list[Layer]:
 
 
 def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
-    """The variables with every layer's kernel quantized, and activation quantizers in one more collection.
+    """Quantize every layer's kernel, and add activation quantizers in one more collection.
 
     Weights are rounded to nearest. Pure and traceable: `jax.jit` with `graph` and `convention` static.
+
+    >>> quantize_params(graph, variables, ranges, convention)["dense2"]["kernel"]
+    QTensor(shape=(4, 3), bits=4, asymmetric, unsigned, scale=(1, 3), dtype=float32)
 
     Args:
       graph: from `trace`.

@@ -70,6 +70,10 @@ def synthesize(
 ) -> Synthesis:
     """Make images from the network's own BatchNorm statistics.
 
+    >>> config = dfq_jax.SynthesisConfig(num_images=4, batch_size=4, steps=1)
+    >>> synthesize(graph, variables, jax.random.key(0), config).images.shape
+    (4, 6)
+
     Args:
       graph: from `trace`.
       variables: float variables.

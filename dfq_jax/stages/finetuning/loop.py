@@ -83,6 +83,11 @@ def finetune(
 ) -> tuple[Any, Finetuning]:
     """Teach a quantized network to answer as the float network does.
 
+    >>> config = dfq_jax.FinetuneConfig(steps=1, batch_size=8)
+    >>> better, done = finetune(graph, variables, qvariables, images, jax.random.key(0), config)
+    >>> done.completed
+    True
+
     Args:
       graph: from `trace`.
       variables: the float variables, of the teacher.

@@ -88,6 +88,11 @@ def reconstruct(
 ) -> tuple[Any, Reconstruction]:
     """Learn rounding, scales, activation steps and biases of a quantized network, block by block.
 
+    >>> config = dfq_jax.ReconstructionConfig(steps=1, batch_size=8)
+    >>> better, done = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
+    >>> done.completed
+    True
+
     Args:
       graph: from `trace`.
       variables: the float variables.
