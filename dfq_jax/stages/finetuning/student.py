@@ -98,11 +98,8 @@ def hard_student(graph: Graph, qvariables: Any, parameters: StudentParameters) -
     kernels = {}
     for path in soft_kernels(parameters):
         leaf, u = leaves[path], parameters.kernels.get(path)
-        codes = leaf.qvalue
-        if u is not None:
-            codes = rounded(u, leaf) + (0 if leaf.zero_point is None else leaf.zero_point)
-            codes = jnp.round(codes).astype(leaf.qvalue.dtype)
-        kernels[path] = dataclasses.replace(leaf, qvalue=codes, scale=_scale(path, leaf, parameters))
+        kernel = leaf if u is None else leaf.with_centered(rounded(u, leaf))
+        kernels[path] = dataclasses.replace(kernel, scale=_scale(path, leaf, parameters))
     return _learned(graph, qvariables, leaves, kernels, parameters)
 
 
