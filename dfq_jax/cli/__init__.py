@@ -116,7 +116,7 @@ def _bound(function: Callable[..., None]) -> Callable[..., Any]:
 def _condense(box: str) -> str:
     """What a framed message of tyro says, without its title, hints and frame."""
     title, *lines = [line.strip(" │|╭╮╰╯") for line in box.strip().splitlines()] or [""]
-    said = []
+    said: list[str] = []
     for line in lines:
         rule = not line.strip("─-")
         if rule and said:

@@ -92,7 +92,7 @@ class LayerForm:
             input_chain=input_chain,
             kernel_chain=kernel_chain,
             source_shape=program.shape(source),
-            shapes=tuple(map(program.shape, op.inputs)),
+            shapes=(program.shape(op.inputs[0]), program.shape(op.inputs[1])),
             result_shape=program.shape(op.outputs[0]),
         )
 

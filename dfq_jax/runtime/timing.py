@@ -111,7 +111,7 @@ def _network(graph: Graph, qvariables: Any, policy: Policy, x: jax.Array) -> tup
 
 
 def _ratios(
-    timer: Timer | None, reference: Callable[[], Any], functions: list[Callable[[], Any]], rounds: int
+    timer: Timer | None, reference: Callable[[], Any], functions: Sequence[Callable[[], Any]], rounds: int
 ) -> list[float]:
     """Time of the reference over that of each function, medians over rounds."""
     own, *others = (timer or paired_times)([reference, *functions], rounds)

@@ -140,7 +140,7 @@ def _adapt(
     if config.method == "differential":
         run(graph, variables, images, batch_norm=measure)
     stored = _stored(graph, variables)
-    updates: dict[str, list[jax.Array]] = collections.defaultdict(list)
+    updates: dict[str, list[Any]] = collections.defaultdict(list)
 
     def adapt(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
         measured = channel_moments(bn, x)

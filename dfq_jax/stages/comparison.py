@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dfq_jax.base import batches, full_precision
@@ -95,15 +96,15 @@ def _apply_float(graph: Graph, variables: Any, x: jax.Array) -> Any:
     return run(graph, variables, x)  # depthwise layers have a faster way than the function's own
 
 
-def sqnr(reference: Float[Array, "..."], other: Float[Array, "..."]) -> float:
+def sqnr(reference: Float[ArrayLike, "..."], other: Float[ArrayLike, "..."]) -> float:
     """Signal-to-quantization-noise ratio in decibel: 10 log10(|reference|^2 / |reference - other|^2).
 
     >>> round(dfq_jax.stages.sqnr(np.array([1.0, 2.0]), np.array([1.0, 1.5])), 2)
     13.01
     """
-    reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
-    noise = float(np.square(reference - other).sum())
-    signal = float(np.square(reference).sum())
+    wanted, found = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    noise = float(np.square(wanted - found).sum())
+    signal = float(np.square(wanted).sum())
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 

@@ -200,7 +200,8 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
 
 
 def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> ActivationQuantizers:
-    for_all, for_layers = {}, {}
+    for_all: dict[str, Any] = {}
+    for_layers: dict[str, Any] = {}
     for tensor in graph.tensors:
         bits = convention.tensor_bits(graph, tensor)
         if bits is None:
