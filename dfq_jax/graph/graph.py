@@ -122,7 +122,8 @@ class Graph(VariableTree):
 
     @functools.cached_property
     def _named(self) -> dict[tuple[type, str], Any]:
-        return {(type(item), item.name): item for item in (*self.layers, *self.tensors, *self.batch_norms)}
+        items: list[Any] = [*self.layers, *self.tensors, *self.batch_norms]
+        return {(type(item), item.name): item for item in items}
 
     @functools.cached_property
     def kernels(self) -> dict[str, tuple[Layer, ...]]:
@@ -157,7 +158,7 @@ class Graph(VariableTree):
     def num_classes(self) -> int:
         """Width of the class scores; 0 where the outputs hold none of shape `[N, classes]`."""
         output = self.program.outputs[self.logits_index]
-        shape = self.program.avals[output].shape if isinstance(output, int) else ()
+        shape: Any = self.program.avals[output].shape if isinstance(output, int) else ()
         return shape[-1] if len(shape) == 2 else 0
 
     @property
@@ -212,7 +213,7 @@ class Graph(VariableTree):
 
     def table(self) -> str:
         """One line for each layer, then BatchNorms of other tensors, then what is not quantized and why."""
-        rows = [("layer", "kind", "kernel", "BatchNorm", "activation", "reads", "feeds")]
+        rows: list[tuple[str, ...]] = [("layer", "kind", "kernel", "BatchNorm", "activation", "reads", "feeds")]
         for layer in self.layers:
             kind = layer.kind + (f"/{layer.groups}" if layer.groups > 1 else "")
             rows.append(

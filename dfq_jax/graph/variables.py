@@ -87,7 +87,7 @@ class VariableTree:
             elif own:
                 parts = take_apart(leaf, split)
                 if not any(map(is_qtensor, own.values())):
-                    parts = map(dequantized, parts)  # a slice that nothing reads follows the others
+                    parts = list(map(dequantized, parts))  # a slice that nothing reads follows the others
                 parts = [own.get(path, part) for path, part in zip(paths, parts, strict=True)]
                 if len(kinds := sorted(set(map(_kind, parts)))) > 1:
                     raise GraphError(

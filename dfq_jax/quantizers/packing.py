@@ -38,8 +38,8 @@ def pack(codes: Integer[ArrayLike, "..."], bits: int) -> UInt8[np.ndarray, " byt
         if low < qmin or high > qmax:
             raise ValueError(f"codes: expected [{qmin}, {qmax}] for bits={bits}, found [{low}, {high}].")
     per_byte = 8 // width
-    flat = np.pad(flat & (2**width - 1), (0, -flat.size % per_byte)).reshape(-1, per_byte)
-    return np.bitwise_or.reduce(flat << (width * np.arange(per_byte)), axis=1).astype(np.uint8)
+    rows = np.pad(flat & (2**width - 1), (0, -flat.size % per_byte)).reshape(-1, per_byte)
+    return np.bitwise_or.reduce(rows << (width * np.arange(per_byte)), axis=1).astype(np.uint8)
 
 
 def unpack(

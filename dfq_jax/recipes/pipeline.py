@@ -111,7 +111,7 @@ def quantize(
     for doubt in doubts:
         warnings.warn(doubt, GraphWarning, stacklevel=3)
     with clock("images"):
-        options = {"on_progress": on_progress, "checkpoint": checkpoint}
+        options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys["images"], images, **options)
     work = Work(graph=graph, recipe=recipe, convention=convention, images=found, keys=keys, **options)
     result = Candidate(variables=variables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 from dfq_jax.base import check_field, known_fields
@@ -79,14 +79,14 @@ class Recipe:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        names = {
+        names: dict[str, Sequence[str]] = {
             "source": SOURCES,
             "estimator": sorted(ESTIMATORS),
             "weight_range": sorted(WEIGHT_RANGES),
             "rounding": ("nearest", *ROUNDINGS),
         }
         for name, known in names.items():
-            check_field(name, getattr(self, name), f"one of {known}", lambda v, known=known: v in known)
+            check_field(name, getattr(self, name), f"one of {known}", known.__contains__)
         check_field("equalize", self.equalize, "True or False", lambda v: isinstance(v, bool))
         for name in ("reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
@@ -118,7 +118,7 @@ class Recipe:
 
 
 # Fields that are records of their own, by type: `Recipe.replace` reaches into them by prefix.
-NESTED = {
+NESTED: dict[str, Any] = {
     name: kind
     for name, hint in get_type_hints(Recipe).items()
     for kind in (hint, *get_args(hint))

@@ -112,7 +112,7 @@ def _measure(work: Work, start: Candidate) -> Candidate:
         summaries = analytic_summaries(graph, variables)
         ranges = apply_estimator(graph, summaries, convention, ESTIMATORS[recipe.estimator])
     else:
-        settings = {"estimator": recipe.estimator, "batch_size": recipe.batch_size}
+        settings: dict[str, Any] = {"estimator": recipe.estimator, "batch_size": recipe.batch_size}
         ranges = estimate_ranges(graph, variables, work.images.images, convention, **settings)
     return dataclasses.replace(start, ranges=ranges)
 
@@ -144,7 +144,7 @@ def _settle(work: Work, candidate: Candidate) -> Candidate:
 def _reconstruct(work: Work, candidate: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
     start = _settle(work, candidate)
-    settings = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
+    settings: Any = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
     qvariables, info = reconstruct(work.graph, *start.networks, *settings, **work.long("reconstruction"))
     if not info.completed:
         raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
@@ -189,7 +189,7 @@ def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> 
 
 def _finetune(work: Work, candidate: Candidate) -> Candidate:
     """Distillation; it chooses among its own steps on images held out of those it is given."""
-    settings = (work.fitted, work.keys["fine-tuning"], work.recipe.finetune)
+    settings: Any = (work.fitted, work.keys["fine-tuning"], work.recipe.finetune)
     tuned, info = finetune(work.graph, *candidate.networks, *settings, **work.long("fine-tuning"))
     if not info.completed:
         raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")

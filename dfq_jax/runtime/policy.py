@@ -69,7 +69,7 @@ class Policy:
     def __post_init__(self) -> None:
         choices = {"backend": BACKENDS, "accumulator": ACCUMULATORS, "storage": STORAGE, "activations": ACTIVATIONS}
         for name, allowed in choices.items():
-            check_field(name, getattr(self, name), f"one of {allowed}", lambda v, allowed=allowed: v in allowed)
+            check_field(name, getattr(self, name), f"one of {allowed}", allowed.__contains__)
         channels = self.min_input_channels
         check_field("min_input_channels", channels, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
         check_field("min_speedup", self.min_speedup, "a ratio of at least 0", lambda v: v >= 0)

@@ -12,7 +12,7 @@ HEADER = ("layer", "kind", "kernel", "runs as", "float / int8 time", "sums below
 
 def kernel_rows(plan: IntegerPlan) -> list[tuple[str, ...]]:
     """One row for each layer, under `HEADER`: what it runs as, the measured speed, the bound on its sums, and why."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for own in plan.layers:
         layer, decision = plan.graph.layer(own.name), own.decision
         ratio = plan.policy.ratio(own.name)
