@@ -338,7 +338,7 @@ def test_keras_models(keras, tmp_path):
     apply_fn, variables = as_function(model)
     assert len(variables) == 7  # without the state of the random generator
     np.testing.assert_allclose(apply_fn(variables, x), model(x, training=False), rtol=1e-5)
-    quantized = dfq_jax.quantize(model, input_shape=(2, 8, 8, 3), recipe=QUICK)
+    quantized = dfq_jax.quantize(model, input_shape=(2, 8, 8, 3), recipe="instant")
     assert [layer.name.rpartition("/")[2] for layer in quantized.graph.layers] == ["conv", "head"]
     assert quantized.graph.layers[0].batch_norm.endswith("norm")
     outputs = quantized(x)

@@ -44,7 +44,7 @@ def setup(build):
 
 
 def quantized(graph, variables, x, bits, **fields):
-    convention = dfq_jax.Convention.parse(bits, weight_range="min_max", **fields)
+    convention = dfq_jax.Convention.parse(bits, **{"weight_range": "min_max"} | fields)
     ranges = {}
     if convention.activation_bits is not None:
         ranges = dfq_jax.estimate_ranges(graph, variables, jnp.asarray(x), convention, estimator="max")
@@ -181,7 +181,8 @@ def test_weights_with_zero_points_of_their_own():
 def test_a_float_kernel_between_codes_stays_in_float(build, layer):
     graph, variables, x = setup(build)
     path = graph.layers[layer].kernel
-    qvariables = graph.replace(quantized(graph, variables, x, "w8a8"), {path: graph.leaf(variables, path)})
+    qvariables = quantized(graph, variables, x, "w8a8", weight_range="lp")
+    qvariables = graph.replace(qvariables, {path: graph.leaf(variables, path)})
     assert sqnr(simulated(graph, qvariables, x), plain(to_onnx(graph, qvariables), x)) > 100
 
 
