@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -175,7 +175,7 @@ class Builder:
 
     def _unrolled_scan(self, eqn: Any, inputs: Sequence[Operand], scope: str) -> list[Operand] | None:
         params = eqn.params
-        length, carried, constants = params["length"], params["num_carry"], params["num_consts"]
+        length, (constants, carried) = params["length"], _scan_sizes(params)
         if not 1 <= length * self.steps <= MAX_STEPS:
             return None
         ((body, consts),) = sub_jaxprs(params)
@@ -311,3 +311,11 @@ def _small_array(const: Any) -> Any:
             "`variables` instead: captured arrays cannot be quantized and slow compilation down."
         )
     return const
+
+
+def _scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are the same at each step, and how many are carried from step to step."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = map(len, params["ft_in"].unpack())  # as of jax 0.12
+    return constants, carried
