@@ -13,10 +13,11 @@ import pytest
 # asks how fast programs are, or that two programs agree in more than what rounding leaves. Programs in one piece take a
 # third of the maps (see below). An XLA that does not know a flag ends the process: only those known to have them get
 # them.
-if (0, 7) <= jax.__version_info__ < (0, 11):
+OPTIMIZED = os.environ.get("DFQ_JAX_TESTS_OPTIMIZED", "") not in ("", "0")  # as users have them: slower to compile
+if not OPTIMIZED and (0, 7) <= jax.__version_info__ < (0, 11):
     flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
-if jax.default_backend() == "cpu":
+if not OPTIMIZED and jax.default_backend() == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
 
