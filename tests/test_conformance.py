@@ -23,9 +23,9 @@ from dfq_jax.quantizers.weights import WEIGHT_RANGES, quantize_kernel
 from dfq_jax.recipes.images import Images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
-from dfq_jax.recipes.recipe import ROUNDINGS, Recipe
+from dfq_jax.recipes.recipe import NESTED, ROUNDINGS, Recipe
 from dfq_jax.recipes.steps import STEPS, Work
-from dfq_jax.stages import BatchNormConfig, FinetuneConfig, ReconstructionConfig, find_pairs
+from dfq_jax.stages import BatchNormConfig, find_pairs
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import BINS, ESTIMATORS, Summary, apply_estimator, summarize
@@ -238,16 +238,16 @@ def test_weight_estimator_on_a_network(method, build):
 ROWS = [name for name in STEPS if name != "rounding"] + [f"rounding {name}" for name in ROUNDINGS]
 # Their loops run on the host, or so does the judge; all others can be traced.
 ON_THE_HOST = {"equalization", "reconstruction", "fine-tuning"}
-# All steps, as short as they go.
-RECIPE = Recipe(
-    name="conformance",
-    estimator="max",
-    weight_range="min_max",
-    equalize=True,
-    reconstruction=ReconstructionConfig(steps=2, batch_size=4),
+# All steps that a field asks for, with the settings that they have by default, as short as they go.
+ASKED = {step.field: NESTED.get(step.field, lambda: True)() for step in STEPS.values() if step.field}
+RECIPE = Recipe(name="conformance", estimator="max", weight_range="min_max", **ASKED | {"rounding": "nearest"})
+RECIPE = RECIPE.replace(
+    reconstruction_steps=2,
+    reconstruction_batch_size=4,
     bias_correction=True,
     batch_norm=BatchNormConfig(),
-    finetune=FinetuneConfig(steps=2, batch_size=4),
+    finetune_steps=2,
+    finetune_batch_size=4,
 )
 
 

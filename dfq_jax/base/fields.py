@@ -18,6 +18,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "an integer of at least 1": lambda v: type(v) is int and v >= 1,
     "an integer of at least 0": lambda v: type(v) is int and v >= 0,
     "a finite number of at least 0": is_non_negative,
+    "a finite number of at least 1": lambda v: is_non_negative(v) and v >= 1,
     "a positive number": lambda v: is_non_negative(v) and v > 0,
     "a number from 0 to 1": lambda v: is_non_negative(v) and v <= 1,
     "a number above 0 and below 1": lambda v: is_non_negative(v) and 0 < v < 1,
@@ -40,9 +41,13 @@ def check_field(name: str, value: object, wanted: str, ok: Callable[[Any], bool]
     """Refuse a value by the name of its field.
 
     Raises:
-      ValueError: `ok(value)` is false.
+      ValueError: `ok(value)` is false, or the value is of a type that it cannot be asked of.
     """
-    if not ok(value):
+    try:
+        fine = ok(value)
+    except TypeError:
+        fine = False
+    if not fine:
         raise ValueError(f"{name}: expected {wanted}, found {value!r}.")
 
 

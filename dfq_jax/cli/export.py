@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from dfq_jax.cli.options import Count, OptionalData, OptionalFile, OptionalModel
 from dfq_jax.cli.output import check_targets, environment, print_table, write_json
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
-from dfq_jax.export import Runner, get_exporter
+from dfq_jax.export import Format, Runner, get_exporter
 from dfq_jax.quantizers import dequantized
 from dfq_jax.recipes import Quantized, load
 from dfq_jax.stages import sqnr
@@ -29,7 +29,7 @@ RANGE_IMAGES = 64
 def export(
     file: Positional[Saved],
     *,
-    to: Literal["onnx", "qwix", "stablehlo", "tflite"],
+    to: Format,
     output: Annotated[Path, arg(metavar="FILE")],
     verify: OptionalData = None,
     model: OptionalModel = None,

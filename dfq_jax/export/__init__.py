@@ -2,6 +2,6 @@
 
 from dfq_jax.export import artifact
 from dfq_jax.export.container import ArtifactError
-from dfq_jax.export.exporter import FORMATS, Exporter, Runner, get_exporter
+from dfq_jax.export.exporter import FORMATS, Exporter, Format, Runner, get_exporter
 
-__all__ = ["FORMATS", "ArtifactError", "Exporter", "Runner", "artifact", "get_exporter"]
+__all__ = ["FORMATS", "ArtifactError", "Exporter", "Format", "Runner", "artifact", "get_exporter"]

@@ -1,7 +1,7 @@
 """What an exporter is, and what exporters have in common.
 
 An exporter is a module of this room named after the format, which holds an `Exporter` called `EXPORTER`; it is imported
-when asked for. To add one, write the module and enter its name in `FORMATS`. The library that a format needs comes with
+when asked for. To add one, write the module and enter its name in `Format`. The library that a format needs comes with
 the extra named in the exporter and is imported when used (`require`).
 """
 
@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -21,7 +21,8 @@ from dfq_jax.base import check_field
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
 
-FORMATS = ("onnx", "qwix", "stablehlo", "tflite")
+Format = Literal["onnx", "qwix", "stablehlo", "tflite"]
+FORMATS = get_args(Format)
 
 Runner = Callable[[Float[np.ndarray, "n ..."]], Float[np.ndarray, "n ..."]]
 

@@ -53,6 +53,7 @@ class StableHLOExporter:
 
     def __post_init__(self) -> None:
         check_field("platforms", self.platforms, f"some of {PLATFORMS}", lambda v: v and set(v) <= set(PLATFORMS))
+        check_field("policy", self.policy, "a Policy", lambda v: isinstance(v, Policy))
 
     def write(self, quantized: Quantized, path: str | os.PathLike[str]) -> None:
         """Write the network to a file, whole or not at all; see `Exporter.write`.

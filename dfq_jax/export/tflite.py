@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.base import check_field, is_non_negative, write_atomically
+from dfq_jax.base import check_field, check_fields, write_atomically
 from dfq_jax.export.exporter import Runner
 from dfq_jax.export.interchange import ranges_of
 from dfq_jax.graph import Graph, LayerCall, record_tensors, run
@@ -73,8 +73,8 @@ class TFLiteExporter:
 
     def __post_init__(self) -> None:
         check_field("timeout", self.timeout, "a positive number of seconds", lambda v: v > 0)
-        check_field("max_images", self.max_images, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
-        check_field("headroom", self.headroom, "a finite number of at least 1", lambda v: is_non_negative(v) and v >= 1)
+        check_fields(self, "an integer of at least 1", "max_images")
+        check_fields(self, "a finite number of at least 1", "headroom")
 
     def check(self, quantized: Quantized) -> None:
         """Refuse work that LiteRT could not finish.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-from dfq_jax.base import check_field, known_fields
+from dfq_jax.base import check_field, check_fields, known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import WEIGHT_RANGES
 from dfq_jax.stages import (
@@ -87,7 +87,13 @@ class Recipe:
         }
         for name, known in names.items():
             check_field(name, getattr(self, name), f"one of {known}", known.__contains__)
-        check_field("equalize", self.equalize, "True or False", lambda v: isinstance(v, bool))
+        for name, kind in NESTED.items():
+            optional = getattr(Recipe, name) is None
+            allowed: tuple[type, ...] = (kind, type(None)) if optional else (kind,)
+            wanted = f"a {kind.__name__}" + " or None" * optional
+            check_field(name, getattr(self, name), wanted, lambda v, allowed=allowed: isinstance(v, allowed))
+        check_fields(self, "True or False", "equalize", "bias_correction")
+        check_fields(self, "an integer of at least 1", "batch_size")
         for name in ("reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
@@ -97,7 +103,6 @@ class Recipe:
             "a share of at least 0 and below 1",
             lambda v: isinstance(v, (int, float)) and 0 <= v < 1,
         )
-        check_field("batch_size", self.batch_size, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
 
     def replace(self, **fields: Any) -> Recipe:
         """A copy with other fields; those of records in it by a prefix: `synthesis_steps=500`."""

@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from dfq_jax.base import check_field
+from dfq_jax.base import check_field, check_fields
 from dfq_jax.graph import Graph, Layer
 from dfq_jax.quantizers import QTensor, QuantizerParams, code_limits, int8_zero
 
@@ -69,9 +69,9 @@ class Policy:
     def __post_init__(self) -> None:
         choices = {"backend": BACKENDS, "accumulator": ACCUMULATORS, "storage": STORAGE, "activations": ACTIVATIONS}
         for name, allowed in choices.items():
-            check_field(name, getattr(self, name), f"one of {allowed}", allowed.__contains__)
-        channels = self.min_input_channels
-        check_field("min_input_channels", channels, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+            check_fields(self, allowed, name)
+        check_fields(self, "an integer of at least 1", "min_input_channels")
+        check_fields(self, "True or False", "depthwise", "grouped", "channels_first", "self_test")
         check_field("min_speedup", self.min_speedup, "a ratio of at least 0", lambda v: v >= 0)
 
     def ratio(self, layer: str) -> float | None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, full_precision
+from dfq_jax.base import batches, check_fields, full_precision
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -59,14 +59,10 @@ class BatchNormConfig:
     max_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {METHODS}, found {self.method!r}.")
-        if self.order not in ORDERS:
-            raise ValueError(f"order: expected one of {ORDERS}, found {self.order!r}.")
-        for name, least in (("prior_images", 0), ("max_ratio", 1)):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-                raise ValueError(f"{name}: expected a finite number of at least {least}, found {value!r}.")
+        check_fields(self, METHODS, "method")
+        check_fields(self, ORDERS, "order")
+        check_fields(self, "a finite number of at least 0", "prior_images")
+        check_fields(self, "a finite number of at least 1", "max_ratio")
 
 
 @full_precision

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dfq_jax.base import check_field
+from dfq_jax.base import check_field, check_fields
 from dfq_jax.graph import Graph, Layer, Tensor
 from dfq_jax.quantizers import (
     MAX_BITS,
@@ -72,7 +72,8 @@ class Convention:
                 check_field(name, bits, wanted, lambda v: type(v) is int and MIN_BITS <= v <= MAX_BITS)
         ranges = sorted(WEIGHT_RANGES)
         check_field("weight_range", self.weight_range, f"one of {ranges}", lambda v: v is None or v in WEIGHT_RANGES)
-        check_field("shortcuts", self.shortcuts, f"one of {SHORTCUTS}", lambda v: v in SHORTCUTS)
+        check_fields(self, SHORTCUTS, "shortcuts")
+        check_fields(self, "True or False", "per_channel", "symmetric_weights")
 
     @classmethod
     def parse(cls, bits: str, *, edge_bits: int | None = 8, **fields: Any) -> Convention:

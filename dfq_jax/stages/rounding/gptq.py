@@ -52,6 +52,7 @@ class GPTQConfig:
         check_fields(self, ORDERS, "order")
         check_field("damping", self.damping, "a positive number such as 0.01", lambda v: is_non_negative(v) and v > 0)
         check_fields(self, "an integer of at least 1", "passes", "block", "max_patches")
+        check_fields(self, "True or False", "centered")
 
 
 @full_precision
