@@ -50,3 +50,13 @@ def test_other_errors_pass(tmp_path):
     with pytest.raises(ValueError, match="cannot be written to"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
         Checkpoint(tmp_path / "x", "work")
+
+
+@pytest.mark.parametrize("content", [b"", b"some text", b"PK\x03\x04 and no archive"])
+def test_no_checkpoint(content, tmp_path):
+    """A file of another kind is left alone, and nobody is told to unpickle it."""
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^checkpoint: '.*file' cannot be read .*or give another name\.$") as refusal:
+        Checkpoint(tmp_path / "file", "work").load(lambda batch, facts: {})
+    assert "load it unsafely" not in str(refusal.value)
+    assert (tmp_path / "file").read_bytes() == content

@@ -67,7 +67,9 @@ class Checkpoint:
         return work, facts
 
     def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"checkpoint: {str(self.path)!r} cannot be read ({error}); delete it to start anew.")
+        reason = str(error).partition(".")[0]  # NumPy goes on with advice to unpickle
+        name = str(self.path)
+        return ValueError(f"checkpoint: {name!r} cannot be read ({reason}); delete it or give another name.")
 
 
 def remove_checkpoint(path: str | Path) -> None:
