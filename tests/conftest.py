@@ -11,11 +11,11 @@ import pytest
 
 # Tests run a program once or twice: compiling it is what takes the time, and this makes it three times as fast. No test
 # asks how fast programs are, or that two programs agree in more than what rounding leaves. Programs in one piece take a
-# third of the maps (see below). An XLA that does not know a flag ends the process: only those known to have them get
-# them.
+# third of the maps (see below). An XLA that does not know a flag ends the process: only those known to have it get it.
 OPTIMIZED = os.environ.get("DFQ_JAX_TESTS_OPTIMIZED", "") not in ("", "0")  # as users have them: slower to compile
-if not OPTIMIZED and (0, 7) <= jax.__version_info__ < (0, 11):
-    flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+FLAGS = {"--xla_cpu_use_fusion_emitters=false": (0, 11), "--xla_cpu_parallel_codegen_split_count=1": (0, 13)}
+if not OPTIMIZED:
+    flags = (flag for flag, unknown in FLAGS.items() if jax.__version_info__ < unknown)
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 if not OPTIMIZED and jax.default_backend() == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
