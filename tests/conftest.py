@@ -21,29 +21,20 @@ if not OPTIMIZED and jax.default_backend() == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
 
-# Functions of these modules are checked against their jaxtyping signatures by `pytest --typecheck`. It is an option
-# because these checks come before the library's own: tests of bad input (marked `untyped`) would see other errors.
-TYPECHECKED = (
-    "dfq_jax.stages.analytic",
-    "dfq_jax.stages.batch_norm",
-    "dfq_jax.data.evaluation",
-    "dfq_jax.graph.batch_norm",
-    "dfq_jax.graph.execution",
-    "dfq_jax.graph.quantized",
-    "dfq_jax.stages.ranges",
-    "dfq_jax.synthesis",
-)
+
+# All functions of the package are checked against their signatures by `pytest --typecheck`. It is an option because
+# these checks come before the library's own: tests of bad input (marked `untyped`) would see other errors.
 
 
 def pytest_addoption(parser):
-    parser.addoption("--typecheck", action="store_true", help="check array shapes and types of public functions")
+    parser.addoption("--typecheck", action="store_true", help="check the types of all functions, and array shapes")
 
 
 def pytest_configure(config):
     if config.getoption("--typecheck"):
         from jaxtyping import install_import_hook
 
-        install_import_hook(TYPECHECKED, "beartype.beartype")
+        install_import_hook("dfq_jax", "beartype.beartype")
 
 
 def pytest_collection_modifyitems(config, items):

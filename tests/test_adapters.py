@@ -480,6 +480,7 @@ class SmallNNX(nnx.Module):
         return self.head(nnx.relu(self.bn(self.conv(x))).mean(axis=(1, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:the statistics of:dfq_jax.GraphWarning")
 def test_graphs_of_nnx_modules_keep_no_weights():
     assert all(freed(lambda: quantized_and_deleted(SmallNNX(nnx.Rngs(0)))))
 
@@ -566,6 +567,7 @@ def test_training_mode_is_told_with_the_table():
         trace(*as_function(module, module.init(jax.random.key(0), jnp.zeros((1, 3)))), (1, 3))
 
 
+@pytest.mark.filterwarnings("ignore:the statistics of:dfq_jax.GraphWarning")
 def test_load_fills_in_inference_arguments(tmp_path):
     class Net(nn.Module):
         @nn.compact

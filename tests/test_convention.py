@@ -63,6 +63,7 @@ def test_parse_takes_the_other_fields():
     assert convention == Convention(edge_bits=None, per_channel=False, shortcuts="quantized", weight_range="mse")
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("name", ["", "4", "w4", "a4w4", "w4a4x", "w-4a4", "w4.0a4", None, 8])
 def test_parse_refuses_other_names(name):
     with pytest.raises(ValueError, match="expected a name like 'w4a4'"):
@@ -78,6 +79,7 @@ def test_parse_refuses_bits_out_of_range(name, field):
         Convention.parse(name)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "field", ["weight_bits", "activation_bits", "edge_bits", "edge_input_bits", "second_input_bits"]
 )
@@ -87,6 +89,7 @@ def test_bits_are_checked(field, bits):
         Convention(**{field: bits})
 
 
+@pytest.mark.untyped
 def test_none_is_for_activations_and_edges_only():
     Convention(activation_bits=None, edge_bits=None)
     with pytest.raises(ValueError, match="weight_bits"):

@@ -412,6 +412,7 @@ W = jnp.ones((2, 3))
 OK = {"bits": 4, "symmetric": True, "channel_axes": (1,)}
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "call,error,words",
     [

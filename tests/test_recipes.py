@@ -130,6 +130,7 @@ def same(a, b):
 # --- models ---
 
 
+@pytest.mark.filterwarnings("ignore:the statistics of:dfq_jax.GraphWarning")
 @pytest.mark.parametrize("kind", ["linen", "nnx", "function"])
 def test_models_of_every_kind(kind):
     if kind == "linen":
@@ -453,6 +454,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the statistics of:dfq_jax.GraphWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_networks_come_back_bit_for_bit(tmp_path, kind):
     model, variables = KINDS[kind]

@@ -219,6 +219,7 @@ def test_items_of_a_step(tmp_path, ocp, variables):
     same(load(tmp_path / "manager"), variables)
 
 
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated:DeprecationWarning")
 @pytest.mark.parametrize("use_orbax", [True, False])
 def test_flax_training_checkpoints(tmp_path, state, variables, use_orbax, monkeypatch):
     if use_orbax:

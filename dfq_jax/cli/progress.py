@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -17,6 +17,7 @@ from dfq_jax.recipes import STAGES
 SECONDS_BETWEEN_LINES = 5.0
 
 
+@runtime_checkable
 class Display(Protocol):
     """Where progress is shown."""
 

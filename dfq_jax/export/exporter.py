@@ -20,6 +20,8 @@ from dfq_jax.base import check_field
 
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
+else:  # which imports this room
+    Quantized = Any
 
 Format = Literal["onnx", "qwix", "stablehlo", "tflite"]
 FORMATS = get_args(Format)

@@ -17,17 +17,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import flax.linen as nn
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dfq_jax.export.exporter import require
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, QuantizerParams, check_quantized, code_limits, quantization
 from dfq_jax.stages import Ranges
-
-if TYPE_CHECKING:
-    import flax.linen as nn
 
 AIMET_VERSION = "0.6.1"
 Names = Mapping[str, str | Sequence[str]]
@@ -140,8 +139,6 @@ def to_qwix(graph: Graph, ranges: Ranges, module: nn.Module) -> dict[str, Any]:
       ImportError: Qwix is missing.
       ValueError: a layer's tensor has no range, or Qwix sees other layers than the graph.
     """
-    from flax.traverse_util import flatten_dict, unflatten_dict
-
     from dfq_jax.export.qwix import activation_scales, qwix_template
 
     checked = _renamed(ranges, {name: name for name in ranges})

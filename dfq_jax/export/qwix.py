@@ -16,7 +16,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -26,12 +26,9 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export.exporter import Runner, as_batch, require
+from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
 from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
 from dfq_jax.quantizers import QTensor, QuantizerParams, int8_zero, quantization, without_quantization
-
-if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
 
 FORMAT = "qwix-ptq"
 

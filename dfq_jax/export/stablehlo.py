@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.export
@@ -19,12 +19,9 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field, may_transfer, write_atomically
-from dfq_jax.export.exporter import Runner, as_batch, require
+from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
 from dfq_jax.graph import GraphError
 from dfq_jax.runtime import Policy, apply_plan, compile_integer, default_policy
-
-if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -25,7 +25,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.export
@@ -33,14 +33,11 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field, check_fields, write_atomically
-from dfq_jax.export.exporter import Runner
+from dfq_jax.export.exporter import Quantized, Runner
 from dfq_jax.export.interchange import ranges_of
 from dfq_jax.graph import Graph, LayerCall, record_tensors, run
 from dfq_jax.quantizers import QuantizerParams, dequantized, quantization
 from dfq_jax.stages import fold_batch_norm
-
-if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
 
 PYTHON_VARIABLE = "DFQ_JAX_TFLITE_PYTHON"
 WORKER = Path(__file__).with_name("tflite_worker.py")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export.exporter import Runner, as_batch, require
+from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
 from dfq_jax.export.onnx.translate import LOGITS, MIN_OPSET, to_onnx
 from dfq_jax.export.onnx.writer import INPUT
 from dfq_jax.graph import Graph
-
-if TYPE_CHECKING:
-    from dfq_jax.recipes import Quantized
 
 FATAL = 4  # of ONNX Runtime's log levels
 

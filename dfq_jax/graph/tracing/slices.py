@@ -18,6 +18,8 @@ from dfq_jax.graph.tracing.program import Constant, Op, Operand
 
 if TYPE_CHECKING:
     from dfq_jax.graph.tracing.flattening import Builder
+else:  # which imports this module
+    Builder = Any
 
 
 class Slices:
