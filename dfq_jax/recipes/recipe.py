@@ -88,10 +88,9 @@ class Recipe:
         for name, known in names.items():
             check_field(name, getattr(self, name), f"one of {known}", known.__contains__)
         for name, kind in NESTED.items():
-            optional = getattr(Recipe, name) is None
-            allowed: tuple[type, ...] = (kind, type(None)) if optional else (kind,)
-            wanted = f"a {kind.__name__}" + " or None" * optional
-            check_field(name, getattr(self, name), wanted, lambda v, allowed=allowed: isinstance(v, allowed))
+            value = getattr(self, name)
+            if value is not None or getattr(Recipe, name) is not None:  # None where that is the default
+                check_field(name, value, f"a {kind.__name__}", kind.__instancecheck__)
         check_fields(self, "True or False", "equalize", "bias_correction")
         check_fields(self, "an integer of at least 1", "batch_size")
         for name in ("reconstruction", "finetune"):
