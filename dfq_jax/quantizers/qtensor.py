@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int8, Integer
 
 MIN_BITS, MAX_BITS = 2, 8
-AnyArray = Array | np.ndarray | np.generic  # on a device, in a trace, or on the host
+AnyArray = Array | np.ndarray | np.number  # on a device, in a trace, or on the host
 
 # Scale of a range of zero width (a dead channel). Its reciprocal square is still finite in float32, so
 # gradients through x / scale stay finite too.
