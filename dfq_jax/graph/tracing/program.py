@@ -66,8 +66,8 @@ class Op:
         """The operands that are no constants."""
         return tuple(i for i in self.inputs if isinstance(i, int))
 
-    def __call__(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        """Apply the primitive to `args`, one for each operand.
+    def __call__(self, *args: Any) -> tuple[jax.Array, ...]:
+        """Apply the primitive to `args`, arrays of JAX or NumPy, one for each operand.
 
         A product that the traced function left at JAX's default precision takes the setting in force here.
         """
