@@ -37,12 +37,13 @@ class Constant:
     value: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The shape of the array."""
         return np.shape(self.value)
 
 
 Operand = int | Constant
+Shape = tuple[Any, ...]  # of ints; the batch of a program that is exported for all sizes is a symbol
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,7 +168,7 @@ class Program:
                 needed.update(op.value_inputs)
         return tuple(found[::-1])
 
-    def shape(self, operand: Operand) -> tuple[int, ...]:
+    def shape(self, operand: Operand) -> Shape:
         """The shape of a value or a constant."""
         return operand.shape if isinstance(operand, Constant) else self.avals[operand].shape
 
