@@ -236,6 +236,7 @@ def test_newer_format(path):
         load(path)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "change",
     [
@@ -335,6 +336,7 @@ def test_other_graph(path):
     restore(path, float_variables(), expect={"recipe": {"bits": 4, "rates": (0.1, 1e-3)}})
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "variables,header,error,words",
     [

@@ -223,6 +223,7 @@ def test_paired_times_take_turns():
 # --- a quantized network ---
 
 
+@pytest.mark.untyped
 def test_integer_network_and_its_kernels(monkeypatch):
     graph, qvariables, x, expected = quantized(model_grid.cifar_resnet8, "w8a8", "quantized")
     net = Quantized(variables=qvariables, graph=graph, report=None, recipe=None, convention=None, images=None)

@@ -240,6 +240,7 @@ def test_inputs_never_seen_round_to_nearest():
     np.testing.assert_array_equal(round_kernel(codes, nothing, GPTQConfig()), jnp.round(values))
 
 
+@pytest.mark.untyped
 def test_refuses_bad_arguments():
     graph, variables, qvariables, images = quantized("general_dense")
     for rounding in (squant, functools.partial(gptq, images=images)):

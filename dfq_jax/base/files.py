@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
     """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
 
     Raises:

@@ -26,7 +26,7 @@ _MAX_TAPS = 81
 _NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # axes of batch, channels and space in operand, kernel, result
 
 
-def is_supported(params: Mapping[str, Any], operand_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
+def is_supported(params: Mapping[str, Any], operand_shape: tuple[Any, ...], kernel_shape: tuple[int, ...]) -> bool:
     """Whether `depthwise_product` computes the convolution of these parameters.
 
     Args:

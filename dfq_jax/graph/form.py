@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 from dfq_jax.graph.batch_norm import apart
 from dfq_jax.graph.depthwise import by_platform, depthwise_product, is_supported
 from dfq_jax.graph.tracing.axes import Axes, operand_axes, result_axes
-from dfq_jax.graph.tracing.program import PRODUCTS, Op, Program
+from dfq_jax.graph.tracing.program import PRODUCTS, Op, Program, Shape
 from dfq_jax.graph.tracing.structure import Layer
+from dfq_jax.quantizers import AnyArray
 
 _CAST = "convert_element_type"
 
@@ -76,9 +77,9 @@ class LayerForm:
     op: Op
     input_chain: tuple[Op, ...]
     kernel_chain: tuple[Op, ...]
-    source_shape: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    result_shape: tuple[int, ...]
+    source_shape: Shape
+    shapes: tuple[Shape, Shape]
+    result_shape: Shape
 
     @classmethod
     def of(cls, layer: Layer, program: Program) -> LayerForm:
@@ -132,7 +133,7 @@ class LayerForm:
                 (value,) = op(value)
         return value
 
-    def rearrange_kernel(self, leaf: jax.Array, *, cast: bool = False) -> jax.Array:
+    def rearrange_kernel(self, leaf: AnyArray, *, cast: bool = False) -> AnyArray:
         """The kernel operand made from a value of the leaf, with or without the program's casts."""
         value = leaf
         for op in self.kernel_chain:
@@ -258,7 +259,7 @@ class LayerForm:
 
     # --- channels ---
 
-    def channel_vector(self, per_channel: jax.Array) -> jax.Array:
+    def channel_vector(self, per_channel: AnyArray) -> AnyArray:
         """A value per channel of the kernel leaf (kept dimensions), shaped to broadcast against the result.
 
         Raises:

@@ -177,7 +177,7 @@ class Graph(VariableTree):
 
     # --- other input shapes ---
 
-    def at(self, shape: Sequence[int], dtype: Any = None) -> Graph:
+    def at(self, shape: Sequence[Any], dtype: Any = None) -> Graph:
         """The same network traced for another batch or image size; cached.
 
         Raises:

@@ -16,6 +16,7 @@ from dfq_jax.quantizers.packing import pack, unpack
 from dfq_jax.quantizers.qtensor import (
     MAX_BITS,
     MIN_BITS,
+    AnyArray,
     QTensor,
     QuantizerParams,
     bounds,
@@ -37,6 +38,7 @@ __all__ = [
     "QUANTIZATION",
     "WEIGHT_RANGES",
     "ActivationQuantizers",
+    "AnyArray",
     "QTensor",
     "QuantizedVariables",
     "QuantizerParams",

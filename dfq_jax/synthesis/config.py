@@ -83,7 +83,7 @@ class SynthesisConfig:
     class_weight: float = 0.0
     class_focus: float = 0.0
     distance_weight: float = 0.0
-    distance_range: tuple[float, float] = (0.05, 0.8)
+    distance_range: tuple[float, float] | list[float] = (0.05, 0.8)
     response_weight: float = 0.0
     response_start: float = 0.5
     response_quantile: float = 0.9

@@ -18,7 +18,7 @@ INTEGER_TYPES = {
 }
 
 
-def retyped(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def retyped(codes: np.ndarray | np.generic, dtype: np.dtype) -> np.ndarray | np.generic:
     """8-bit codes, or their zero points, moved by half the range where signedness changes: the same real numbers."""
     codes = np.asarray(codes)
     return (codes.astype(np.int64) + np.iinfo(dtype).min - np.iinfo(codes.dtype).min).astype(dtype)

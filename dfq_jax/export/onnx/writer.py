@@ -147,7 +147,7 @@ class Writer:
         """The number by which ONNX knows a type."""
         return int(self._onnx.helper.np_dtype_to_tensor_dtype(onnx_dtype(dtype)))
 
-    def integers(self, numbers: Iterable[int]) -> str:
+    def integers(self, numbers: Iterable[int | np.integer]) -> str:
         """An initializer of int64."""
         return self.initializer(np.array(list(numbers), np.int64))
 

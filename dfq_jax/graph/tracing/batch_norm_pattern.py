@@ -20,7 +20,7 @@ import numpy as np
 
 from dfq_jax.graph.tracing.elementwise import CASTS, NotElementwise, evaluate, is_elementwise, scalar
 from dfq_jax.graph.tracing.layout import LAYOUT, move_labels, one_label
-from dfq_jax.graph.tracing.program import Constant, Op, Operand, Program
+from dfq_jax.graph.tracing.program import Constant, Op, Operand, Program, Shape
 
 _SAMPLES = 6
 _TOLERANCE = 1e-9  # of float64 arithmetic on numbers around 1
@@ -225,7 +225,7 @@ def _combine(op: Op, operands: list[ChannelValue]) -> ChannelValue | None:
     return ChannelValue(np.broadcast_to(samples, (_SAMPLES,)), leaves, next(iter(axes), None))
 
 
-def _moved(op: Op, operand: ChannelValue, shape: tuple[int, ...]) -> ChannelValue | None:
+def _moved(op: Op, operand: ChannelValue, shape: Shape) -> ChannelValue | None:
     """A channel value after a layout operation; None if that splits its channels."""
     labels = move_labels(op, one_label(len(shape), operand.axis), shape)
     axes = [i for i, label in enumerate(labels) if label]

@@ -20,9 +20,7 @@ from jax import lax
 from dfq_jax.graph.tracing.axes import operand_axes
 from dfq_jax.graph.tracing.elementwise import POINTWISE
 from dfq_jax.graph.tracing.layout import matching_axes
-from dfq_jax.graph.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand, Program, live_ops
-
-Shape = tuple[int, ...]
+from dfq_jax.graph.tracing.program import LAYER_PRIMITIVES, Constant, Op, Operand, Program, Shape, live_ops
 
 
 def keeps_elements(op: Op, program: Program) -> bool:

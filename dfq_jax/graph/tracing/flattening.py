@@ -27,6 +27,7 @@ from dfq_jax.graph.tracing.program import (
     Op,
     Operand,
     Program,
+    Shape,
     holds_layers,
     live_ops,
     sub_jaxprs,
@@ -160,7 +161,7 @@ class Builder:
             self.platform_indices.update(outputs)  # before JAX 0.8 it is clamped first
         return outputs
 
-    def new_value(self, shape: Sequence[int], dtype: Any) -> int:
+    def new_value(self, shape: Sequence[Any], dtype: Any) -> int:
         """Number a value."""
         number = len(self.avals)
         self.avals[number] = jax.ShapeDtypeStruct(tuple(shape), dtype)
@@ -265,7 +266,7 @@ def _call_body(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     if len(jaxpr.constvars) != len(consts):
         return None
 
-    def signature(variables: Sequence[Any]) -> list[tuple[tuple[int, ...], Any]]:
+    def signature(variables: Sequence[Any]) -> list[tuple[Shape, Any]]:
         return [(v.aval.shape, v.aval.dtype) for v in variables]
 
     try:

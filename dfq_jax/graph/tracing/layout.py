@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from dfq_jax.graph.tracing.program import Op
 
@@ -16,7 +17,7 @@ def one_label(rank: int, axis: int) -> Labels:
     return tuple(("label",) if i == axis else () for i in range(rank))
 
 
-def move_labels(op: Op, labels: Labels, shape: Sequence[int]) -> Labels:
+def move_labels(op: Op, labels: Labels, shape: Sequence[Any]) -> Labels:
     """The labels of the result of an operation in `LAYOUT`, from those of its operand of the given shape.
 
     An axis that is merged with others keeps its label in the merged axis; one that is split leaves it in each part.
@@ -34,7 +35,7 @@ def move_labels(op: Op, labels: Labels, shape: Sequence[int]) -> Labels:
     return labels
 
 
-def _reshape(labels: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
+def _reshape(labels: Labels, old: Sequence[Any], new: Sequence[Any]) -> Labels:
     result: list[tuple[Hashable, ...]] = [()] * len(new)
     for group, parts in matching_axes(old, new):
         for part in parts:
@@ -42,7 +43,7 @@ def _reshape(labels: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
     return tuple(result)
 
 
-def matching_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def matching_axes(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
     """The smallest groups of axes of equal size before and after a reshape; axes of size 1 carry nothing."""
     old_axes = [i for i, size in enumerate(old) if size != 1]
     new_axes = [i for i, size in enumerate(new) if size != 1]
@@ -58,7 +59,7 @@ def matching_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int
     return groups
 
 
-def follow_axis(op: Op, axis: int, shape: Sequence[int]) -> int | None:
+def follow_axis(op: Op, axis: int, shape: Sequence[Any]) -> int | None:
     """Where an axis of the operand of an operation in `LAYOUT` goes; the first of its parts if it is split.
 
     An axis of size 1 is followed through a reshape by its place between the others.
@@ -69,7 +70,7 @@ def follow_axis(op: Op, axis: int, shape: Sequence[int]) -> int | None:
     return next((i for i, label in enumerate(moved) if label), None)
 
 
-def _follow_single(axis: int, old: Sequence[int], new: Sequence[int]) -> int | None:
+def _follow_single(axis: int, old: Sequence[Any], new: Sequence[Any]) -> int | None:
     """Of the axes of size 1 at the same place, the one with the same number; else the axis that it is merged with."""
     place = math.prod(old[:axis])
     before = [i for i, size in enumerate(old) if size == 1 and math.prod(old[:i]) == place]

@@ -37,12 +37,13 @@ class Constant:
     value: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """The shape of the array."""
         return np.shape(self.value)
 
 
 Operand = int | Constant
+Shape = tuple[Any, ...]  # of ints; the batch of a program that is exported for all sizes is a symbol
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +67,8 @@ class Op:
         """The operands that are no constants."""
         return tuple(i for i in self.inputs if isinstance(i, int))
 
-    def __call__(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        """Apply the primitive to `args`, one for each operand.
+    def __call__(self, *args: Any) -> tuple[jax.Array, ...]:
+        """Apply the primitive to `args`, arrays of JAX or NumPy, one for each operand.
 
         A product that the traced function left at JAX's default precision takes the setting in force here.
         """
@@ -167,7 +168,7 @@ class Program:
                 needed.update(op.value_inputs)
         return tuple(found[::-1])
 
-    def shape(self, operand: Operand) -> tuple[int, ...]:
+    def shape(self, operand: Operand) -> Shape:
         """The shape of a value or a constant."""
         return operand.shape if isinstance(operand, Constant) else self.avals[operand].shape
 

@@ -11,7 +11,7 @@ import numpy as np
 from dfq_jax.graph.tracing.activations import GRID, classify
 from dfq_jax.graph.tracing.batch_norm_pattern import ChannelAlgebra
 from dfq_jax.graph.tracing.elementwise import CASTS, NotElementwise, evaluate, is_elementwise
-from dfq_jax.graph.tracing.program import Op, Operand, Program
+from dfq_jax.graph.tracing.program import Op, Operand, Program, Shape
 
 
 class Activations:
@@ -57,7 +57,7 @@ class Activations:
                     heapq.heappush(queue, reader.index)
         return best
 
-    def _apply(self, op: Op, samples: dict[int, np.ndarray], shape: tuple[int, ...]) -> np.ndarray | None:
+    def _apply(self, op: Op, samples: dict[int, np.ndarray], shape: Shape) -> np.ndarray | None:
         """The result of an operation on sample points, None unless it is an elementwise function of the region."""
         if len(op.outputs) != 1 or self._program.avals[op.outputs[0]].shape != shape:
             return None

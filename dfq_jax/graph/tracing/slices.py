@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from dfq_jax.graph.tracing.elementwise import CASTS
-from dfq_jax.graph.tracing.program import Constant, Op, Operand
+from dfq_jax.graph.tracing.program import Constant, Op, Operand, Shape
 
 if TYPE_CHECKING:
     from dfq_jax.graph.tracing.flattening import Builder
@@ -128,7 +128,7 @@ class Slices:
         return None
 
     def _take_from_reshape(
-        self, source: Operand, old: Sequence[int], new: Sequence[int], axis: int, index: int
+        self, source: Operand, old: Sequence[Any], new: Sequence[Any], axis: int, index: int
     ) -> Operand | None:
         """The axis is an axis of the operand, several of them merged, or the first part of one that is split."""
         rest = (*new[:axis], *new[axis + 1 :])
@@ -178,7 +178,7 @@ class Slices:
             return _all_or_none([self._take(source, *place)])
         return None
 
-    def _shape(self, operand: Operand | None) -> tuple[int, ...]:
+    def _shape(self, operand: Operand | None) -> Shape:
         if operand is None:
             return ()
         return operand.shape if isinstance(operand, Constant) else self.builder.avals[operand].shape
@@ -189,7 +189,7 @@ def _all_or_none(items: Any) -> list[Any] | None:
     return None if None in items else items
 
 
-def _static_slice(op: Op, shape: Sequence[int]) -> tuple[list[int], list[int]] | None:
+def _static_slice(op: Op, shape: Sequence[Any]) -> tuple[list[int], list[int]] | None:
     """Starts and strides of a slice at constant places; None for other operations."""
     if op.name == "slice":
         return list(op.params["start_indices"]), list(op.params["strides"] or [1] * len(shape))
@@ -200,7 +200,7 @@ def _static_slice(op: Op, shape: Sequence[int]) -> tuple[list[int], list[int]] |
     return starts, [1] * len(shape)
 
 
-def _gathered_slice(params: Mapping[str, Any], shape: Sequence[int], indices: Operand) -> tuple[int, int] | None:
+def _gathered_slice(params: Mapping[str, Any], shape: Sequence[Any], indices: Operand) -> tuple[int, int] | None:
     """Axis and index of a gather that takes one whole slice at a constant place, as `jnp.take(w, 1, axis=0)`."""
     numbers = params["dimension_numbers"]
     if not isinstance(indices, Constant) or np.size(indices.value) != 1 or len(numbers.start_index_map) != 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from dfq_jax.graph.tracing.batch_norm_pattern import Roles
 
@@ -100,7 +101,7 @@ class Tensor:
     batch_norm: str | None  # the BatchNorm it comes straight from, through `activation`
     shared: bool  # whether something else (a residual sum) reads it too
     value: int = dataclasses.field(compare=False)
-    shape: tuple[int, ...] = dataclasses.field(compare=False)
+    shape: tuple[Any, ...] = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

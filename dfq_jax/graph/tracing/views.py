@@ -102,7 +102,7 @@ def _stack(slices: list[Any], axis: int) -> Any:
 def _stack_quantized(slices: list[Any], axis: int) -> QTensor:
     """Of the same bits, signedness and type, with zero points or all without."""
 
-    def field(arrays: list[Any], shape: tuple[int, ...]) -> Any:
+    def field(arrays: list[Any], shape: tuple[Any, ...]) -> Any:
         if arrays[0] is None:
             return None
         return _stack([a if a.shape == shape else jnp.broadcast_to(a, shape) for a in arrays], axis)
