@@ -174,6 +174,7 @@ def _slow(policy: Policy, graph: Graph, layer: Layer) -> str:
 def largest_sum(layer: Layer, kernel: QTensor, params: QuantizerParams) -> int:
     """Bound on the sums of products of codes: the largest code times the sum of |weights|, over output channels."""
     zeros = (0.0, int8_zero(params))  # of codes in float, and in int8 where that differs
-    largest = max(abs(int(float(limit) + float(zero))) for limit in code_limits(params) for zero in zeros if zero is not None)
+    limits = map(float, code_limits(params))
+    largest = max(abs(int(limit + float(zero))) for limit in limits for zero in zeros if zero is not None)
     axes = tuple(a for a in range(kernel.ndim) if a not in layer.channel_axes)
     return largest * int(np.abs(np.asarray(kernel.centered(), np.int64)).sum(axes).max(initial=0))
