@@ -126,7 +126,7 @@ class _Translation:
     def _output(self, name: str, operand: Operand) -> Any:
         value = self._read(operand)
         self.writer.nodes.append(self.onnx.helper.make_node("Identity", [self.writer.whole(value)], [name], name=name))
-        dtype = operand.value.dtype if isinstance(operand, Constant) else self.program.dtypes[operand]
+        dtype = operand.dtype if isinstance(operand, Constant) else self.program.dtypes[operand]
         return self._info(name, value.shape, dtype)
 
     def _info(self, name: str, shape: Shape, dtype: Any) -> Any:
@@ -218,7 +218,7 @@ class _Translation:
         return f"at {op.scope} ({near})" if op.scope else f"({near})"
 
     def _call(self, op: Op) -> Call:
-        dtypes = [i.value.dtype if isinstance(i, Constant) else self.program.dtypes[i] for i in op.inputs]
+        dtypes = [i.dtype if isinstance(i, Constant) else self.program.dtypes[i] for i in op.inputs]
         shapes = [self.program.shapes[value] for value in op.outputs]
         inputs = [self._read(i) for i in op.inputs]
         return Call(self.writer, inputs, op.params, shapes, self.program.dtypes[op.outputs[0]], dtypes)

@@ -41,6 +41,11 @@ class Constant:
         """The shape of the array."""
         return np.shape(self.value)
 
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements. JAX 0.6 has literals that are numbers of Python."""
+        return jax.dtypes.result_type(self.value)
+
 
 Operand = int | Constant
 Shape = tuple[Any, ...]  # of ints; the batch of a program that is exported for all sizes is a symbol

@@ -144,7 +144,7 @@ class Slices:
             parts = [self._take(source, start, index * step + i) for i in range(step)]
             if None in parts:
                 return None
-            dtype = self.builder.avals[source].dtype if isinstance(source, int) else source.value.dtype
+            dtype = self.builder.avals[source].dtype if isinstance(source, int) else source.dtype
             value = self.stacked(parts, start, dtype)
         else:
             end = next((e for e in range(start + 1, len(old) + 1) if math.prod(old[start:e]) == new[axis]), None)
