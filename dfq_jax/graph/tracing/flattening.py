@@ -127,6 +127,8 @@ class Builder:
             return [Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))]
         if (number := _computed_index(eqn, inputs)) is not None:
             return [number]
+        if name == "slice" and eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape:  # `x[0]` under vmap in JAX 0.6
+            return inputs
         if (body := _call_body(eqn)) is not None and not self._keep_whole(eqn, inputs):
             return self.inline(*body, inputs, scope)
         if (branch := self._known_branch(eqn, inputs)) is not None:
