@@ -152,6 +152,7 @@ def test_high_bias_goes_to_the_next_layer(triple):
     np.testing.assert_allclose(apply_fn(new, x), apply_fn(variables, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.untyped
 def test_refuses_bad_arguments(triple):
     graph, _, variables = triple
     with pytest.raises(ValueError, match="balance"):

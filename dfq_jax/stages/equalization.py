@@ -193,7 +193,7 @@ def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[A
     ones = {pair.first: jnp.ones(graph.tensor(pair.tensor).shape[pair.axis]) for pair in pairs}
     channels = {(pair.first, layer.name): c for pair in pairs for layer, c in _readers(graph, pair)}
 
-    def sweep(_: int, state: tuple[dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[Any, Any]:
+    def sweep(_: jax.Array, state: tuple[dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[Any, Any]:
         sizes, factors = map(dict, state)
         for pair in pairs:
             own, first = factors[pair.first], sizes[pair.first]
