@@ -123,7 +123,7 @@ class LayerForm:
 
     # --- operands ---
 
-    def rearrange(self, source: jax.Array, pad_value: jax.Array | float = 0) -> jax.Array:
+    def rearrange(self, source: jax.Array, pad_value: jax.Array | int | float = 0) -> jax.Array:
         """The operand made from a value of the tensor, casts left out; padding takes `pad_value`."""
         value = source
         for op in self.input_chain:
@@ -141,7 +141,7 @@ class LayerForm:
                 (value,) = op(value)
         return value
 
-    def pad(self, operand: jax.Array, value: jax.Array | float) -> jax.Array:
+    def pad(self, operand: jax.Array, value: jax.Array | int | float) -> jax.Array:
         """A convolution's operand with its padding, and what is between its dilated positions, of a given value."""
         params, config = self.op.params, [(0, 0, 0)] * operand.ndim
         spatial = zip(self.input_axes.free[1:], params["padding"], params["lhs_dilation"], strict=True)
