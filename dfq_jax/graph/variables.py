@@ -103,6 +103,11 @@ class VariableTree:
         """`leaves` by their paths."""
         return dict(zip(self.leaf_paths, self.leaves(variables), strict=True))
 
+    @functools.cached_property
+    def shapes_by_path(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """`leaf_shapes` by their paths."""
+        return dict(zip(self.leaf_paths, self.leaf_shapes, strict=True))
+
     def leaf(self, variables: Any, path: str | None) -> Any:
         """One leaf by its path; None for None. Who reads several takes them from `leaves_by_path`."""
         return None if path is None else self.leaves_by_path(variables)[path]

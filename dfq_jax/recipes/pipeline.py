@@ -32,7 +32,7 @@ from dfq_jax.recipes.images import THESE_IMAGES, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
-from dfq_jax.recipes.steps import STEPS, Work, remove_checkpoints
+from dfq_jax.recipes.steps import LONG_STEPS, STEPS, Work, remove_checkpoints
 from dfq_jax.report import Report, doubtful_structure, layer_reports, packed_size
 from dfq_jax.stages import Comparison, Convention
 
@@ -99,7 +99,8 @@ def quantize(
     recipe = get_recipe(recipe)
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
     key = _as_key(key)
-    keys = dict(zip(("images", "reconstruction", "fine-tuning"), jax.random.split(key, 3), strict=True))
+    drawing = ("images", *LONG_STEPS)
+    keys = dict(zip(drawing, jax.random.split(key, len(drawing)), strict=True))
     input_shape = _as_shape(input_shape)
     clock = _Clock(on_stage)
     apply_fn, variables = as_function(model, variables)

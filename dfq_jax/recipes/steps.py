@@ -220,6 +220,9 @@ STEPS = {
     "adapt": Step("adapting statistics", _adapt),
     "fine-tuning": Step("fine-tuning the network", _finetune, "finetune"),
 }
+# Those that draw at random, show progress and can be resumed (`Work.long`): each has a key and a file of its own. New
+# ones come last: by JAX's default generator the others keep their keys then.
+LONG_STEPS = ("reconstruction", "fine-tuning")
 # All that `quantize` calls `on_stage` with.
 STAGES = {
     "trace": "tracing the network",
@@ -236,7 +239,7 @@ def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) 
     """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
     if images:
         remove_checkpoint(checkpoint)
-    for name in ("reconstruction", "fine-tuning"):
+    for name in LONG_STEPS:
         if STEPS[name].is_in(recipe):
             remove_checkpoint(_file(checkpoint, name))
 

@@ -111,7 +111,7 @@ def adapt_batch_norm(
         share = batch.shape[0] / images.shape[0]
         for path, value in _adapt(graph, variables, qvariables, batch, settings, trust, rule).items():
             total[path] = total.get(path, 0.0) + share * value
-    shapes = dict(zip(graph.leaf_paths, graph.leaf_shapes, strict=True))
+    shapes = graph.shapes_by_path
     updates = {path: value.reshape(shapes[path].shape).astype(shapes[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
@@ -328,7 +328,6 @@ def offset_leaves(graph: Graph, normalized: bool) -> dict[str, tuple[str, float]
                 targets[layer.name] = (graph.batch_norm(layer.batch_norm).mean, 1.0)
         elif layer.bias is not None:
             targets[layer.name] = (layer.bias, -1.0)
-    sizes = {p: math.prod(s.shape) for p, s in zip(graph.leaf_paths, graph.leaf_shapes, strict=True)}
     users = collections.Counter(path for path, _ in targets.values())
     # A leaf that several layers or several of a layer's channels share has no one value that corrects them all.
     return {
@@ -336,5 +335,6 @@ def offset_leaves(graph: Graph, normalized: bool) -> dict[str, tuple[str, float]
         for layer in graph.layers
         if layer.name in targets
         and users[targets[layer.name][0]] == 1
-        and sizes[targets[layer.name][0]] == math.prod(layer.kernel_shape[a] for a in layer.channel_axes)
+        and graph.shapes_by_path[targets[layer.name][0]].size
+        == math.prod(layer.kernel_shape[a] for a in layer.channel_axes)
     }
