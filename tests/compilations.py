@@ -4,6 +4,8 @@ from collections import Counter
 
 import jax
 
+_counting = []
+
 
 class Compilations(Counter):
     """How often each function was compiled within the block.
@@ -14,12 +16,16 @@ class Compilations(Counter):
     """
 
     def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self._count)
+        _counting.append(self)
         return self
 
     def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._count)
+        _counting[:] = [other for other in _counting if other is not self]
 
-    def _count(self, event, seconds, fun_name="?", **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self[fun_name.removeprefix("jit(").removesuffix(")")] += 1
+
+# Registered once and for all: jax 0.6 cannot take a listener back.
+@jax.monitoring.register_event_duration_secs_listener
+def _count(event, seconds, fun_name="?", **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        for count in _counting:
+            count[fun_name.removeprefix("jit(").removesuffix(")")] += 1

@@ -2,6 +2,7 @@
 
 from dfq_jax.base.backend import platform_of
 from dfq_jax.base.checkpoint import remove_checkpoint
+from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
 from dfq_jax.base.fields import check_field, check_fields, is_non_negative, known_fields
 from dfq_jax.base.files import replacing, write_atomically
@@ -11,6 +12,8 @@ from dfq_jax.base.optimization import State, descend, init_state, repeat
 from dfq_jax.base.precision import check_precision, full_precision, products
 
 __all__ = [
+    "NO_YNN",
+    "RUN_ONCE",
     "Loop",
     "Plan",
     "Progress",
@@ -21,6 +24,7 @@ __all__ = [
     "check_fields",
     "check_precision",
     "clip",
+    "cpu_jit",
     "descend",
     "full_precision",
     "init_state",
