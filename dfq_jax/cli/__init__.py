@@ -1,7 +1,8 @@
 """The command line, `dfq-jax`: `main` and how it fails; what the commands do is in `commands`.
 
 Whatever is wrong with the input ends in one line on stderr and exit code 2. `--debug`, or the environment
-variable DFQ_JAX_DEBUG=1, shows the traceback, too.
+variable DFQ_JAX_DEBUG=1, shows the traceback, too. Compiled programs are kept for the next process (`compilation`),
+but for `--no-cache`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dfq_jax.cli.compilation import keep_compiled
 from dfq_jax.synthesis import SynthesisError
 
 PROGRAM = "dfq-jax"
@@ -24,8 +26,11 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # What a user can cause; anything else is a defect, and shows its traceback.
 BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError, SynthesisError)
-REQUIRED = ("tyro", "rich")
-EPILOG = "--version prints the version; --debug, anywhere, shows the traceback of an error."
+REQUIRED = ("tyro", "rich", "platformdirs", "filelock")
+EPILOG = (
+    "--version prints the version; --debug, anywhere, shows the traceback of an error; --no-cache, anywhere, neither "
+    "reads nor keeps compiled programs in the user's cache folder."
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -37,9 +42,11 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0, 2 for bad input, 130 when interrupted.
     """
+    is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args or os.environ.get("DFQ_JAX_DEBUG", "") not in ("", "0")
-    args = [arg for arg in args if arg != "--debug"]
+    keep = is_process and "--no-cache" not in args  # a caller's own process keeps its settings
+    args = [arg for arg in args if arg not in ("--debug", "--no-cache")]
     if args[:1] == ["--version"]:
         print(f"{PROGRAM} {importlib.metadata.version('dfq_jax')}")
         return 0
@@ -51,6 +58,8 @@ def main(args: Sequence[str] | None = None) -> int:
         run = _parse(COMMANDS, args)
         if isinstance(run, int):
             return run
+        if keep:
+            keep_compiled()
         run()
     except KeyboardInterrupt as interrupt:
         if debug:
