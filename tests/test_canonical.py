@@ -417,7 +417,7 @@ def test_layers_in_a_choice_by_platform():
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=4)
 
     def shifted(x, kernel):
-        return dfq_jax.graph.depthwise.depthwise_product(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        return dfq_jax.graph.convolutions.depthwise_product(x, kernel, (1, 1), ((1, 1), (1, 1)))
 
     @jax.jit
     def apply_fn(v, x):

@@ -72,6 +72,11 @@ def results(build: Callable[[], model_grid.Case], bits: str, shortcuts: str) -> 
     return jax.tree.map(np.asarray, everything(variables, x))
 
 
+def is_narrow(build: Callable[[], model_grid.Case]) -> bool:
+    """Whether the network computes in bfloat16."""
+    return any(aval.dtype == jnp.bfloat16 for aval in traced(build)[0].program.avals.values())
+
+
 def assert_same_outputs(found: Any, expected: Any, tolerance: float) -> None:
     """Same structure, shapes and types, and a largest difference of `tolerance` times the largest value."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -88,17 +93,16 @@ FAST_GRID = every_third(1)
 
 @pytest.mark.parametrize("build", FAST_GRID)
 def test_run_equals_apply_fn(build):
+    # In bfloat16 a sum in another order may round to the next number.
     found = results(build, *FAST)
-    assert_same_outputs(found.plain, found.expected, 1e-6)
+    assert_same_outputs(found.plain, found.expected, 2e-2 if is_narrow(build) else 1e-6)
 
 
 @pytest.mark.parametrize("build", FAST_GRID)
 def test_batch_norm_rule_equals_the_networks_own(build):
     # In bfloat16 `normalize` rounds once at its end, the network after every operation.
     found = results(build, *FAST)
-    graph, *_ = traced(build)
-    narrow = any(aval.dtype == jnp.bfloat16 for aval in graph.program.avals.values())
-    assert_same_outputs(found.normalized, found.expected, 2e-2 if narrow else 1e-4)
+    assert_same_outputs(found.normalized, found.expected, 2e-2 if is_narrow(build) else 1e-4)
 
 
 def check_quantized(found: Results, quiet: float) -> None:
@@ -374,13 +378,15 @@ def test_bias_and_bfloat16_of_one_layer():
 
 
 def products(jaxpr: Any) -> list[tuple[str, ...]]:
-    """Types of the operands and the result of every convolution and matrix product."""
+    """Types of the operands and the result of every convolution and matrix product, once in a choice by platform."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
             found.append(tuple(v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)))
-        for inner, _ in sub_jaxprs(eqn.params):
-            found += products(inner)
+        inner = [products(inner) for inner, _ in sub_jaxprs(eqn.params)]
+        choice = eqn.primitive.name == "cond" and len({tuple(own) for own in inner}) == 1
+        for own in inner[-1:] if choice else inner:
+            found += own
     return found
 
 

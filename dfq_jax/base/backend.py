@@ -1,6 +1,6 @@
 """Where arrays live, for choices that the host makes before anything is traced.
 
-What is traced never asks: it may be lowered for another platform (`dfq_jax.graph.depthwise.by_platform`).
+What is traced never asks: it may be lowered for another platform (`dfq_jax.graph.convolutions.by_platform`).
 """
 
 from __future__ import annotations

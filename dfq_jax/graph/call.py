@@ -55,12 +55,13 @@ def loop_friendly(call: LayerCall) -> jax.Array:
     JAX expresses a convolution's gradient by exchanging the labels of the kernel's input and output features. XLA:CPU
     has fast convolutions for the usual order of labels only, and brings others into it only outside of loops: in
     `lax.scan` such gradients fall to plain loops, tens of times slower. Here the kernel itself is transposed instead.
-    Depthwise convolutions have a way of their own (`dfq_jax.graph.depthwise`).
+    Some convolutions have a way of their own (`dfq_jax.graph.convolutions`).
     """
     form = call.form  # the derivative outlives the trace, to which the call's values belong
-    if form.shifted or call.layer.kind != "conv" or call.layer.kernel_operand != 1 or isinstance(call.kernel, QTensor):
-        return call.default()
     op = form.op
+    plain = call.layer.kind == "conv" and call.layer.kernel_operand == 1 and not isinstance(call.kernel, QTensor)
+    if not plain or form.on_cpu(op.params) is not None:
+        return call.default()
 
     @jax.custom_vjp
     def product(operand: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dfq_jax.graph.batch_norm import apart
-from dfq_jax.graph.depthwise import by_platform, depthwise_product, is_supported
+from dfq_jax.graph.convolutions import Product, by_platform, cpu_product
 from dfq_jax.graph.tracing.axes import Axes, operand_axes, result_axes
 from dfq_jax.graph.tracing.program import PRODUCTS, Op, Program, Shape
 from dfq_jax.graph.tracing.structure import Layer
@@ -212,9 +213,10 @@ class LayerForm:
 
     def product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """What `primitive` computes, in the way that is fast on the platform."""
-        if not self.shifted:
-            return self.primitive(operand, kernel)
-        return by_platform(self._shifted_product, self.primitive, operand, kernel)
+        on_cpu = self.on_cpu(self.op.params)
+        return (
+            self.primitive(operand, kernel) if on_cpu is None else by_platform(on_cpu, self.primitive, operand, kernel)
+        )
 
     def float32_product(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
         """The product of float32 operands, in full precision."""
@@ -228,19 +230,13 @@ class LayerForm:
             return self._product(operand, kernel, dtype)
         return self._product(self.pad(operand, pad_value), kernel, dtype, padded=True)
 
-    @property
-    def shifted(self) -> bool:
-        """Whether the layer is computed as a sum of shifted products on CPU: a depthwise convolution."""
+    def on_cpu(self, params: Mapping[str, Any]) -> Product | None:
+        """How the layer, with these parameters of its primitive, is computed on CPU; None for as anywhere else."""
         conv = self.layer.kind == "conv" and self.layer.kernel_operand == 1
-        return conv and is_supported(self.op.params, *self.shapes)
+        return cpu_product(params, *self.shapes) if conv else None
 
     def _ordered(self, operand: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (kernel, operand) if self.layer.kernel_operand == 0 else (operand, kernel)
-
-    def _shifted_product(self, operand: jax.Array, kernel: jax.Array, padded: bool = False) -> jax.Array:
-        params = self.op.params
-        padding = ((0, 0), (0, 0)) if padded else tuple(map(tuple, params["padding"]))
-        return depthwise_product(operand, kernel, tuple(params["window_strides"]), padding)
 
     def _product(self, operand: jax.Array, kernel: jax.Array, dtype: Any, padded: bool = False) -> jax.Array:
         precision = lax.Precision.HIGHEST if jnp.issubdtype(operand.dtype, jnp.floating) else None
@@ -252,10 +248,8 @@ class LayerForm:
         def plain(operand: jax.Array, kernel: jax.Array) -> jax.Array:
             return PRODUCTS[self.op.name](*self._ordered(operand, kernel), **params)
 
-        def shifted(operand: jax.Array, kernel: jax.Array) -> jax.Array:
-            return self._shifted_product(operand.astype(dtype), kernel.astype(dtype), padded)
-
-        return by_platform(shifted, plain, operand, kernel) if self.shifted else plain(operand, kernel)
+        on_cpu = self.on_cpu(params)
+        return plain(operand, kernel) if on_cpu is None else by_platform(on_cpu, plain, operand, kernel)
 
     # --- channels ---
 

@@ -1,4 +1,4 @@
-"""Depthwise convolutions as shifted products: values and both gradients are those of XLA."""
+"""Convolutions in the forms that are fast on CPU: values and both gradients are those of XLA."""
 
 import functools
 
@@ -11,59 +11,132 @@ from jax import lax
 
 from dfq_jax.base.backend import platform_of
 from dfq_jax.graph import apply_quantized, loop_friendly, run
-from dfq_jax.graph.depthwise import depthwise_product, is_supported
+from dfq_jax.graph.convolutions import cpu_product, depthwise_product, pointwise_product
 from dfq_jax.graph.graph import trace
 from dfq_jax.runtime import apply_plan, compile_integer
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
 
-NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+def params(strides=(1, 1), padding=((0, 0), (0, 0)), groups=1, **others):
+    """Parameters of the primitive `conv_general_dilated`."""
+    usual = {
+        "window_strides": strides,
+        "padding": padding,
+        "feature_group_count": groups,
+        "batch_group_count": 1,
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1),
+        "dimension_numbers": lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NHWC", "HWIO", "NHWC")),
+        "precision": None,
+        "preferred_element_type": None,
+    }
+    return usual | others
+
+
+@jax.jit(static_argnums=(0, 1))
+def values_and_gradients(functions, cast, x, kernel, direction):
+    def both(function):
+        y, pull = jax.vjp(lambda x, k: function(x.astype(cast), k.astype(cast)), x, kernel)
+        return y, *pull(direction.astype(y.dtype))
+
+    return [both(function) for function in functions]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "padding", "groups", "way"),
+    [
+        ((7, 8), (3, 3, 1, 4), (1, 1), ((1, 1), (1, 1)), 4, depthwise_product),
+        ((8, 7), (3, 3, 1, 4), (2, 2), ((0, 1), (1, 1)), 4, depthwise_product),
+        ((9, 8), (5, 5, 1, 4), (2, 2), ((2, 2), (1, 2)), 4, depthwise_product),
+        ((9, 11), (5, 3, 1, 4), (1, 2), ((0, 0), (2, 0)), 4, depthwise_product),
+        ((10, 9), (2, 2, 1, 4), (3, 3), ((0, 0), (0, 0)), 4, depthwise_product),  # pixels that no window reads
+        ((6, 6), (1, 1, 1, 4), (2, 2), ((0, 0), (0, 0)), 4, depthwise_product),
+        ((7, 6), (1, 1, 4, 5), (1, 1), ((0, 0), (0, 0)), 1, pointwise_product),
+        ((7, 6), (1, 1, 4, 5), (2, 3), ((0, 0), (0, 0)), 1, pointwise_product),
+        ((5, 6), (1, 1, 4, 3), (2, 1), ((1, 0), (2, 1)), 1, pointwise_product),
+        ((5, 6), (1, 1, 2, 6), (1, 2), ((0, 1), (0, 0)), 2, pointwise_product),
+        ((5, 6), (1, 1, 1, 8), (1, 1), ((0, 0), (0, 0)), 4, pointwise_product),
+    ],
+)
+def test_values_and_gradients(size, kernel, strides, padding, groups, way, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 4)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=kernel), jnp.float32)
+    own = cpu_product(params(strides, padding, groups), x.shape, kernel)
+    assert own.func == way
+
+    def expected(x, weights):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, weights, strides, padding, dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    shape = jax.eval_shape(expected, x, weights).shape
+    direction = jnp.asarray(rng.integers(-4, 5, size=shape), jnp.float32)
+    found = values_and_gradients((own, expected), dtype, x, weights, direction)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel", "strides", "padding"),
+    ("kernel", "groups", "sums"),
+    [((3, 3, 1, 4), 4, "nhwckl,klzc->nhwc"), ((1, 1, 4, 6), 1, "nhwckl,klco->nhwo")],
+)
+def test_integers_are_summed_in_the_type_asked_for(kernel, groups, sums):
+    rng = np.random.default_rng(0)
+    x, weights = (rng.integers(-128, 128, size=size) for size in ((2, 6, 6, 4), kernel))
+    own = cpu_product(params(groups=groups, preferred_element_type=jnp.int32), x.shape, kernel)
+    found = jax.jit(own)(x.astype(np.int8), weights.astype(np.int8))
+    assert found.dtype == jnp.int32
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel[:2], (1, 2))
+    np.testing.assert_array_equal(found, np.einsum(sums, windows, weights))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "different"),
     [
-        ((7, 8), (3, 3), (1, 1), ((1, 1), (1, 1))),
-        ((8, 7), (3, 3), (2, 2), ((0, 1), (1, 1))),
-        ((9, 8), (5, 5), (2, 2), ((2, 2), (1, 2))),
-        ((9, 11), (5, 3), (1, 2), ((0, 0), (2, 0))),
-        ((10, 9), (2, 2), (3, 3), ((0, 0), (0, 0))),  # pixels that no window reads
-        ((6, 6), (1, 1), (2, 2), ((0, 0), (0, 0))),
+        ((3, 3, 4, 4), {}),
+        ((1, 1, 4, 5), {"padding": ((-1, 0), (0, 0))}),
+        ((1, 1, 4, 5), {"lhs_dilation": (2, 1)}),
+        ((1, 1, 4, 5), {"batch_group_count": 2}),
+        ((3, 3, 1, 4), {"groups": 4, "rhs_dilation": (2, 2)}),
+        ((3, 3, 1, 8), {"groups": 4}),
+        ((11, 11, 1, 4), {"groups": 4}),
+        ((1, 1, 4, 5), {"dimension_numbers": lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NCHW", "HWIO", "NCHW"))}),
     ],
 )
-def test_values_and_gradients(size, kernel, strides, padding):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, *size, 4)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(*kernel, 1, 4)), jnp.float32)
-
-    def expected(x, weights):
-        return lax.conv_general_dilated(x, weights, strides, padding, dimension_numbers=NUMBERS, feature_group_count=4)
-
-    @jax.jit
-    def both(x, weights, direction):
-        y, pull = jax.vjp(expected, x, weights)
-        found, found_pull = jax.vjp(lambda x, w: depthwise_product(x, w, strides, padding), x, weights)
-        return (found, *found_pull(direction)), (y, *pull(direction))
-
-    direction = rng.normal(size=jax.eval_shape(expected, x, weights).shape).astype(np.float32)
-    for a, b in zip(*both(x, weights, direction), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+def test_others_are_left_to_xla(kernel, different):
+    assert cpu_product(params(**different), (2, 8, 8, 4), kernel) is None
 
 
 class Net(nn.Module):
     stride: int = 1
     dilation: int = 1
     multiplier: int = 1
+    pointwise: bool = False
 
     @nn.compact
     def __call__(self, x):
         features = x.shape[-1] * self.multiplier
+        if self.pointwise:
+            return nn.Conv(features, (1, 1), self.stride)(x)
         return nn.Conv(features, (3, 3), self.stride, feature_group_count=x.shape[-1], kernel_dilation=self.dilation)(x)
 
 
 @pytest.mark.parametrize(
     ("options", "supported"),
-    [({"stride": 2}, True), ({}, True), ({"dilation": 2}, False), ({"multiplier": 2}, False)],
+    [
+        ({"stride": 2}, True),
+        ({}, True),
+        ({"dilation": 2}, False),
+        ({"multiplier": 2}, False),
+        ({"pointwise": True}, True),
+        ({"pointwise": True, "stride": 2, "multiplier": 2}, True),
+    ],
 )
 def test_the_interpreter_uses_it_where_it_may(options, supported):
     net = Net(**options)
@@ -72,7 +145,7 @@ def test_the_interpreter_uses_it_where_it_may(options, supported):
     graph = trace(net.apply, variables, x.shape)
     layer = graph.first_layer
     op = graph.program.ops[layer.op]
-    assert is_supported(op.params, x.shape, layer.kernel_shape) == supported
+    assert (cpu_product(op.params, x.shape, layer.kernel_shape) is not None) == supported
     found, expected = jax.jit(lambda v, x: (run(graph, v, x), net.apply(v, x)))(variables, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     # What is traced holds the program's own convolution; what is compiled for CPU only where nothing else is known.
@@ -87,6 +160,7 @@ class Separable(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Conv(8, (3, 3), 2)(x))
         x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x))
+        x = nn.relu(nn.Conv(6, (1, 1), name="pointwise")(x))
         return nn.Dense(5)(x.mean((1, 2)))
 
 
