@@ -646,7 +646,7 @@ def test_lines_come_every_few_seconds(clock, capsys):
     reporter.on_stage("images")
     for second in range(1, 21):
         clock[0] = 1000.0 + second
-        state = progress.base.Progress(2, 2, 5 * second, 100, 0.125, second, 80.0 - second)
+        state = progress.base.Progress(2, 2, 5 * second, 100, 0.125, second, 80.0 - second, 100 + 5 * second)
         reporter.on_progress(state)
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 4
@@ -679,7 +679,7 @@ def test_bars_on_a_terminal(monkeypatch):
         reporter = progress.Reporter(display)
         reporter.on_stage("trace")
         reporter.on_stage("images")
-        reporter.on_progress(progress.base.Progress(1, 2, 50, 100, 0.125, 3.0, 90.0))
+        reporter.on_progress(progress.base.Progress(1, 2, 50, 100, 0.125, 3.0, 90.0, 50))
         reporter.on_stage("ranges")
     text = err.getvalue()
     assert "making images" in text and "25%" in text and "loss 0.125" in text and "ETA 1 min 30 s" in text

@@ -33,6 +33,7 @@ from dfq_jax.synthesis import (
     step,
     synthesize,
 )
+from dfq_jax.synthesis import loop as synthesis_loop
 from dfq_jax.synthesis.objective import OffsetMoments, Targets
 
 SHAPE = (4, 12, 12, 3)
@@ -110,6 +111,17 @@ KEY = jax.random.key(0)
 
 def make(config=CONFIG, key=KEY, **arguments):
     return synthesize(GRAPH, VARIABLES, key, config, **arguments)
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch):
+    """Batches take turns in the same order on all machines; a test of lanes asks for more."""
+
+    def use(count):
+        monkeypatch.setattr(synthesis_loop, "usable_cores", lambda: count)
+
+    use(1)
+    return use
 
 
 @pytest.fixture(scope="module")
@@ -380,11 +392,23 @@ def test_other_weights_compile_nothing():
     assert compiled["advance_batch"] == 0 and compiled["init_batch"] == 0
 
 
-def test_chunks_divide_the_steps():
-    assert loop.largest_divisor(50, 300) == 50
-    assert loop.largest_divisor(50, 100, 30) == 10
-    assert loop.largest_divisor(50, 7) == 7
-    assert loop.largest_divisor(4, 7) == 1
+def test_any_number_of_steps_takes_few_calls_of_one_program(monkeypatch):
+    lengths = []
+    inner = synthesis_loop.advance_batch
+
+    def advance(graph, config, optimizer, steps, *arguments):
+        lengths.append(steps)
+        return inner(graph, config, optimizer, steps, *arguments)
+
+    monkeypatch.setattr(synthesis_loop, "advance_batch", advance)
+    config = dataclasses.replace(
+        CONFIG, num_images=4, steps=29, chunk=8, learning_rate=0.0997, response_weight=0.1, response_start=0.45
+    )
+    with Compilations() as compiled:
+        result = make(config)
+    assert lengths == [8, 5, 8, 8] and compiled["advance_batch"] == 1  # the response begins at step 13
+    whole = make(dataclasses.replace(config, chunk=29))
+    assert lengths[4:] == [13, 16] and same_bits(result.images, whole.images)
 
 
 def test_a_last_batch_that_is_not_full(finished):
@@ -458,6 +482,84 @@ def test_progress_reports():
     assert reports[-1].eta == 0
     assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(reports))
     assert reports[0].loss > reports[1].loss
+
+
+# --- batches side by side ---
+
+
+def test_lanes_change_nothing(finished, cores):
+    config = dataclasses.replace(CONFIG, num_images=12, chunk=6, response_weight=0.1, jitter=1)
+    one, reports = make(config), []
+    for count in (2, 3):
+        cores(count)
+        result = make(config, on_progress=reports.append)
+        assert same_bits(result.images, one.images) and same_bits(result.labels, one.labels)
+        assert (result.losses, result.layer_losses) == (one.losses, one.layer_losses)
+    order = [(r.batch, r.step) for r in reports]
+    # The response begins at step 10, where a call ends.
+    assert order[:4] == [(1, 10), (2, 10), (1, 20), (2, 20)] and order[4:6] == [(3, 10), (3, 20)]
+    assert order[6:] == [(1, 10), (2, 10), (3, 10), (1, 20), (2, 20), (3, 20)]
+    assert [r.done for r in reports[:6]] == [20, 20, 40, 40, 50, 60]
+    assert all(a.eta >= 0 for a in reports) and reports[-1].eta == 0
+
+
+def test_lanes_compile_once(cores):
+    cores(4)
+    config = dataclasses.replace(
+        CONFIG, num_images=16, learning_rate=0.0998, response_weight=0.1, response_quantile=0.8
+    )
+    with Compilations() as compiled:
+        make(config)
+    names = ("init_batch", "advance_batch", "batch_images", "response_targets")
+    assert {name: compiled[name] for name in names} == dict.fromkeys(names, 1)
+    with Compilations() as compiled, jax.default_matmul_precision("high"):
+        make(config)
+        assert compiled["advance_batch"] == 1  # a setting of this thread holds in the others
+        make(config, key=jax.random.key(5))
+    assert compiled["advance_batch"] == 1
+
+
+def test_lanes_keep_plateaus(cores):
+    config = dataclasses.replace(CONFIG, num_images=12, steps=400, patience=20, min_improvement=0.5)
+    one = make(config)
+    cores(2)
+    assert same_bits(make(config).images, one.images)
+
+
+def test_lanes_name_the_batch_at_fault(cores):
+    cores(2)
+    with pytest.raises(SynthesisError, match="at step 10 of batch 1"):
+        make(dataclasses.replace(CONFIG, learning_rate=1e30))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)])
+def test_any_number_of_lanes_resumes(tmp_path, cores, before, after):
+    config = dataclasses.replace(CONFIG, num_images=16)
+    cores(before)
+    path = interrupted(tmp_path / "work.npz", config, at=(1, 10))
+    cores(after)
+    reports = []
+    assert same_bits(make(config, checkpoint=path, on_progress=reports.append).images, make(config).images)
+    assert (reports[0].batch, reports[0].step) == (1, 20)
+
+
+def test_ctrl_c_waits_for_all_lanes(finished, cores):
+    cores(2)
+    result = make(on_progress=interrupt_at(1, 10))
+    assert not result.completed and result.images.shape[0] == 8
+    with pytest.raises(KeyboardInterrupt):
+        make(on_progress=interrupt_at(1, 10, times=2))
+
+
+def test_lanes_fit_the_memory(monkeypatch, cores):
+    cores(8)
+    assert synthesis_loop.default_lanes(GRAPH, "cpu", 5) == 5
+    assert synthesis_loop.default_lanes(GRAPH, "cpu", 50) == 8
+    assert synthesis_loop.default_lanes(GRAPH, "gpu", 5) == 1
+    monkeypatch.setattr(synthesis_loop, "memory_size", lambda: 100_000)
+    assert 1 <= synthesis_loop.default_lanes(GRAPH, "cpu", 50) < 8
+    monkeypatch.setattr(synthesis_loop, "memory_size", lambda: 1)
+    assert synthesis_loop.default_lanes(GRAPH, "cpu", 50) == 1
 
 
 # --- augmentation ---

@@ -1,6 +1,6 @@
 """What every room stands on: fields of records, files, arrays of images, precision, and the loop of an optimizer."""
 
-from dfq_jax.base.backend import platform_of
+from dfq_jax.base.backend import memory_size, platform_of, usable_cores
 from dfq_jax.base.checkpoint import remove_checkpoint
 from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
@@ -33,6 +33,7 @@ __all__ = [
     "largest_divisor",
     "low_pass",
     "may_transfer",
+    "memory_size",
     "platform_of",
     "products",
     "random_crop",
@@ -43,5 +44,6 @@ __all__ = [
     "repeat",
     "replacing",
     "smooth",
+    "usable_cores",
     "write_atomically",
 ]

@@ -5,11 +5,12 @@ What is traced never asks: it may be lowered for another platform (`dfq_jax.grap
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
 
-__all__ = ["platform_of"]
+__all__ = ["memory_size", "platform_of", "usable_cores"]
 
 
 def platform_of(*trees: Any) -> str:
@@ -25,3 +26,16 @@ def platform_of(*trees: Any) -> str:
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_size() -> int | None:
+    """The host's memory in bytes; None where it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no such function, others no such names
+        return None

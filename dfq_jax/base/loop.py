@@ -1,15 +1,19 @@
 """The loop around compiled steps, the same for images, blocks and whole networks.
 
 Between two compiled calls it does what only the host can do: show progress, notice a loss that is not finite, stop
-early, save a checkpoint, and end on Ctrl-C.
+early, save a checkpoint, and end on Ctrl-C. Batches that do not need each other may take their calls side by side: on
+CPU one call leaves much of a second core idle, and calls from two threads overlap. Threads only call what is compiled:
+they meet after each call, and all else happens in the caller's thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,7 @@ import jax
 from jaxtyping import Array, Key
 
 from dfq_jax.base.checkpoint import Checkpoint, fingerprint, remove_checkpoint
+from dfq_jax.base.contexts import carried
 from dfq_jax.base.interrupt import catch_interrupt
 from dfq_jax.base.precision import products
 
@@ -35,6 +40,7 @@ class Progress:
       loss: of the latest step.
       seconds: since the work began, compilation included.
       eta: seconds left, at the speed so far.
+      done: steps that all batches have seen together, of `num_batches * steps`; those left out count as seen.
       name: of the block; batches of images have none.
     """
 
@@ -45,6 +51,7 @@ class Progress:
     loss: float
     seconds: float
     eta: float
+    done: int
     name: str = ""
 
 
@@ -63,43 +70,40 @@ class Plan:
     Attributes:
       num_batches: of batches, one optimized after the other.
       steps: for each.
-      chunk: steps in one compiled call, a divisor of `steps`.
+      chunk: steps in one compiled call; the last one takes what is left.
+      boundary: a step at which something else begins to be optimized: a call ends there, and what came before says
+        nothing about a plateau.
       in_turn: go on to the next batch after each call.
+      lanes: batches that take their calls side by side, in threads; for those that do not need each other.
       report_every: steps between two reports to the host, which must wait for the device for each of them.
       patience: stop a batch when its loss has not improved by `min_improvement` (relative) in so many steps; 0 never.
       min_improvement: see `patience`.
-      settled: steps before which a loss says nothing about a plateau.
       names: of the batches, for reports.
 
-    >>> plan = Plan(num_batches=2, steps=20, chunk=10)
-    >>> [plan.turn(i).batch for i in range(len(plan))], plan.turn(3)
-    ([0, 0, 1, 1], Turn(batch=1, begin=10, end=20))
+    >>> plan = Plan(num_batches=2, steps=25, chunk=10, boundary=12)
+    >>> [plan.turn(1, begin).end for begin in (0, 10, 12, 22)]
+    [10, 12, 22, 25]
     """
 
     num_batches: int
     steps: int
     chunk: int
+    boundary: int = 0
     in_turn: bool = False
+    lanes: int = 1
     report_every: int = 10
     patience: int = 0
     min_improvement: float = 0.0
-    settled: int = 0
     names: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return self.num_batches * (self.steps // self.chunk)
-
-    def turn(self, position: int) -> Turn:
-        """The compiled call at a place in the order."""
-        if self.in_turn:
-            number, batch = divmod(position, self.num_batches)
-        else:
-            batch, number = divmod(position, self.steps // self.chunk)
-        return Turn(batch, number * self.chunk, (number + 1) * self.chunk)
+    def turn(self, batch: int, begin: int) -> Turn:
+        """The compiled call of a batch that has seen `begin` steps."""
+        end = min(begin + self.chunk, self.steps)
+        return Turn(batch, begin, self.boundary if begin < self.boundary < end else end)
 
     def reports(self, turn: Turn) -> bool:
         """Whether a call is followed by a report."""
-        return turn.end % self.report_every < self.chunk or turn.end == self.steps
+        return turn.begin // self.report_every < turn.end // self.report_every or turn.end == self.steps
 
 
 class Loop:
@@ -109,7 +113,8 @@ class Loop:
       plan: in which order.
       key: that all keys are folded from.
       work: by batch, what its compiled calls made of it so far: a pytree of arrays.
-      position: calls made, among those of the plan.
+      compiled: whether threads find what they call compiled.
+      seen: by batch, the steps that it has seen.
       best: by batch, its lowest loss and the step of that.
       stopped: batches that reached a plateau.
       started: when, in seconds of `time.perf_counter`.
@@ -118,7 +123,8 @@ class Loop:
     def __init__(self, plan: Plan, key: Key[Array, ""]):
         self.plan, self.key, self.started = plan, key, time.perf_counter()
         self.work: dict[int, Any] = {}
-        self.position = 0
+        self.compiled = False
+        self.seen = dict.fromkeys(range(plan.num_batches), 0)
         self.best: dict[int, tuple[float, int]] = {}
         self.stopped: set[int] = set()
 
@@ -128,8 +134,15 @@ class Loop:
         """The work on a batch before its first step."""
         raise NotImplementedError
 
+    def prepare(self, turn: Turn, work: Any) -> Any:
+        """The work on a batch with what is known only when a compiled call is about to begin."""
+        return work
+
     def advance(self, turn: Turn, work: Any) -> tuple[Any, Array]:
-        """The work after one more compiled call, to which `work` may be donated, and the loss of the last step."""
+        """The work after one more compiled call, to which `work` may be donated, and the loss of the last step.
+
+        Where the plan has several lanes it runs in threads, and must take a call of no steps: that compiles.
+        """
         raise NotImplementedError
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
@@ -162,48 +175,76 @@ class Loop:
     ) -> bool:
         """Do the work, from where a checkpoint left it; whether all of it was done.
 
-        Ctrl-C ends it after the compiled call in progress, and saves; the second one raises.
+        Ctrl-C ends it after the compiled calls in progress, and saves; the second one raises.
         """
         saved = None if checkpoint is None else Checkpoint(checkpoint, self._identity())
         if saved is not None:
             self._restore(saved)
-        first, begun = self.position, time.perf_counter()
+        first, begun = self.done, time.perf_counter()
         last_save = begun
-        with products(precision), catch_interrupt() as interrupted:
-            while self.position < len(self.plan):
-                turn = self.plan.turn(self.position)
-                self.position += 1  # a checkpoint written after this call resumes at the next one
-                if turn.batch in self.stopped:
-                    continue
-                latest = self._visit(turn)
-                if self.plan.reports(turn):
-                    loss = float(latest)
-                    self._watch(turn, loss)
-                    now = time.perf_counter()
-                    eta = (now - begun) / (self.position - first) * (len(self.plan) - self.position)
-                    if on_progress is not None:
-                        on_progress(self._progress(turn, loss, now - self.started, eta))
+        lanes = ThreadPoolExecutor(self.plan.lanes) if self.plan.lanes > 1 else contextlib.nullcontext()
+        with products(precision), catch_interrupt() as interrupted, lanes as threads:
+            while waiting := self.waiting():
+                turns = [self.plan.turn(batch, self.seen[batch]) for batch in waiting[: self.plan.lanes]]
+                losses = self._visit(turns, threads)
+                self.seen.update({turn.batch: turn.end for turn in turns})
+                for turn, latest in zip(turns, losses, strict=True):
+                    if self.plan.reports(turn):
+                        loss = float(latest)
+                        self._watch(turn, loss)
+                        now = time.perf_counter()
+                        left = self.plan.num_batches * self.plan.steps - self.done
+                        eta = (now - begun) / (self.done - first) * left
+                        if on_progress is not None:
+                            on_progress(self._progress(turn, loss, now - self.started, eta))
                 stop = interrupted()
                 if saved is not None and (stop or time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS):
                     self._save(saved)
                     last_save = time.perf_counter()
                 if stop:
                     break
-        completed = self.position >= len(self.plan)
+        completed = not self.waiting()
         if saved is not None and completed:
             self._save(saved) if keep_checkpoint else remove_checkpoint(saved.path)
         return completed
 
-    def _visit(self, turn: Turn) -> Array:
-        if turn.batch not in self.work:
-            self.work[turn.batch] = self.begin(turn.batch)
+    def waiting(self) -> list[int]:
+        """The batches that are not finished, that whose turn it is first."""
+        batches = [b for b, seen in self.seen.items() if seen < self.plan.steps and b not in self.stopped]
+        return sorted(batches, key=self.seen.__getitem__) if self.plan.in_turn else batches
+
+    @property
+    def done(self) -> int:
+        """Steps that all batches have seen together; those of a batch that stopped count as seen."""
+        return sum(self.plan.steps if batch in self.stopped else seen for batch, seen in self.seen.items())
+
+    def _visit(self, turns: list[Turn], threads: ThreadPoolExecutor | None) -> list[Array]:
+        """Make calls side by side; the losses of their last steps."""
+        for turn in turns:
+            if turn.batch not in self.work:
+                self.work[turn.batch] = self.begin(turn.batch)
+            self.work[turn.batch] = self.prepare(turn, self.work[turn.batch])
+        if threads is None or len(turns) == 1:
+            return list(map(self._call, turns))
+        if not self.compiled:  # once, for all threads
+            self._call(turns[0]._replace(end=turns[0].begin))
+            self.compiled = True
+        within_contexts = carried()
+
+        def call(turn: Turn) -> Array:
+            with within_contexts():
+                return jax.block_until_ready(self._call(turn))
+
+        return list(threads.map(call, turns))
+
+    def _call(self, turn: Turn) -> Array:
         self.work[turn.batch], loss = self.advance(turn, self.work[turn.batch])
         return loss
 
     def _watch(self, turn: Turn, loss: float) -> None:
         """Notice a loss that is not finite, and plateaus."""
         self.check(turn, loss)
-        if not self.plan.patience or turn.end <= self.plan.settled:
+        if not self.plan.patience or turn.end <= self.plan.boundary:
             return
         lowest, at = self.best.get(turn.batch, (math.inf, turn.end))
         if loss < lowest * (1 - self.plan.min_improvement):
@@ -214,7 +255,7 @@ class Loop:
     def _progress(self, turn: Turn, loss: float, seconds: float, eta: float) -> Progress:
         plan = self.plan
         name = plan.names[turn.batch] if plan.names else ""
-        return Progress(turn.batch + 1, plan.num_batches, turn.end, plan.steps, loss, seconds, eta, name)
+        return Progress(turn.batch + 1, plan.num_batches, turn.end, plan.steps, loss, seconds, eta, self.done, name)
 
     # --- checkpoints ---
 
@@ -224,7 +265,7 @@ class Loop:
         return " ".join(map(str, (*settings, key, self.plan.chunk, fingerprint(arrays))))
 
     def _save(self, checkpoint: Checkpoint) -> None:
-        facts = {"position": self.position, "best": self.best, "stopped": sorted(self.stopped), **self.facts()}
+        facts = {"seen": self.seen, "best": self.best, "stopped": sorted(self.stopped), **self.facts()}
         checkpoint.save(self.work, **facts)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -232,7 +273,8 @@ class Loop:
         if loaded is None:
             return
         self.work, facts = loaded
-        self.position, self.stopped = facts["position"], set(facts["stopped"])
+        self.seen = {int(batch): steps for batch, steps in facts["seen"].items()}
+        self.stopped = set(facts["stopped"])
         self.best = {int(batch): (loss, step) for batch, (loss, step) in facts["best"].items()}
         self.resume(facts)
 

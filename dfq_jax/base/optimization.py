@@ -54,9 +54,17 @@ def descend(
         return State(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1), seen
 
 
-def repeat(step: Callable[[State], tuple[State, Any]], state: State, steps: int) -> tuple[State, Any]:
-    """So many times `state -> (state, result)`, and the last result."""
-    if steps == 1:
+def repeat(step: Callable[[State], tuple[State, Any]], state: State, steps: int | Int[Array, ""]) -> tuple[State, Any]:
+    """So many times `state -> (state, result)`, and the last result; zeros where it is not called at all.
+
+    A traced number of steps makes one program for any number.
+
+    >>> state, seen = repeat(lambda s: (s._replace(step=s.step + 1), s.step), init_state(optax.sgd(0.1), 0.0), 3)
+    >>> int(state.step), int(seen)
+    (3, 2)
+    """
+    if isinstance(steps, int) and steps == 1:
         return step(state)
-    state, results = jax.lax.scan(lambda state, _: step(state), state, length=steps)
-    return state, jax.tree.map(lambda r: r[-1], results)
+    step = jax.jit(step)  # traced once, for the shapes of its result and for the loop
+    nothing = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(step, state)[1])
+    return jax.lax.fori_loop(0, steps, lambda _, carry: step(carry[0]), (state, nothing))

@@ -124,10 +124,8 @@ class Reporter:
 
     def on_progress(self, progress: base.Progress) -> None:
         """Show how far the work is."""
-        done = (progress.batch - 1) * progress.steps + progress.step
-        self.display.update(
-            done, progress.num_batches * progress.steps, detail=f"loss {progress.loss:.4g}", eta=progress.eta
-        )
+        total = progress.num_batches * progress.steps
+        self.display.update(progress.done, total, detail=f"loss {progress.loss:.4g}", eta=progress.eta)
 
     def timed(self, name: str, work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
         """`work(*args, on_progress=...)` as a stage that counts images, and its seconds."""

@@ -26,6 +26,7 @@ class SynthesisConfig:
       steps: optimizer steps for each batch.
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
       learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1), or of the latents.
+      b2: decay of the second moment in Adam and RAdam, a step.
       schedule: of the learning rate: "cosine" to zero, "constant", "exponential" (to 5 %), or "plateau" (a tenth
         whenever the loss has not improved for 100 steps, down to 1e-4).
       generator_learning_rate: of the generator's weights; 5 % less after every 100 steps.
@@ -70,9 +71,10 @@ class SynthesisConfig:
     num_images: int = 128
     batch_size: int = 64
     source: str = "pixels"
-    steps: int = 300
+    steps: int = 150
     optimizer: str = "adam"
-    learning_rate: float = 0.3
+    learning_rate: float = 0.4
+    b2: float = 0.9
     schedule: str = "cosine"
     generator_learning_rate: float = 0.01
     statistics: str = "batch"
@@ -109,6 +111,7 @@ class SynthesisConfig:
         others = ("class_focus", "smoothing", "low_pass", "min_improvement")
         check_fields(self, "a finite number of at least 0", *weights, *others)
         check_fields(self, "a positive number", "learning_rate", "generator_learning_rate")
+        check_fields(self, "a number above 0 and below 1", "b2")
         check_fields(self, "True or False", "flip", "swing")
         # Lists, as read from a file, become tuples: a config is hashable.
         object.__setattr__(self, "distance_range", _tuples(self.distance_range))
@@ -168,6 +171,7 @@ GENIE = SynthesisConfig(
     source="generator",
     steps=4000,
     learning_rate=0.1,
+    b2=0.999,
     schedule="plateau",
     input_weight=1.0,
     swing=True,
@@ -176,6 +180,8 @@ DGH = SynthesisConfig(
     num_images=1024,
     batch_size=32,
     steps=500,
+    learning_rate=0.3,
+    b2=0.999,
     statistics="set",
     input_weight=0.0,
     flip=True,

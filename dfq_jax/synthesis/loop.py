@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, largest_divisor, platform_of
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, memory_size, platform_of, usable_cores
 from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -117,16 +119,16 @@ class _ImageLoop(Loop):
         self.variables = jax.tree.map(jnp.asarray, variables)  # NumPy arrays would travel at every step
         self.config, self.optimizer = config, optimizer
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
-        chunk = config.chunk or default_chunk(self.graph, platform_of(variables))
+        platform, in_turn = platform_of(variables), config.statistics == "set"
         plan = Plan(
             num_batches=config.num_batches,
             steps=config.steps,
-            chunk=largest_divisor(chunk, config.steps, self.response_step or config.steps),
-            in_turn=config.statistics == "set",
+            chunk=config.chunk or default_chunk(self.graph, platform),
+            boundary=self.response_step or 0,  # the response term raises the loss as it begins
+            in_turn=in_turn,
+            lanes=1 if in_turn else default_lanes(self.graph, platform, config.num_batches),
             patience=config.patience,
             min_improvement=config.min_improvement,
-            # The response term raises the loss as it begins: what came before says nothing about a plateau.
-            settled=self.response_step or 0,
         )
         super().__init__(plan, key)
 
@@ -141,18 +143,23 @@ class _ImageLoop(Loop):
     def begin(self, batch: int) -> tuple[State, Targets, None]:
         return (*_init(self.graph, self.config, self.optimizer, self.keys(batch)[0]), None)
 
+    def prepare(self, turn: Turn, work: Any) -> Any:
+        if turn.begin != self.response_step:
+            return work
+        state, targets, losses = work
+        images, relabel = batch_images(self.graph, self.config, state), self.config.class_weight == 0
+        quantile = self.config.response_quantile
+        targets = response_targets(
+            self.graph, self.variables, images, targets.labels, quantile=quantile, relabel=relabel
+        )
+        return state, targets, losses
+
     def advance(self, turn: Turn, work: Any) -> tuple[Any, jax.Array]:
-        graph, config, variables = self.graph, self.config, self.variables
         state, targets, _ = work
-        if turn.begin == self.response_step:
-            images, relabel = batch_images(graph, config, state), config.class_weight == 0
-            targets = response_targets(
-                graph, variables, images, targets.labels, quantile=config.response_quantile, relabel=relabel
-            )
-        chunk, step_key = self.plan.chunk, self.keys(turn.batch)[1]
+        settings, step_key = (self.graph, self.config, self.optimizer), self.keys(turn.batch)[1]
         others = self.others(turn.batch)
         state, losses = advance_batch(
-            graph, config, self.optimizer, chunk, variables, state, targets, step_key, *others
+            *settings, turn.end - turn.begin, self.variables, state, targets, step_key, *others
         )
         return (state, targets, losses), losses.loss
 
@@ -162,10 +169,14 @@ class _ImageLoop(Loop):
             return None, 1.0
         known = [losses.moments for b, (*_, losses) in self.work.items() if b != batch]
         share = 1.0 / (len(known) + 1)
-        if not known:
-            zeros = {bn.name: OffsetMoments(*(jnp.zeros(bn.channels),) * 2) for bn in self.graph.batch_norms}
-            return zeros, share
-        return jax.tree.map(lambda *m: share * sum(m), *known), share
+        # As many trees whatever is known: one program.
+        unknown = [self.no_moments] * (max(self.plan.num_batches - 1, 1) - len(known))
+        return _scaled_sum(share, *known, *unknown), share
+
+    @functools.cached_property
+    def no_moments(self) -> dict[str, OffsetMoments]:
+        """Of batches that have not begun."""
+        return {bn.name: OffsetMoments(*(jnp.zeros(bn.channels),) * 2) for bn in self.graph.batch_norms}
 
     def check(self, turn: Turn, loss: float) -> None:
         if np.isfinite(loss):
@@ -186,7 +197,7 @@ class _ImageLoop(Loop):
         )
 
     def template(self, batch: int, facts: dict[str, Any]) -> Any:
-        return jax.eval_shape(lambda: self.advance(self.plan.turn(0), self.begin(batch))[0])
+        return jax.eval_shape(lambda: self.advance(self.plan.turn(batch, 0), self.begin(batch))[0])
 
     def result(self, completed: bool) -> Synthesis:
         states, targets, losses = zip(*(self.work[b] for b in sorted(self.work)), strict=True)
@@ -213,6 +224,25 @@ def default_chunk(graph: Graph, platform: str) -> int:
         return ACCELERATOR_CHUNK
     macs = graph.input.shape[0] * sum(layer.macs for layer in graph.layers)
     return max(1, min(CPU_MAX_CHUNK, int(CPU_CHUNK_MACS // max(macs, 1))))
+
+
+def default_lanes(graph: Graph, platform: str, num_batches: int) -> int:
+    """How many batches take their steps side by side, where they do not need each other.
+
+    On CPU, one for each core, within half of the memory; accelerators have no use for it.
+    """
+    if platform != "cpu":
+        return 1
+    # A step keeps what BatchNorms and layers read.
+    kept = [graph.program.avals[v] for v in (*(t.value for t in graph.tensors), *(b.input for b in graph.batch_norms))]
+    step = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept)
+    room = usable_cores() if (memory := memory_size()) is None else memory // 2 // step
+    return max(1, min(usable_cores(), num_batches, room))
+
+
+@jax.jit
+def _scaled_sum(share: float, *trees: Any) -> Any:
+    return jax.tree.map(lambda *leaves: share * sum(leaves), *trees)
 
 
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import (
     Loop,
@@ -37,7 +37,6 @@ from dfq_jax.base import (
     descend,
     full_precision,
     init_state,
-    largest_divisor,
     platform_of,
     repeat,
 )
@@ -45,7 +44,7 @@ from dfq_jax.graph import Graph, apply_quantized, check_images
 from dfq_jax.quantizers import is_quantized
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.loop import SynthesisError, default_chunk
+from dfq_jax.synthesis.loop import SynthesisError, default_chunk, default_lanes
 from dfq_jax.synthesis.objective import NORM_EPSILON, FeatureReader, Observation, cosine, observe, statistics_loss
 
 
@@ -147,9 +146,10 @@ class _RefineLoop(Loop):
         self.graph, self.variables, self.qvariables, self.images = graph, variables, qvariables, images
         self.config, self.optimizer = config, refine_optimizer(config)
         self.size = min(config.batch_size, len(images))
-        default = default_chunk(graph.at((self.size, *images.shape[1:]), images.dtype), platform_of(variables))
-        num_batches, chunk = math.ceil(len(images) / self.size), largest_divisor(default, config.steps)
-        super().__init__(Plan(num_batches=num_batches, steps=config.steps, chunk=chunk), key)
+        sized, platform = graph.at((self.size, *images.shape[1:]), images.dtype), platform_of(variables)
+        num_batches = math.ceil(len(images) / self.size)
+        chunk, lanes = default_chunk(sized, platform), default_lanes(sized, platform, num_batches)
+        super().__init__(Plan(num_batches=num_batches, steps=config.steps, chunk=chunk, lanes=lanes), key)
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         return ("refinement", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
@@ -160,10 +160,9 @@ class _RefineLoop(Loop):
         return init_state(self.optimizer, self.images[chosen])
 
     def advance(self, turn: Turn, work: State) -> tuple[State, jax.Array]:
-        graph, config, chunk, key = self.graph, self.config, self.plan.chunk, jax.random.fold_in(self.key, turn.batch)
-        state, seen = advance_refinement(
-            graph, config, self.optimizer, chunk, self.variables, self.qvariables, work, key
-        )
+        settings, key = (self.graph, self.config, self.optimizer), jax.random.fold_in(self.key, turn.batch)
+        steps = turn.end - turn.begin
+        state, seen = advance_refinement(*settings, steps, self.variables, self.qvariables, work, key)
         return state, seen.loss
 
     def check(self, turn: Turn, loss: float) -> None:
@@ -180,12 +179,12 @@ def refine_optimizer(config: RefineConfig) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer"), donate_argnames="state")
 def advance_refinement(
     graph: Graph,
     config: RefineConfig,
     optimizer: optax.GradientTransformation,
-    steps: int,
+    steps: int | Int[Array, ""],
     variables: Any,
     qvariables: Any,
     state: State,

@@ -49,7 +49,11 @@ def image_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
         "exponential": lambda: optax.exponential_decay(rate, config.steps, 0.05),
         "plateau": lambda: optax.constant_schedule(rate),
     }
-    makers = {"adam": optax.adam, "radam": optax.radam, "sgd": functools.partial(optax.sgd, momentum=0.9)}
+    makers = {
+        "adam": functools.partial(optax.adam, b2=config.b2),
+        "radam": functools.partial(optax.radam, b2=config.b2),
+        "sgd": functools.partial(optax.sgd, momentum=0.9),
+    }
     make = makers[config.optimizer]
     optimizer = make(schedules[config.schedule]())
     if config.schedule == "plateau":

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import State, descend, init_state, repeat
 from dfq_jax.graph import Graph
@@ -40,12 +40,12 @@ def batch_images(graph: Graph, config: SynthesisConfig, state: State) -> Float[A
     return finish(config, make_source(config, graph.input.shape).images(state.parameters))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "config", "optimizer"), donate_argnames="state")
 def advance_batch(
     graph: Graph,
     config: SynthesisConfig,
     optimizer: optax.GradientTransformation,
-    steps: int,
+    steps: int | Int[Array, ""],
     variables: Any,
     state: State,
     targets: Targets,
@@ -56,10 +56,10 @@ def advance_batch(
     """Optimize a batch for `steps` steps.
 
     Args:
-      graph: at the size of the batch; static, as are all settings.
+      graph: at the size of the batch; static, as are config and optimizer.
       config: weights of the terms, and how images change from step to step.
       optimizer: of the source's parameters.
-      steps: how many.
+      steps: how many; an argument: one program serves any number.
       variables: float variables, an argument (closing over them would compile the weights in).
       state: donated.
       targets: labels and response level.

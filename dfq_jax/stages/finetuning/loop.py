@@ -186,9 +186,8 @@ class _StudentLoop(Loop):
 
     def result(self, completed: bool) -> tuple[Any, Finetuning]:
         state, variables = self.work[0]
-        done = self.position * self.plan.chunk
-        if done > self.evaluations[-1].step:  # interrupted: what was learned since is not lost
-            variables = self.better(state, variables, done)
+        if self.done > self.evaluations[-1].step:  # interrupted: what was learned since is not lost
+            variables = self.better(state, variables, self.done)
         best = min(self.evaluations, key=lambda evaluation: evaluation.divergence)
         changed, seconds = changed_codes(self.start, variables), time.perf_counter() - self.started
         return variables, Finetuning(tuple(self.evaluations), best, changed, completed, seconds)
