@@ -199,9 +199,23 @@ def _input_gradient(
 
 
 def _kernel_gradient(x: jax.Array, shape: tuple[int, ...], strides: Any, gradient: jax.Array) -> jax.Array:
-    x, gradient = lax.optimization_barrier((x, gradient))
-    sums = [jnp.sum(_window(x, shape, strides, tap) * gradient, (0, 1, 2)) for tap in np.ndindex(*shape[:2])]
-    return jnp.stack(sums).reshape(shape)
+    """All taps at once, from row to row of the gradient: sums over whole images, tap by tap, run 15 to 40 times longer.
+
+    XLA:CPU computes such a sum channel after channel, and reads all images for each.
+    """
+    dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+    rows, taps = gradient.shape[1], list(np.ndindex(*shape[:2]))
+
+    def add(total: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        place, row = given
+        start = (place // rows, place % rows * strides[0], 0, 0)
+        read = lax.dynamic_slice(x, start, (1, shape[0], *x.shape[2:])).astype(dtype)
+        products = (_window(read, shape, strides, tap)[0, 0] * row for tap in taps)
+        return total + jnp.stack([product.sum(0) for product in products]), None
+
+    given = jnp.arange(gradient.shape[0] * rows), gradient.astype(dtype).reshape(-1, *gradient.shape[2:])
+    total, _ = lax.scan(add, jnp.zeros((len(taps), shape[3]), dtype), given)
+    return total.reshape(shape).astype(x.dtype)
 
 
 def _window(x: jax.Array, shape: tuple[int, ...], strides: Any, tap: tuple[int, int]) -> jax.Array:
