@@ -341,7 +341,7 @@ class QTensor:
     def with_centered(self, codes: Float[AnyArray, "..."]) -> QTensor:
         """The tensor of other codes, given less the zero point: the inverse of `centered`."""
         codes = codes if self.zero_point is None else codes + self.zero_point
-        return dataclasses.replace(self, qvalue=jnp.round(codes).astype(self.qvalue.dtype))
+        return dataclasses.replace(self, qvalue=codes.round().astype(self.qvalue.dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.qvalue, "shape", None)
