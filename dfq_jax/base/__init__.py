@@ -1,6 +1,6 @@
 """What every room stands on: fields of records, files, arrays of images, precision, and the loop of an optimizer."""
 
-from dfq_jax.base.backend import memory_size, platform_of, usable_cores
+from dfq_jax.base.backend import memory_size, move_near, namespace_of, on_host, platform_of, usable_cores
 from dfq_jax.base.checkpoint import remove_checkpoint
 from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
@@ -34,6 +34,9 @@ __all__ = [
     "low_pass",
     "may_transfer",
     "memory_size",
+    "move_near",
+    "namespace_of",
+    "on_host",
     "platform_of",
     "products",
     "random_crop",

@@ -9,8 +9,10 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["memory_size", "platform_of", "usable_cores"]
+__all__ = ["memory_size", "move_near", "namespace_of", "on_host", "platform_of", "usable_cores"]
 
 
 def platform_of(*trees: Any) -> str:
@@ -39,3 +41,40 @@ def memory_size() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no such function, others no such names
         return None
+
+
+def namespace_of(*arrays: Any) -> Any:
+    """`numpy` for arrays of NumPy, whose functions the host computes at once and never compiles; else `jax.numpy`.
+
+    >>> namespace_of(np.ones(2)) is np, namespace_of(np.ones(2), jnp.ones(2)) is jnp
+    (True, True)
+    """
+    return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+
+
+def on_host(tree: Any) -> Any:
+    """The tree with arrays of NumPy for leaves; None if a leaf is traced or lies on several devices.
+
+    >>> on_host({"w": jnp.ones(2)})
+    {'w': array([1., 1.], dtype=float32)}
+
+    >>> jax.make_jaxpr(lambda x: x if on_host(x) is None else 0)(1.0).jaxpr.eqns
+    []
+    """
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1):
+            return None
+    return jax.tree.map(np.asarray, tree)
+
+
+def move_near(tree: Any, other: Any) -> Any:
+    """The tree of NumPy arrays with arrays of JAX for leaves, where another array lies, on one device.
+
+    >>> move_near(np.ones(2), jnp.zeros(3)).devices() == jnp.zeros(3).devices()
+    True
+    """
+    moved = jax.tree.map(jnp.asarray, tree)
+    if not isinstance(other, jax.Array) or not (leaves := jax.tree.leaves(moved)):
+        return moved
+    # What lies on the default device stays free to follow others; what is put somewhere is not.
+    return moved if leaves[0].devices() == other.devices() else jax.device_put(moved, *other.devices())

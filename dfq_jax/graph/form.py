@@ -24,11 +24,17 @@ from jaxtyping import Array, Float, Int
 from dfq_jax.graph.batch_norm import apart
 from dfq_jax.graph.convolutions import Product, by_platform, cpu_product
 from dfq_jax.graph.tracing.axes import Axes, operand_axes, result_axes
+from dfq_jax.graph.tracing.layout import LAYOUT, moved_elements
 from dfq_jax.graph.tracing.program import PRODUCTS, Op, Program, Shape
 from dfq_jax.graph.tracing.structure import Layer
 from dfq_jax.quantizers import AnyArray
 
 _CAST = "convert_element_type"
+
+
+def _rearranged(op: Op, value: AnyArray) -> AnyArray:
+    """The result of an operation of a chain: on the host for an array of NumPy, where it compiles nothing."""
+    return moved_elements(op, value) if isinstance(value, np.ndarray) and op.name in LAYOUT else op(value)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +53,19 @@ class KernelForm:
     order: tuple[int, ...]
     sizes: tuple[int, int, int, int]
 
-    def matrix(self, leaf: Float[Array, "..."]) -> Float[Array, "g o i k"]:
-        """The leaf as a matrix."""
+    def matrix(self, leaf: Float[AnyArray, "..."]) -> Float[AnyArray, "g o i k"]:
+        """The leaf as a matrix, of NumPy if the leaf is."""
         for op in self.chain:
-            (leaf,) = op(leaf)
+            leaf = _rearranged(op, leaf)
         return leaf.transpose(self.order).reshape(self.sizes)
 
-    def leaf(self, matrix: Float[Array, "g o i k"]) -> Float[Array, "..."]:
+    def leaf(self, matrix: Float[AnyArray, "g o i k"]) -> Float[AnyArray, "..."]:
         """The inverse of `matrix`, float32."""
+        if isinstance(matrix, np.ndarray):
+            places = self.matrix(np.arange(matrix.size).reshape(self.shape))
+            leaf = np.empty(matrix.size, np.float32)
+            leaf[places] = matrix
+            return leaf.reshape(self.shape)
         # The way there only rearranges elements, so its transpose is the way back.
         transpose = jax.linear_transpose(self.matrix, jax.ShapeDtypeStruct(self.shape, jnp.float32))
         return transpose(matrix.astype(jnp.float32))[0]
@@ -131,7 +142,7 @@ class LayerForm:
             if op.name == "pad":
                 value = lax.pad(value, jnp.asarray(pad_value, value.dtype), op.params["padding_config"])
             elif op.name != _CAST:
-                (value,) = op(value)
+                value = _rearranged(op, value)
         return value
 
     def rearrange_kernel(self, leaf: AnyArray, *, cast: bool = False) -> AnyArray:

@@ -24,6 +24,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int8, Integer
 
+from dfq_jax.base import namespace_of
+
 MIN_BITS, MAX_BITS = 2, 8
 AnyArray = Array | np.ndarray | np.number  # on a device, in a trace, or on the host
 
@@ -106,7 +108,7 @@ def code_limits(params: QuantizerParams) -> tuple[Float[Array, "..."] | float, F
     qmin, qmax = bounds(params.bits, params.signed)
     if params.zero_point is None:
         return float(qmin), float(qmax)
-    zero_point = jnp.asarray(params.zero_point, jnp.float32)
+    zero_point = namespace_of(params.zero_point).asarray(params.zero_point, np.float32)
     return qmin - zero_point, qmax - zero_point
 
 
@@ -151,7 +153,8 @@ def params_from_range(
     ``scale = (hi - lo) / (2**bits - 1)`` and ``zero_point = round(-lo / scale)``, whose rounding shifts
     the represented range by at most half a step. A symmetric one has signed codes and the smallest
     scale that covers both ends, ``max(-lo / 2**(bits - 1), hi / (2**(bits - 1) - 1))``. A range of zero
-    width gets a tiny positive scale. Can be traced; finite ends are the caller's to ensure.
+    width gets a tiny positive scale. Can be traced; finite ends are the caller's to ensure. Arrays of NumPy give arrays
+    of NumPy.
 
     >>> params = params_from_range(-5.0, 10.0, bits=4)
     >>> float(params.scale), float(params.zero_point)
@@ -170,21 +173,22 @@ def params_from_range(
       TypeError, ValueError: see `bounds`; ValueError if `lo` and `hi` do not broadcast.
     """
     qmin, qmax = bounds(bits, signed=symmetric)
-    lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
+    xp = namespace_of(lo, hi)
+    lo, hi = xp.asarray(lo, np.float32), xp.asarray(hi, np.float32)
     try:
-        lo, hi = jnp.broadcast_arrays(lo, hi)
+        lo, hi = xp.broadcast_arrays(lo, hi)
     except ValueError:
         raise ValueError(
             f"lo and hi: expected shapes that broadcast together, found {lo.shape} and {hi.shape}; pass both ends per "
             "tensor or both per channel."
         ) from None
-    lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+    lo, hi = xp.minimum(lo, 0.0), xp.maximum(hi, 0.0)
     # Multiplied by a reciprocal because XLA does so to a division by a constant: the same bits either way.
     if symmetric:
-        scale = jnp.maximum(jnp.maximum(lo * (1.0 / qmin), hi * (1.0 / qmax)), SCALE_FLOOR)
+        scale = xp.maximum(xp.maximum(lo * (1.0 / qmin), hi * (1.0 / qmax)), SCALE_FLOOR)
         return QuantizerParams(scale, None, bits=int(bits), signed=True)
-    scale = jnp.maximum((hi - lo) * (1.0 / qmax), SCALE_FLOOR)
-    zero_point = jnp.clip(jnp.round(-lo / scale), qmin, qmax)
+    scale = xp.maximum((hi - lo) * (1.0 / qmax), SCALE_FLOOR)
+    zero_point = xp.clip(xp.round(-lo / scale), qmin, qmax)
     return QuantizerParams(scale, zero_point, bits=int(bits), signed=False)
 
 
@@ -196,18 +200,19 @@ def ste_round(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
-def _clipped(x: ArrayLike, params: QuantizerParams) -> Float[Array, "..."]:
+def _clipped(x: ArrayLike, params: QuantizerParams) -> Float[AnyArray, "..."]:
     """The values over their scale, clipped to the code range less the zero point; float32."""
     # By the reciprocal, as XLA compiles division by a broadcast scale anyway: now the bits do not depend on
     # whether the scale is broadcast (per tensor, per channel, under vmap).
-    v = jnp.asarray(x, jnp.float32) * (1.0 / params.scale)
+    xp = namespace_of(x, params.scale)
+    v = xp.asarray(x, np.float32) * (1.0 / params.scale)
     low, high = code_limits(params)
     # Not jnp.clip, which gives half of the gradient to each side of a tie: LSQ's derivative is that of the
     # clipped branch at the ends themselves.
-    return jnp.where(v <= low, low, jnp.where(v >= high, high, v))
+    return xp.where(v <= low, low, xp.where(v >= high, high, v))
 
 
-def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Array, "..."]:
+def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[AnyArray, "..."]:
     """Codes of `x`: round to nearest, ties to even, clipped to the code range.
 
     Args:
@@ -215,15 +220,15 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Arr
       params: the quantizer.
 
     Returns:
-      int8 codes if ``params.signed``, else uint8.
+      int8 codes if ``params.signed``, else uint8; an array of NumPy if both `x` and the scale are.
 
     Raises:
       TypeError, ValueError: ``params.bits`` is not an integer from 2 to 8.
     """
-    q = jnp.round(_clipped(x, params))
+    q = _clipped(x, params).round()
     if params.zero_point is not None:
         q = q + params.zero_point
-    return q.astype(jnp.int8 if params.signed else jnp.uint8)
+    return q.astype(np.int8 if params.signed else np.uint8)
 
 
 def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[Array, "..."]:
@@ -336,7 +341,7 @@ class QTensor:
     def with_centered(self, codes: Float[AnyArray, "..."]) -> QTensor:
         """The tensor of other codes, given less the zero point: the inverse of `centered`."""
         codes = codes if self.zero_point is None else codes + self.zero_point
-        return dataclasses.replace(self, qvalue=jnp.round(codes).astype(self.qvalue.dtype))
+        return dataclasses.replace(self, qvalue=codes.round().astype(self.qvalue.dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.qvalue, "shape", None)
@@ -358,16 +363,17 @@ def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTens
         of `w`.
 
     Returns:
-      The quantized tensor, which remembers the dtype of `w`.
+      The quantized tensor, which remembers the dtype of `w`; of arrays of NumPy if `w` and the scale are.
 
     Raises:
       TypeError: `w` is not floating.
       ValueError: the shape of ``params.scale`` does not fit `w`.
     """
-    w = jnp.asarray(w)
+    xp = namespace_of(w, params.scale)
+    w = xp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w: expected a floating array, found dtype {w.dtype}; convert it with w.astype(jnp.float32).")
-    scale = jnp.asarray(params.scale, jnp.float32)
+    scale = xp.asarray(params.scale, np.float32)
     if scale.ndim == 0:
         scale = scale.reshape((1,) * w.ndim)
     if scale.ndim != w.ndim or any(s not in (1, d) for s, d in zip(scale.shape, w.shape, strict=True)):
@@ -377,6 +383,6 @@ def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTens
         )
     zero_point = params.zero_point
     if zero_point is not None:
-        zero_point = jnp.broadcast_to(jnp.asarray(zero_point, jnp.float32), scale.shape)
+        zero_point = xp.broadcast_to(xp.asarray(zero_point, np.float32), scale.shape)
     params = dataclasses.replace(params, scale=scale, zero_point=zero_point)
     return QTensor(quantize(w, params), scale, zero_point, bits=params.bits, signed=params.signed, dtype=w.dtype.name)

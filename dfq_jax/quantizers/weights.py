@@ -6,21 +6,27 @@ the form that `dfq_jax.quantizers.qtensor.params_from_range` takes::
     lo, hi = mse(w, bits=4, symmetric=True, channel_axes=(3,))
     q = quantize_tensor(w, params_from_range(lo, hi, bits=4, symmetric=True))
 
-which is what `quantize_kernel` does. All estimators can be traced.
+which is what `quantize_kernel` does. All estimators can be traced. A kernel whose values are known is quantized on the
+host, but for the search of its range, which is one program for kernels of all shapes: networks have many shapes, and
+each would take longer to compile than to compute.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
-from dfq_jax.base import check_field
-from dfq_jax.quantizers.qtensor import QTensor, bounds, fake_quant, params_from_range, quantize_tensor
+from dfq_jax.base import check_field, may_transfer, move_near, namespace_of, on_host
+from dfq_jax.quantizers.qtensor import AnyArray, QTensor, bounds, fake_quant, params_from_range, quantize_tensor
 
 GRID_STEPS = 100  # fractions of the full range: 1.00, 0.99, ..., 0.01
 FINE_STEPS = 10  # on either side of the best fraction
+# On the host a channel is searched in rows of `ROW` weights, so many rows and fractions of all rows at a time.
+ROW, ROWS, FRACTIONS = 32, 1024, 20
 
 
 def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -43,8 +49,8 @@ def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...
 
 
 def min_max(
-    w: Float[Array, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    w: Float[AnyArray, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
+) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
     """Full range of the weights of each channel, widened to include zero.
 
     Args:
@@ -54,7 +60,8 @@ def min_max(
       channel_axes: axes with a range for each index; () for one range over the whole tensor.
 
     Returns:
-      ``(lo, hi)``, float32, ``lo <= 0 <= hi``, in the shape of `w` with size 1 on the axes that share a range.
+      ``(lo, hi)``, float32, ``lo <= 0 <= hi``, in the shape of `w` with size 1 on the axes that share a range;
+      arrays of NumPy if `w` is one.
 
     Raises:
       TypeError: `w` is not floating, or `channel_axes` is not a tuple of ints.
@@ -62,16 +69,16 @@ def min_max(
     """
     del symmetric
     bounds(bits, signed=False)
-    w = jnp.asarray(w)
+    xp = namespace_of(w)
     axes = _reduced_axes(w, channel_axes)
-    w = w.astype(jnp.float32)
+    w = xp.asarray(w, np.float32)
     lo, hi = w.min(axes, keepdims=True), w.max(axes, keepdims=True)
-    return jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+    return xp.minimum(lo, 0.0), xp.maximum(hi, 0.0)
 
 
 def lp(
-    w: Float[Array, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...], p: float = 2.4
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    w: Float[AnyArray, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...], p: float = 2.4
+) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
     """Range of least mean ``|w - Q(w)|**p`` in each channel, by search.
 
     The full range is shrunk, both ends together, by 1.00, 0.99, ..., 0.01, and then by finer steps around the best of
@@ -93,42 +100,103 @@ def lp(
     """
     check_field("p", p, "a positive number", lambda v: v > 0)
     lo, hi = min_max(w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)
-    axes = _reduced_axes(jnp.asarray(w), channel_axes)
-    return _search(jnp.asarray(w), lo, hi, bits=int(bits), symmetric=bool(symmetric), axes=axes, p=float(p))
+    axes = _reduced_axes(w, channel_axes)
+    search = _search_on_host if isinstance(w, np.ndarray) else _search
+    return search(w, lo, hi, axes, int(bits), bool(symmetric), float(p))
 
 
 def mse(
-    w: Float[Array, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    w: Float[AnyArray, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
+) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
     """Range of least mean squared error in each channel; `lp` with ``p=2``, which see."""
     return lp(w, bits=bits, symmetric=symmetric, channel_axes=channel_axes, p=2.0)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "axes", "p"))
-def _search(w, lo, hi, *, bits, symmetric, axes, p):
+@functools.partial(jax.jit, static_argnames=("axes", "bits", "symmetric", "p"))
+def _search(w, lo, hi, axes, bits, symmetric, p):
     w = w.astype(jnp.float32)
-    # Errors relative to the largest weight, lest the p-th power of a small one underflow.
-    peak = jnp.maximum(-lo, hi)
-    unit = jnp.where(peak > 0, 1.0 / peak, 1.0)
 
-    def error(fraction):
-        params = params_from_range(lo * fraction, hi * fraction, bits=bits, symmetric=symmetric)
-        return jnp.mean(jnp.abs((w - fake_quant(w, params)) * unit) ** p, axes, keepdims=True)
+    def errors(fractions):
+        # One fraction at a time, so that memory is that of a few copies of the kernel.
+        return jax.lax.map(lambda f: _powers(w, lo, hi, f, p, bits, symmetric).sum(axes, keepdims=True), fractions)
+
+    return _least(errors, lo, hi)
+
+
+def _search_on_host(w, lo, hi, axes, bits, symmetric, p):
+    rows, channels = _rows(w, axes)
+    blocks = range(0, len(rows), ROWS)
+
+    def of_rows(per_channel):
+        return per_channel.reshape(-1, lo.size)[:, channels]
+
+    (low,), (high,) = of_rows(lo), of_rows(hi)
+
+    def errors(fractions):
+        fractions = of_rows(np.broadcast_to(fractions, (len(fractions), *lo.shape)))
+        sums = [
+            [
+                _row_sums(
+                    rows[b : b + ROWS], low[b : b + ROWS], high[b : b + ROWS], some[:, b : b + ROWS], p, bits, symmetric
+                )
+                for b in blocks
+            ]
+            for some in np.split(fractions, len(fractions) // FRACTIONS)
+        ]
+        starts = np.flatnonzero(np.diff(channels, prepend=-1))
+        # Rows behind the last channel are zeros, and so are their errors.
+        return np.add.reduceat(np.block(sums), starts, axis=1, dtype=np.float64).reshape(-1, *lo.shape)
+
+    return _least(errors, lo, hi)
+
+
+def _rows(w, axes):
+    """Channels, padded with zeros to whole rows, as `[rows, ROW]`, and the channel of each row.
+
+    Zero has no error whatever the range. Rows are padded to whole blocks, as part of the last channel.
+    """
+    kept = tuple(a for a in range(w.ndim) if a not in axes)
+    channels = w.transpose(*kept, *axes).reshape(math.prod(w.shape[a] for a in kept), -1).astype(np.float32)
+    count, size = channels.shape
+    rows = np.pad(channels, ((0, 0), (0, -size % ROW))).reshape(-1, ROW)
+    index = np.repeat(np.arange(count), len(rows) // count)
+    padding = -len(rows) % ROWS
+    return np.pad(rows, ((0, padding), (0, 0))), np.pad(index, (0, padding), mode="edge")
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "symmetric"))
+def _row_sums(rows, lo, hi, fractions, p, bits, symmetric):
+    """The error of each row at each of its fractions, `[fractions, rows]`."""
+    return _powers(rows, lo[:, None], hi[:, None], fractions[:, :, None], p, bits, symmetric).sum(-1)
+
+
+def _powers(w, lo, hi, fraction, p, bits, symmetric):
+    """The errors of weights over a fraction of their range, to the power of `p`."""
+    params = params_from_range(lo * fraction, hi * fraction, bits=bits, symmetric=symmetric)
+    # Relative to the largest weight, lest the p-th power of a small one underflow.
+    peak = jnp.maximum(-lo, hi)
+    error = jnp.abs((w - fake_quant(w, params)) * jnp.where(peak > 0, 1.0 / peak, 1.0))
+    # Logarithm and exponential are vectorized on CPU, general powers are not.
+    return jnp.exp(p * jnp.log(error))
+
+
+def _least(errors, lo, hi):
+    """The fraction of each range that has the least error, coarse first and then finer."""
+    xp, step = namespace_of(lo), 1.0 / GRID_STEPS
 
     def best(fractions):
-        # One fraction at a time, so that memory is that of a few copies of the kernel.
-        errors = jax.lax.map(error, fractions)
-        index = jnp.argmin(errors, axis=0, keepdims=True)
-        fractions = jnp.broadcast_to(fractions, errors.shape)
-        return tuple(jnp.take_along_axis(a, index, axis=0)[0] for a in (fractions, errors))
+        found = errors(fractions)
+        index = xp.argmin(found, axis=0, keepdims=True)
+        fractions = xp.broadcast_to(fractions, found.shape)
+        return tuple(xp.take_along_axis(a, index, axis=0)[0] for a in (fractions, found))
 
-    step = 1.0 / GRID_STEPS
-    grid = jnp.arange(GRID_STEPS, 0, -1, dtype=jnp.float32) * step
-    coarse, coarse_error = best(grid.reshape(-1, *(1,) * w.ndim))
-    offsets = jnp.arange(-FINE_STEPS, FINE_STEPS + 1, dtype=jnp.float32) * (step / FINE_STEPS)
-    offsets = offsets.reshape(-1, *(1,) * w.ndim)
-    fine, fine_error = best(jnp.clip(coarse[None] + offsets, step / FINE_STEPS, 1.0))
-    fraction = jnp.where(fine_error < coarse_error, fine, coarse)
+    def column(values):
+        return xp.asarray(values, np.float32).reshape(-1, *(1,) * lo.ndim)
+
+    coarse, coarse_error = best(column(np.arange(GRID_STEPS, 0, -1)) * step)
+    offsets = [i for i in range(-FINE_STEPS, FINE_STEPS + 1) if i != 0]
+    fine, fine_error = best(xp.clip(coarse[None] + column(offsets) * (step / FINE_STEPS), step / FINE_STEPS, 1.0))
+    fraction = xp.where(fine_error < coarse_error, fine, coarse)
     return lo * fraction, hi * fraction
 
 
@@ -139,8 +207,9 @@ WEIGHT_RANGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 }
 
 
+@may_transfer
 def quantize_kernel(
-    w: Float[Array, "*shape"],
+    w: Float[AnyArray, "*shape"],
     *,
     bits: int,
     symmetric: bool,
@@ -163,14 +232,16 @@ def quantize_kernel(
       TypeError, ValueError: as `min_max`; ValueError if `method` is unknown.
     """
     check_field("method", method, f"one of {', '.join(WEIGHT_RANGES)}", lambda v: v in WEIGHT_RANGES)
-    w = jnp.asarray(w)
     _reduced_axes(w, channel_axes)
     bounds(bits, signed=False)
-    return _quantize_kernel(w, bits=int(bits), symmetric=bool(symmetric), channel_axes=channel_axes, method=method)
+    settings = {"bits": int(bits), "symmetric": bool(symmetric), "channel_axes": channel_axes, "method": method}
+    known = on_host(w)
+    return _compiled(w, **settings) if known is None else move_near(_quantize_kernel(known, **settings), w)
 
 
-# One compilation for each shape: its many small operations, one by one, would take longer.
-@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "channel_axes", "method"))
 def _quantize_kernel(w, *, bits, symmetric, channel_axes, method):
     lo, hi = WEIGHT_RANGES[method](w, bits=bits, symmetric=symmetric, channel_axes=channel_axes)
     return quantize_tensor(w, params_from_range(lo, hi, bits=bits, symmetric=symmetric))
+
+
+_compiled = jax.jit(_quantize_kernel, static_argnames=("bits", "symmetric", "channel_axes", "method"))

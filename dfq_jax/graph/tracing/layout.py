@@ -6,6 +6,8 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dfq_jax.graph.tracing.program import Op
 
 Labels = tuple[tuple[Hashable, ...], ...]  # for each axis of a value, the labels in it, the slowest one first
@@ -79,3 +81,22 @@ def _follow_single(axis: int, old: Sequence[Any], new: Sequence[Any]) -> int | N
         return len(new) - 1 if new else None
     single = [i for i in there if new[i] == 1]
     return single[min(before.index(axis), len(single) - 1)] if single else there[0]
+
+
+def moved_elements(op: Op, array: np.ndarray) -> np.ndarray:
+    """What an operation in `LAYOUT` makes of an array of NumPy, types left as they are: nothing is compiled."""
+    params = op.params
+    if op.name == "transpose":
+        return array.transpose(params["permutation"])
+    if op.name == "squeeze":
+        return array.squeeze(tuple(params["dimensions"]))
+    if op.name == "rev":
+        return np.flip(array, params["dimensions"])
+    if op.name == "reshape":
+        return array.reshape(params["new_sizes"])
+    if op.name == "broadcast_in_dim":
+        shape = [1] * len(params["shape"])
+        for axis, size in zip(params["broadcast_dimensions"], array.shape, strict=True):
+            shape[axis] = size
+        return np.broadcast_to(array.reshape(shape), params["shape"])
+    return array

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dfq_jax.base import namespace_of
 from dfq_jax.graph import Graph, KernelForm
-from dfq_jax.quantizers import QTensor, code_limits
+from dfq_jax.quantizers import AnyArray, QTensor, code_limits
 
 
 class KernelCodes(NamedTuple):
@@ -22,22 +20,21 @@ class KernelCodes(NamedTuple):
     `clip(round(values), low, high)`.
     """
 
-    values: Float[Array, "g o i k"]
-    codes: Float[Array, "g o i k"]
-    low: Float[Array, "g o i k"]
-    high: Float[Array, "g o i k"]
+    values: Float[AnyArray, "g o i k"]
+    codes: Float[AnyArray, "g o i k"]
+    low: Float[AnyArray, "g o i k"]
+    high: Float[AnyArray, "g o i k"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[Array, "..."]) -> KernelCodes:
-    """The quantized kernel of a layer and the float one as `KernelCodes`."""
-    values = leaf.astype(jnp.float32) / kernel.scale
-    limits = (jnp.broadcast_to(jnp.asarray(q, jnp.float32), leaf.shape) for q in code_limits(kernel.params))
-    return KernelCodes(*(form.matrix(a) for a in (values, kernel.centered().astype(jnp.float32), *limits)))
+def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[AnyArray, "..."]) -> KernelCodes:
+    """The quantized kernel of a layer and the float one as `KernelCodes`; of NumPy arrays if they are."""
+    xp = namespace_of(leaf)
+    values = leaf.astype(np.float32) / kernel.scale
+    limits = (xp.broadcast_to(xp.asarray(q, np.float32), leaf.shape) for q in code_limits(kernel.params))
+    return KernelCodes(*(form.matrix(a) for a in (values, kernel.centered().astype(np.float32), *limits)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def with_codes(form: KernelForm, kernel: QTensor, codes: Float[Array, "g o i k"]) -> QTensor:
+def with_codes(form: KernelForm, kernel: QTensor, codes: Float[AnyArray, "g o i k"]) -> QTensor:
     """The quantized kernel with other centered codes."""
     return kernel.with_centered(form.leaf(codes))
 
@@ -70,8 +67,6 @@ def common_form(graph: Graph, path: str) -> KernelForm | None:
     first, *others = (graph.form(layer).kernel for layer in graph.kernels[path])
     if others:
         labels = np.arange(math.prod(first.shape), dtype=np.int32).reshape(first.shape)
-        with jax.ensure_compile_time_eval():
-            expected = np.asarray(first.matrix(labels))
-            if not all(np.array_equal(np.asarray(form.matrix(labels)), expected) for form in others):
-                return None
+        if not all(np.array_equal(form.matrix(labels), first.matrix(labels)) for form in others):
+            return None
     return first

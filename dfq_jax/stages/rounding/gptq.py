@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.base import batches, check_field, check_fields, full_precision, is_non_negative
-from dfq_jax.graph import BatchNormRule, Graph, LayerCall, apply_quantized, as_argument, check_images
+from dfq_jax.graph import BatchNormRule, Graph, KernelForm, LayerCall, apply_quantized, as_argument, check_images
+from dfq_jax.quantizers import QTensor
 from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes, quantized_kernels, with_codes
 
 ORDERS = ("natural", "activation")
@@ -99,8 +100,7 @@ def gptq(
             total = new if total is None else jax.tree.map(jnp.add, total, new)
         updates = {}
         for path, (form, leaf, kernel) in kernels.items():
-            better = round_kernel(kernel_codes(form, kernel, leaf), total[path], config)
-            updates[path] = with_codes(form, kernel, better)
+            updates[path] = _rounded(form, leaf, kernel, total[path], config)
         qvariables = graph.replace(qvariables, updates)
     return qvariables
 
@@ -160,9 +160,16 @@ def _thinned(x: Float[Array, "m g d"], count: int) -> Float[Array, "n g d"]:
 # --- rounding ---
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("form", "config"))
+def _rounded(
+    form: KernelForm, leaf: Float[Array, "..."], kernel: QTensor, moments: PatchMoments, config: GPTQConfig
+) -> QTensor:
+    """Compiled once for each shape."""
+    return with_codes(form, kernel, round_kernel(kernel_codes(form, kernel, leaf), moments, config))
+
+
 def round_kernel(kernel: KernelCodes, moments: PatchMoments, config: GPTQConfig) -> Float[Array, "g o i k"]:
-    """Codes of a kernel; compiled once for each shape."""
+    """Codes of a kernel."""
     shape = kernel.values.shape
     flat = KernelCodes(*(a.reshape(*shape[:2], -1) for a in kernel))
     second = moments.second / moments.count

@@ -8,18 +8,19 @@ whose errors are largest, makes these sums vanish: no loop, no images.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Bool, Float
 
+from dfq_jax.base import may_transfer, move_near, namespace_of, on_host
 from dfq_jax.graph import Graph, KernelForm
-from dfq_jax.quantizers import QTensor
+from dfq_jax.quantizers import AnyArray, QTensor
 from dfq_jax.stages.rounding.codes import kernel_codes, quantized_kernels, with_codes
 
 
+@may_transfer
 def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
     """Put the codes of SQuant in place of the nearest ones.
 
@@ -44,24 +45,30 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
     """
     updates = {}
     for path, (form, leaf, kernel) in quantized_kernels(graph, variables, qvariables).items():
-        updates[path] = _squant_kernel(form, kernel, leaf)
+        # What is known is sorted on the host, faster than XLA compiles a program for each shape, or sorts on a CPU.
+        known = on_host((kernel, leaf))
+        if known is None:
+            updates[path] = _compiled(form, kernel, leaf)
+        else:
+            updates[path] = move_near(_squant_kernel(form, *known), leaf)
     return graph.replace(qvariables, updates)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _squant_kernel(form: KernelForm, kernel: QTensor, leaf: Float[Array, "..."]) -> QTensor:
-    """Compiled once for each form of kernels."""
+def _squant_kernel(form: KernelForm, kernel: QTensor, leaf: Float[AnyArray, "..."]) -> QTensor:
     groups, outputs, *rest = form.sizes
     codes = squant_codes(*(a.reshape(groups * outputs, *rest) for a in kernel_codes(form, kernel, leaf)))
     return with_codes(form, kernel, codes.reshape(form.sizes))
 
 
+_compiled = jax.jit(_squant_kernel, static_argnums=0)
+
+
 def squant_codes(
-    values: Float[Array, "o i k"],
-    codes: Float[Array, "o i k"],
-    low: Float[Array, "o i k"],
-    high: Float[Array, "o i k"],
-) -> Float[Array, "o i k"]:
+    values: Float[AnyArray, "o i k"],
+    codes: Float[AnyArray, "o i k"],
+    low: Float[AnyArray, "o i k"],
+    high: Float[AnyArray, "o i k"],
+) -> Float[AnyArray, "o i k"]:
     """Codes whose errors sum to at most 1/2 over each output channel, and to at most 1 over each kernel.
 
     The first step flips codes within each kernel, until its errors sum to at most 1/2. The second flips one code in
@@ -72,31 +79,36 @@ def squant_codes(
       codes: the nearest codes, within the limits.
       low: least codes.
       high: greatest codes.
+
+    Returns:
+      The codes, of NumPy if what is given is.
     """
+    xp = namespace_of(values)
     error = codes - values
-    movable = jnp.where(error > 0, codes > low, codes < high)
+    movable = xp.where(error > 0, codes > low, codes < high)
     if values.shape[-1] == 1:  # kernels of one element: channels only
         error, movable = error[..., 0], movable[..., 0]
         return codes + _moves(error, movable, error.sum(-1))[0][..., None]
     moves, candidate = _moves(error, movable, error.sum(-1))
     error = error + moves
     # In each kernel one code may still move, and its error ranks the kernel.
-    pick = jnp.sum(jnp.where(candidate, error, 0.0), axis=-1)
+    pick = xp.sum(xp.where(candidate, error, np.float32(0)), axis=-1)
     again, _ = _moves(pick, candidate.any(-1), error.sum((-2, -1)))
-    return codes + moves + jnp.where(candidate, again[..., None], 0.0)
+    return codes + moves + xp.where(candidate, again[..., None], np.float32(0))
 
 
 def _moves(
-    error: Float[Array, "*rows n"], movable: Bool[Array, "*rows n"], total: Float[Array, "*rows"]
-) -> tuple[Float[Array, "*rows n"], Bool[Array, "*rows n"]]:
+    error: Float[AnyArray, "*rows n"], movable: Bool[AnyArray, "*rows n"], total: Float[AnyArray, "*rows"]
+) -> tuple[Float[AnyArray, "*rows n"], Bool[AnyArray, "*rows n"]]:
     """Moves by one, against the errors of largest size, that bring `total` closest to zero; and what to move next.
 
     What to move next is the last one moved, back again, if the total went past zero; else the first one not moved.
     """
-    sign, size = jnp.sign(total)[..., None], jnp.abs(total)[..., None]
-    eligible = movable & (jnp.sign(error) == sign)
-    order = jnp.argsort(jnp.where(eligible, -jnp.abs(error), jnp.inf), axis=-1)
-    rank = jnp.argsort(order, axis=-1).astype(error.dtype)
-    count = jnp.round(size)
+    xp = namespace_of(error)
+    sign, size = xp.sign(total)[..., None], xp.abs(total)[..., None]
+    eligible = movable & (xp.sign(error) == sign)
+    order = xp.argsort(xp.where(eligible, -xp.abs(error), np.float32(np.inf)), axis=-1, stable=True)
+    rank = xp.argsort(order, axis=-1).astype(error.dtype)
+    count = xp.round(size)
     moved = eligible & (rank < count)
     return -sign * moved.astype(sign.dtype), eligible & (rank == count - (count > size).astype(count.dtype))
