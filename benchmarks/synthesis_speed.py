@@ -134,10 +134,9 @@ class Compilations:
             self.names.append(str(details.get("fun_name", "?")))
 
 
-def count_compilations(graph: Graph, variables: Any, setting: Setting) -> str:
+def count_compilations(graph: Graph, variables: Any) -> str:
     """Synthesize two batches with two stages (statistics, then response), twice, and count what is compiled."""
-    batch = setting.batch
-    config = SynthesisConfig(num_images=2 * batch, batch_size=batch, steps=3, chunk=1, response_weight=0.1)
+    config = SynthesisConfig(num_images=8, batch_size=4, steps=3, chunk=2, response_weight=0.1)
     counter = Compilations()
     synthesize(graph, variables, jax.random.key(0), config)
     first = collections.Counter(counter.names)
@@ -304,7 +303,7 @@ def main() -> None:
     graph = trace(apply_fn, variables, setting.shape)
 
     compare_losses(graph, variables, setting)
-    print(count_compilations(graph, variables, setting))
+    print(count_compilations(graph, variables))
     contestants = [jax_contestant(graph, variables, setting, arguments.steps, n) for n in sorted({1, cores})]
     reference, *others = torch_contestants(variables, setting, arguments.steps, cores)
     contestants += [reference, *others]

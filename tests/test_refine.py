@@ -87,11 +87,11 @@ def test_any_number_of_images(qvariables):
 
 
 def test_an_interrupted_refinement_resumes_to_the_same_bits(qvariables, tmp_path):
-    quick, reports = dataclasses.replace(SETTINGS, steps=40), []  # in chunks of 20
+    quick, reports = dataclasses.replace(SETTINGS, steps=40), []  # in chunks of 25
     arguments = GRAPH, VARIABLES, qvariables, IMAGES, KEY, quick
 
     def interrupt(progress):
-        if (progress.batch, progress.step) == (2, 20):
+        if (progress.batch, progress.step) == (2, 25):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):

@@ -43,6 +43,7 @@ CONFIG = SynthesisConfig(
     steps=20,
     optimizer="adam",
     learning_rate=0.1,
+    b2=0.999,
     schedule="cosine",
     input_weight=1.0,
     chunk=1,
@@ -720,7 +721,7 @@ def test_networks_without_statistics_or_classes_are_refused():
         {"optimizer": "adamw"}, {"schedule": ""}, {"statistics": "batches"}, {"layer_weighting": None},
         {"low_pass": math.inf}, {"source": "noise"}, {"extra_pixels": -1}, {"smoothing": -1}, {"swing": 1},
         {"class_focus": -1}, {"distance_range": (0.8, 0.1)}, {"pixel_range": ((0.0,), (0.0, 1.0))},
-        {"pixel_range": (1.0, -1.0)}, {"generator_learning_rate": 0},
+        {"pixel_range": (1.0, -1.0)}, {"generator_learning_rate": 0}, {"b2": 1.0},
     ],
     ids=str,
 )  # fmt: skip
