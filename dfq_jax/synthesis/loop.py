@@ -43,7 +43,7 @@ class Synthesis:
         where classes play no part.
       losses: final loss of each batch.
       layer_losses: BatchNorm term of each layer, averaged over batches.
-      completed: false if interrupted; images are then those finished so far and the unfinished batch as it is.
+      completed: false if interrupted; images are then those finished so far and unfinished batches as they are.
       seconds: wall time, compilation included.
     """
 
@@ -71,6 +71,9 @@ def synthesize(
     keep_checkpoint: bool = False,
 ) -> Synthesis:
     """Make images from the network's own BatchNorm statistics.
+
+    On CPU, batches that do not share statistics are made side by side, one on each core that the process may use and
+    that there is memory for; the images are the same, bit for bit.
 
     >>> config = dfq_jax.SynthesisConfig(num_images=4, batch_size=4, steps=1)
     >>> synthesize(graph, variables, jax.random.key(0), config).images.shape
