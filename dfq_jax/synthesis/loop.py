@@ -106,7 +106,7 @@ def synthesize(
     check_synthesizable(graph, variables, config)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)
-    loop = _ImageLoop(graph, variables, key, config, image_optimizer(config) if optimizer is None else optimizer)
+    loop = _ImageLoop(graph, variables, key, config, optimizer)
     completed = loop.run(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
@@ -120,7 +120,10 @@ class _ImageLoop(Loop):
         # Trace at the batch that is used, so that weights of any tree compile once.
         self.graph = graph.at((config.batch_size, *graph.input.shape[1:]), jnp.float32)
         self.variables = jax.tree.map(jnp.asarray, variables)  # NumPy arrays would travel at every step
-        self.config, self.optimizer = config, optimizer
+        self.config = config
+        # Of programs, which serve any number of images and calls of any length.
+        self.settings = dataclasses.replace(config, num_images=config.batch_size, chunk=0, patience=0)
+        self.optimizer = image_optimizer(self.settings) if optimizer is None else optimizer
         self.response_step = round(config.steps * config.response_start) if config.response_weight else None
         platform, in_turn = platform_of(variables), config.statistics == "set"
         plan = Plan(
@@ -136,7 +139,7 @@ class _ImageLoop(Loop):
         super().__init__(plan, key)
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
-        optimizer = jax.eval_shape(_init, self.graph, self.config, self.optimizer, self.key)[0].optimizer
+        optimizer = jax.eval_shape(_init, self.graph, self.settings, self.optimizer, self.key)[0].optimizer
         return (self.graph.digest, dataclasses.asdict(self.config), optimizer), self.variables
 
     def keys(self, batch: int) -> Key[Array, "2"]:
@@ -144,13 +147,13 @@ class _ImageLoop(Loop):
         return jax.random.split(jax.random.fold_in(self.key, batch))
 
     def begin(self, batch: int) -> tuple[State, Targets, None]:
-        return (*_init(self.graph, self.config, self.optimizer, self.keys(batch)[0]), None)
+        return (*_init(self.graph, self.settings, self.optimizer, self.keys(batch)[0]), None)
 
     def prepare(self, turn: Turn, work: Any) -> Any:
         if turn.begin != self.response_step:
             return work
         state, targets, losses = work
-        images, relabel = batch_images(self.graph, self.config, state), self.config.class_weight == 0
+        images, relabel = batch_images(self.graph, self.settings, state), self.config.class_weight == 0
         quantile = self.config.response_quantile
         targets = response_targets(
             self.graph, self.variables, images, targets.labels, quantile=quantile, relabel=relabel
@@ -159,11 +162,9 @@ class _ImageLoop(Loop):
 
     def advance(self, turn: Turn, work: Any) -> tuple[Any, jax.Array]:
         state, targets, _ = work
-        settings, step_key = (self.graph, self.config, self.optimizer), self.keys(turn.batch)[1]
+        static, step_key = (self.graph, self.settings, self.optimizer), self.keys(turn.batch)[1]
         others = self.others(turn.batch)
-        state, losses = advance_batch(
-            *settings, turn.end - turn.begin, self.variables, state, targets, step_key, *others
-        )
+        state, losses = advance_batch(*static, turn.end - turn.begin, self.variables, state, targets, step_key, *others)
         return (state, targets, losses), losses.loss
 
     def others(self, batch: int) -> tuple[dict[str, OffsetMoments] | None, float]:
@@ -204,7 +205,7 @@ class _ImageLoop(Loop):
 
     def result(self, completed: bool) -> Synthesis:
         states, targets, losses = zip(*(self.work[b] for b in sorted(self.work)), strict=True)
-        finished = (batch_images(self.graph, self.config, state) for state in states)
+        finished = (batch_images(self.graph, self.settings, state) for state in states)
         images = np.concatenate([np.asarray(images) for images in finished])[: self.config.num_images]
         if self.config.uses_classes:
             labels = np.concatenate([np.asarray(t.labels) for t in targets])[: self.config.num_images]
