@@ -314,8 +314,13 @@ def test_every_stage_has_a_key_of_its_own(monkeypatch):
 def test_an_interrupted_call_resumes(tmp_path):
     recipe = FAST.replace(synthesis_steps=20, synthesis_chunk=5)
     path = tmp_path / "work.npz"
+
+    def interrupt(progress):
+        if (progress.batch, progress.step) == (1, 10):
+            os.kill(os.getpid(), signal.SIGINT)
+
     with pytest.raises(KeyboardInterrupt, match="interrupted"):
-        run(recipe=recipe, checkpoint=path, on_progress=lambda p: p.step == 10 and os.kill(os.getpid(), signal.SIGINT))
+        run(recipe=recipe, checkpoint=path, on_progress=interrupt)
     assert os.listdir(tmp_path) == ["work.npz"]
     resumed = run(recipe=recipe, checkpoint=path)
     assert os.listdir(tmp_path) == []

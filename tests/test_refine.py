@@ -99,7 +99,7 @@ def test_an_interrupted_refinement_resumes_to_the_same_bits(qvariables, tmp_path
     with pytest.raises(ValueError, match="belongs to other work"):
         refine(*arguments[:3], IMAGES[::-1], KEY, quick, checkpoint=tmp_path / "work.npz")
     resumed = refine(*arguments, checkpoint=tmp_path / "work.npz", on_progress=reports.append)
-    assert (resumed == refine(*arguments)).all() and (reports[0].batch, reports[0].step) == (2, 40)
+    assert (resumed == refine(*arguments)).all() and reports[0].step == 40
 
 
 @pytest.mark.untyped
