@@ -48,7 +48,8 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     compiled = jax.jit(function).lower(variables, jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype)).compile()
 
     def on_device(piece: np.ndarray) -> jax.Array:
-        return jax.device_put(np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), axis=0)]))
+        lacking = size - len(piece)
+        return jax.device_put(np.concatenate([piece, np.repeat(piece[-1:], lacking, axis=0)]) if lacking else piece)
 
     def outputs(piece: jax.Array) -> Any:
         return jax.tree.map(np.asarray, compiled(variables, piece))
@@ -56,6 +57,8 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     def call(x: Any) -> Any:
         x = np.asarray(x, dtype)
         pieces = [on_device(x[i : i + size]) for i in range(0, len(x), size)]
+        if len(pieces) == 1:
+            return jax.tree.map(lambda leaf: leaf[: len(x)], outputs(pieces[0]))
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(outputs, pieces))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(x)], *found)
