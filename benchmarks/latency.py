@@ -1,17 +1,20 @@
-"""Milliseconds of one call on this CPU: float and int8 in XLA, ONNX Runtime and LiteRT.
+"""Milliseconds of one call on this CPU: float, simulated and int8 in XLA, ONNX Runtime and LiteRT.
 
     python benchmarks/latency.py resnet18 mobilenet_v2 efficientnet_lite0 --batches 1 32
 
 Contestants take turns round by round, so that what else the machine does slows neighbours alike. Printed are medians
-over rounds, and the ratio to XLA's float network within a round (above 1: faster). XLA float32 is `jax.jit(apply_fn)`;
-integer is `Quantized.integer` under the default policy of the CPU and under the one that `measure_policy` found.
-ONNX Runtime and LiteRT get as many threads as there are cores; LiteRT runs in a process of its own, whose start is not
-counted. Weights may be random: they do not change the time. `benchmarks/latency.txt` has the output.
+over rounds, and the ratios to XLA's and ONNX Runtime's float network within a round (above 1: faster). XLA float32 is
+`jax.jit(apply_fn)`: what a user's own code takes. Evaluation is what this library takes for the float and the simulated
+network, computed as `dfq_jax.data.predict` computes them; integer is `Quantized.integer` under the default policy of
+the CPU and under the one that `measure_policy` found. ONNX Runtime and LiteRT get as many threads as there are cores;
+LiteRT runs in a process of its own, whose start is not counted. Weights may be random: they do not change the time.
+`benchmarks/latency.txt` has the output.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import statistics
@@ -26,10 +29,12 @@ import numpy as np
 from served import Served, noise, serve
 
 from dfq_jax import RECIPES, Quantized, quantize
+from dfq_jax.base import in_pieces
 from dfq_jax.export.onnx import export_onnx, open_onnx
 from dfq_jax.export.tflite import TFLiteExporter
+from dfq_jax.graph import apply_quantized, run
 
-REFERENCE = "XLA float32"
+REFERENCES = "XLA float32", "ONNX Runtime float32"
 MIN_TURN = 0.2  # seconds: calls are repeated until a turn takes so long
 
 Turn = Callable[[], float]  # seconds of one call, from a turn
@@ -95,8 +100,12 @@ def _xla(served: Served, net: Quantized, batch: int) -> dict[str, Turn]:
     default, measured = net.integer(), net.integer(policy)
     runs = [layer.decision.runs for layer in measured.plan.layers]
     print(f"{served.name}, batch {batch}: {runs.count('int8')} of {len(runs)} layers in int8 under the measured policy")
+    simulated = in_pieces(functools.partial(apply_quantized, net.graph), net.variables, x)
+    evaluated = in_pieces(functools.partial(run, served.graph), served.variables, x)
     return {
-        REFERENCE: in_process(lambda: floating(served.variables, x)),
+        REFERENCES[0]: in_process(lambda: floating(served.variables, x)),
+        "evaluation, float": in_process(lambda: evaluated(x)),
+        "evaluation, simulated": in_process(lambda: simulated(x)),
         "XLA integer": in_process(lambda: default(x)),
         "XLA integer, measured": in_process(lambda: measured(x)),
     }
@@ -143,11 +152,13 @@ def play(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
 
 
 def _print(name: str, batch: int, seconds: dict[str, list[float]]) -> None:
-    print(f"{name}, batch {batch}, {len(seconds[REFERENCE])} rounds")
+    print(f"{name}, batch {batch}, {len(seconds[REFERENCES[0]])} rounds; ratios to {' and '.join(REFERENCES)}")
     for contestant, own in seconds.items():
-        ratios = [a / b for a, b in zip(seconds[REFERENCE], own, strict=True)]
-        ratio, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"  {contestant:<24}{1000 * statistics.median(own):9.1f} ms   {ratio:5.2f} x   ({spread})", flush=True)
+        columns = [f"{contestant:<24}{1000 * statistics.median(own):9.1f} ms"]
+        for reference in REFERENCES:
+            ratios = [a / b for a, b in zip(seconds[reference], own, strict=True)]
+            columns.append(f"{statistics.median(ratios):5.2f} x   ({min(ratios):.2f} to {max(ratios):.2f})")
+        print("  " + "   ".join(columns), flush=True)
 
 
 if __name__ == "__main__":

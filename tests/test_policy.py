@@ -29,7 +29,7 @@ from dfq_jax.runtime.timing import measure_kernels, paired_times
         (model_grid.mobilenet_v2, "cpu", {"stem": "input channels", "block1/depthwise": "depthwise", "head": "input"}),
         (model_grid.mobilenet_v2, "tpu", {"stem": "", "block1/depthwise": "", "classifier": ""}),
         (model_grid.mobilenet_v2, "cuda", {"block1/depthwise": "depthwise", "classifier": ""}),
-        (model_grid.channels_first, "cpu", {"conv1": "input channels", "conv2": "channels-first", "fc": ""}),
+        (model_grid.channels_first, "cpu", {"conv1": "channels-first", "conv2": "channels-first", "fc": ""}),
         (model_grid.channels_first, "cuda", {"conv2": ""}),
         (model_grid.dilated_grouped, "cuda", {"grouped": "not trusted on cuda"}),
         (model_grid.dilated_grouped, "tpu", {"grouped": ""}),
@@ -42,6 +42,18 @@ def test_default_decisions(build, backend, expected):
         decision = plan.layer(name).decision
         assert decision.runs == (FLOAT if reason else INT8), name
         assert reason in decision.reason
+
+
+def test_layers_in_float_change_no_bit():
+    """Convolutions of few channels run as float by default on CPU: their sums are the integers that int8 gives."""
+    graph, qvariables, x, _ = quantized(model_grid.cifar_resnet8, "w8a8", "quantized")
+    plan, variables = compile_integer(graph, qvariables, default_policy("cpu"))
+    few = [layer for layer in plan.layers if graph.layer(layer.name).kernel_shape[-2] <= 16]
+    assert len(few) > 3 and all(layer.decision.runs == FLOAT and layer.decision.exact for layer in few)
+    integer, integers = compile_integer(graph, qvariables, EVERYTHING)
+    assert all(layer.decision.runs == INT8 for layer in integer.layers)
+    run = jax.jit(apply_plan, static_argnums=0)
+    np.testing.assert_array_equal(run(plan, variables, x), run(integer, integers, x))
 
 
 def test_accumulators_of_backends():
@@ -230,7 +242,8 @@ def test_integer_network_and_its_kernels(monkeypatch):
     monkeypatch.setattr(testing, "_PASSED", {})
     integer = net.integer(default_policy("cpu"))
     tested = len(testing._PASSED)
-    assert tested == len({signature(graph, layer.name, "int32") for layer in graph.layers[1:]})
+    wide = [layer.name for layer in graph.layers if layer.kernel_shape[-2] > 16]
+    assert tested == len({signature(graph, name, "int32") for name in wide}) > 2
     np.testing.assert_allclose(integer(x), expected, atol=0.02 * np.abs(expected).max())
     np.testing.assert_array_equal(jax.jit(integer.apply)(integer.variables, x), integer(x))
     table = net.kernels(default_policy("cpu"))

@@ -9,6 +9,7 @@ from dfq_jax.base.files import replacing, write_atomically
 from dfq_jax.base.images import batches, clip, low_pass, random_crop, random_flip, random_shift, random_window, smooth
 from dfq_jax.base.loop import Loop, Plan, Progress, Turn, largest_divisor
 from dfq_jax.base.optimization import State, descend, init_state, repeat
+from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "cpu_jit",
     "descend",
     "full_precision",
+    "in_pieces",
     "init_state",
     "is_non_negative",
     "known_fields",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from dfq_jax.base import in_pieces
 from dfq_jax.graph import ApplyFn
 
 TOP = 5
@@ -66,7 +65,7 @@ def predict(
     """The likeliest classes of labeled images, beside their labels.
 
     Args:
-      apply_fn: `(variables, x) -> outputs`; compiled once, with a smaller last batch padded to the size of the first.
+      apply_fn: `(variables, x) -> outputs`; compiled once, and run on a CPU for a few images at a time, on all cores.
       variables: its variables.
       batches: preprocessed images and their labels, as from `Dataset.batches`; held one at a time.
       logits: picks the class scores among the outputs (`graph.logits`).
@@ -79,14 +78,19 @@ def predict(
     Raises:
       ValueError: there are no batches, or a later one is larger than the first.
     """
+
+    def classes(variables: Any, x: jax.Array) -> jax.Array:
+        scores = logits(apply_fn(variables, x))
+        return jax.lax.top_k(scores, TOP if scores.shape[-1] > TOP else 1)[1]
+
     found, labels = [], []
     size = done = 0
     for x, label in batches:
-        size = size or len(x)
+        if not size:
+            size, classify = len(x), in_pieces(classes, variables, x)
         if len(x) > size:
             raise ValueError(f"batches: one has {len(x)} images, the first {size}; the first must be the largest.")
-        padded = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) if len(x) < size else x
-        found.append(np.asarray(_classes(apply_fn, logits, variables, jnp.asarray(padded)))[: len(x)])
+        found.append(classify(x))
         labels.append(label)
         done += len(x)
         if on_progress is not None:
@@ -94,12 +98,6 @@ def predict(
     if not found:
         raise ValueError("batches: found none to evaluate on.")
     return np.concatenate(found), np.concatenate(labels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _classes(apply_fn: ApplyFn, logits: Callable[[Any], jax.Array], variables: Any, x: jax.Array) -> jax.Array:
-    scores = logits(apply_fn(variables, x))
-    return jax.lax.top_k(scores, TOP if scores.shape[-1] > TOP else 1)[1]
 
 
 def accuracy(

@@ -88,7 +88,8 @@ def default_policy(backend: str | None = None) -> Policy:
     backend = jax.default_backend() if backend is None else backend
     backend = "cuda" if backend in ("gpu", "rocm") else backend  # "gpu" is what JAX calls CUDA devices
     if backend == "cpu":
-        return Policy(backend=backend, min_input_channels=8, depthwise=False, channels_first=False)
+        # YNN's int8 convolutions, twenty to forty times faster than others, are for more than 16 channels.
+        return Policy(backend=backend, min_input_channels=17, depthwise=False, channels_first=False)
     if backend == "cuda":
         return Policy(backend=backend, accumulator="float32", min_input_channels=8, depthwise=False, grouped=False)
     if backend == "tpu":
@@ -163,11 +164,11 @@ def _slow(policy: Policy, graph: Graph, layer: Layer) -> str:
     if layer.depthwise:
         return "" if policy.depthwise else f"depthwise int8 convolutions are slow on {policy.backend}"
     form = graph.form(layer)
+    if not policy.channels_first and form.input_axes.summed != (len(form.result_shape) - 1,):
+        return f"channels-first int8 convolutions are slow on {policy.backend}"
     _, _, channels, _ = form.kernel.sizes
     if channels < policy.min_input_channels:
         return f"{channels} input channels: int8 convolutions of less than {policy.min_input_channels} are slow"
-    if not policy.channels_first and form.input_axes.summed != (len(form.result_shape) - 1,):
-        return f"channels-first int8 convolutions are slow on {policy.backend}"
     return ""
 
 
