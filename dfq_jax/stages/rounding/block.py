@@ -20,7 +20,7 @@ from dfq_jax.base import NO_YNN, RUN_ONCE, State, cpu_jit, descend, init_state, 
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
 from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization
 from dfq_jax.stages.comparison import kl_divergence
-from dfq_jax.stages.learning import learned_product, moved, with_scaled_steps
+from dfq_jax.stages.learning import learned_batch_norm, learned_product, moved, with_scaled_steps
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 from dfq_jax.stages.rounding.soft import SoftKernel, base_codes, harden, init_soft, soft_weight, undecided
 
@@ -115,7 +115,7 @@ def apply_soft(
     rules = quantized_rules(
         variables, product=learned_product, in_float=loop_friendly, fake_quantize=dropped, soft=soft
     )
-    return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor)
+    return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor, batch_norm=learned_batch_norm)
 
 
 def mix(key: Key[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
@@ -193,13 +193,13 @@ def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tup
 @functools.partial(
     cpu_jit,
     options=NO_YNN,
-    static_argnames=("graph", "config", "steps", "parts", "rest_graph"),
+    static_argnames=("graph", "config", "parts", "rest_graph"),
     donate_argnames="state",
 )
 def advance_block(
     graph: Graph,
     config: ReconstructionConfig,
-    steps: int,
+    steps: int | Int[Array, ""],
     parts: int,
     rest_graph: Graph | None,
     rest: Variables | None,
@@ -215,7 +215,7 @@ def advance_block(
     Args:
       graph: of the block alone (`subnetwork`), static, as are all settings: equal blocks compile once.
       config: rates, and weights of the terms.
-      steps: how many.
+      steps: how many; an argument: one program serves any number.
       parts: of a minibatch that are worked on one after the other (`parts_on_cpu`).
       rest_graph: the network behind the block, for the prediction difference; static. None where the block's output
         holds the class scores, or the difference is not asked for.

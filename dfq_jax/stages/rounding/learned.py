@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, largest_divisor, platform_of
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, platform_of
 from dfq_jax.graph import Graph, Subnetwork, merge_blocks, subnetwork
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import apply_jitted
@@ -163,7 +163,7 @@ class _BlockLoop(Loop):
         plan = Plan(
             num_batches=len(self.blocks),
             steps=config.steps,
-            chunk=largest_divisor(chunk, config.steps),
+            chunk=chunk,
             report_every=50,
             names=tuple(block.name for block in self.blocks),
         )
@@ -179,7 +179,7 @@ class _BlockLoop(Loop):
 
     def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
         block = self.enter(turn.batch)
-        static = block.sub.graph, self.config, self.plan.chunk, block.parts
+        static = block.sub.graph, self.config, turn.end - turn.begin, block.parts
         given = *block.rest, block.own, block.bases, block.cache, self.train
         state, losses = advance_block(*static, *given, work, block.key)
         finished = turn.end == self.config.steps
