@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import dfq_jax
 from dfq_jax import Convention, ReconstructionConfig, as_function, estimate_ranges, quantize_params, trace
+from dfq_jax.base import Turn
 from dfq_jax.stages.rounding.learned import _BlockLoop
 from dfq_jax.zoo import load_model
 
@@ -63,14 +64,13 @@ def main() -> None:
 
 def timed_block(loop: _BlockLoop, block: int) -> tuple[float, float, float]:
     """Seconds of the first compiled call with what goes before, of a step, and of the last call with what follows."""
-    calls = loop.plan.steps // loop.plan.chunk
-    seconds, begun = [], time.perf_counter()
+    seconds, begun, chunk = [], time.perf_counter(), loop.plan.chunk
     work = loop.begin(block)
-    for number in range(calls):
-        work = jax.block_until_ready(loop.advance(loop.plan.turn(block * calls + number), work)[0])
+    for begin in range(0, loop.plan.steps, chunk):
+        work = jax.block_until_ready(loop.advance(Turn(block, begin, begin + chunk), work)[0])
         seconds.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-    return seconds[0], statistics.median(seconds[1:-1]) / loop.plan.chunk, seconds[-1]
+    return seconds[0], statistics.median(seconds[1:-1]) / chunk, seconds[-1]
 
 
 def peak() -> float:

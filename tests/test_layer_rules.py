@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import model_grid
 import numpy as np
+import pytest
 
 from dfq_jax.graph import loop_friendly, run
 from dfq_jax.graph.graph import trace
@@ -38,6 +39,40 @@ def test_only_strided_convolutions_swing_by_up_to_a_pixel():
         seen.update(matches)
     assert len(seen) == 9
     np.testing.assert_allclose(run(GRAPH, VARIABLES, X, layer=loop_friendly), network(VARIABLES, X), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strides", "dilation", "groups", "layout"),
+    [
+        ((1, 1), (1, 1), 1, LAYOUT),
+        ((2, 3), (1, 1), 1, LAYOUT),
+        ((1, 2), (2, 1), 1, LAYOUT),
+        ((1, 1), (1, 1), 2, LAYOUT),
+        ((2, 1), (1, 1), 1, ("NCHW", "OIHW", "NHWC")),
+    ],
+)
+def test_gradients_in_loops_are_those_of_the_layer(strides, dilation, groups, layout):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 9, 8) if layout[0] == "NCHW" else (2, 9, 8, 4)), jnp.float32)
+    shape = (6, 4, 3, 2) if layout[1] == "OIHW" else (3, 2, 4 // groups, 6)
+
+    def network(v, x):
+        return jax.lax.conv_general_dilated(
+            x, v["kernel"], strides, "SAME", rhs_dilation=dilation, dimension_numbers=layout, feature_group_count=groups
+        )
+
+    variables = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    graph = trace(network, variables, x.shape)
+
+    def gradients(apply):
+        def step(total, x):
+            found = jax.grad(lambda v, x: jnp.square(apply(v, x)).sum(), (0, 1))(variables, x)
+            return jax.tree.map(jnp.add, total, found), None
+
+        return jax.jit(lambda: jax.lax.scan(step, (variables, x), jnp.stack([x, 2 * x]))[0])()
+
+    found, expected = gradients(lambda v, x: run(graph, v, x, layer=loop_friendly)), gradients(network)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), found, expected)
 
 
 def test_each_layer_and_call_draws_its_own_offset():

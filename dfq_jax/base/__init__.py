@@ -8,7 +8,7 @@ from dfq_jax.base.fields import check_field, check_fields, is_non_negative, know
 from dfq_jax.base.files import replacing, write_atomically
 from dfq_jax.base.images import batches, clip, low_pass, random_crop, random_flip, random_shift, random_window, smooth
 from dfq_jax.base.loop import Loop, Plan, Progress, Turn, largest_divisor
-from dfq_jax.base.optimization import State, descend, init_state, repeat
+from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
 
@@ -35,6 +35,7 @@ __all__ = [
     "largest_divisor",
     "low_pass",
     "may_transfer",
+    "mean_of_parts",
     "memory_size",
     "move_near",
     "namespace_of",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from dfq_jax.graph.form import LayerForm
+from dfq_jax.graph.tracing.program import Op
 from dfq_jax.graph.tracing.structure import Layer
 from dfq_jax.quantizers import QTensor
 
@@ -79,8 +83,32 @@ def loop_friendly(call: LayerCall) -> jax.Array:
         same = dataclasses.replace(op, params={**op.params, "dimension_numbers": numbers})
         transposed = jnp.swapaxes(kernel, out_axis, in_axis)
         _, to_operand = jax.vjp(lambda x: same(x, transposed)[0], operand)
-        _, to_kernel = jax.vjp(lambda k: op(operand, k)[0], kernel)  # unused, so not compiled, in synthesis
-        return *to_operand(gradient), *to_kernel(gradient)
+        to_kernel = lax.platform_dependent(  # unused, so not compiled, in synthesis
+            operand, kernel, gradient, cpu=functools.partial(_ordered_kernel_gradient, op), default=kernel_gradient
+        )
+        return *to_operand(gradient), to_kernel
+
+    def kernel_gradient(operand: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jax.vjp(lambda k: op(operand, k)[0], kernel)[1](gradient)[0]
 
     product.defvjp(forward, backward)
     return product(call.operand, form.rearrange_kernel(call.kernel, cast=True))
+
+
+def _ordered_kernel_gradient(op: Op, operand: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    """A convolution's gradient to its kernel, as a convolution in XLA:CPU's usual order of labels.
+
+    There the images take the place of input channels, and the gradient that of the kernel; all three are transposed to
+    the order in which that is usual.
+    """
+    numbers = op.params["dimension_numbers"]
+    (images, channels, *places), (outputs, inputs, *window) = numbers.lhs_spec, numbers.rhs_spec
+    order = inputs, *window, outputs
+    axes, last = tuple(range(1, operand.ndim - 1)), operand.ndim - 1
+    labels = (last, 0, *axes), (last, 0, *axes), (last - 1, last, *(a - 1 for a in axes))
+    params = {**op.params, "dimension_numbers": type(numbers)(*labels)}
+    same = dataclasses.replace(op, params=params)
+    x, k = operand.transpose(channels, *places, images), kernel.transpose(order)
+    out_images, out_channels, *out_places = numbers.out_spec
+    (found,) = jax.vjp(lambda k: same(x, k)[0], k)[1](gradient.transpose(*out_places, out_images, out_channels))
+    return found.transpose(np.argsort(order))

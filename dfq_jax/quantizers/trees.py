@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from dfq_jax.quantizers.qtensor import QTensor
 
@@ -30,6 +30,6 @@ def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any]]:
 def changed_codes(before: Any, after: Any) -> float:
     """Share of the quantized weights whose code differs between two trees of one structure."""
     pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_qtensor) for tree in (before, after)), strict=True)
-    kernels = [(a, b) for a, b in pairs if is_qtensor(a)]
-    changed = sum(int(jnp.sum(a.qvalue != b.qvalue)) for a, b in kernels)
-    return changed / max(sum(a.size for a, _ in kernels), 1)
+    codes = jax.device_get([(a.qvalue, b.qvalue) for a, b in pairs if is_qtensor(a)])
+    changed = sum(int(np.count_nonzero(a != b)) for a, b in codes)
+    return changed / max(sum(a.size for a, _ in codes), 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.graph import Graph, LayerCall, check_images, loop_friendly
-from dfq_jax.quantizers import QuantizerParams, is_quantized, quantization, with_quantization
+from dfq_jax.graph import BatchNorm, BatchNormParameters, Graph, LayerCall, affine, check_images, loop_friendly
+from dfq_jax.quantizers import QTensor, QuantizerParams, is_quantized, quantization, with_quantization
 
 
 def check_learning(graph: Graph, variables: Any, qvariables: Any, images: Any) -> None:
@@ -52,4 +54,60 @@ def with_scaled_steps(variables: Any, log_factors: Mapping[str, Float[Array, ""]
 def learned_product(call: LayerCall, params: QuantizerParams) -> jax.Array:
     """A quantized layer while it is learned: fake-quantized operands, multiplied as the network multiplies."""
     del params  # they are in the fake-quantized tensor
-    return loop_friendly(call.reading(call.source))
+    call = call.reading(call.source)
+    if call.layer.kind != "conv" or call.layer.groups == 1 or isinstance(call.kernel, QTensor):
+        return loop_friendly(call)
+    # Sums of shifted products: whatever reads them, in the backward pass too, would compute them anew.
+    return materialized(loop_friendly(dataclasses.replace(call, kernel=materialized(call.kernel))))
+
+
+@jax.custom_vjp
+def materialized(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The same array, which XLA:CPU computes once: an `optimization_barrier` is gone there before operations are fused.
+
+    A loop that copies, along the first axis longer than one, is the cheapest thing that nothing is fused with.
+    """
+    shape, bits = tuple(itertools.dropwhile(lambda size: size == 1, x.shape)), jnp.finfo(x.dtype)
+
+    def copied(x: jax.Array) -> jax.Array:
+        copy = functools.partial(jax.lax.reduce_precision, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+        return jax.lax.map(copy, x.reshape(shape)).reshape(x.shape) if shape else x
+
+    return jax.lax.platform_dependent(x, cpu=copied, default=lambda x: x)
+
+
+materialized.defvjp(lambda x: (materialized(x), None), lambda _, gradient: (gradient,))
+
+
+def learned_batch_norm(bn: BatchNorm, x: Float[Array, "..."], parameters: BatchNormParameters) -> Float[Array, "..."]:
+    """A BatchNorm whose scale and bias are learned, in float32, with gradients that XLA:CPU computes fast."""
+    return _affine(bn.channel_axis, x.astype(jnp.float32), *affine(bn, parameters))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _affine(axis: int, x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    shape = [-1 if a == axis else 1 for a in range(x.ndim)]
+    return x * factor.reshape(shape) + offset.reshape(shape)
+
+
+def _forward(axis: int, x: jax.Array, factor: jax.Array, offset: jax.Array) -> tuple[jax.Array, Any]:
+    return _affine(axis, x, factor, offset), (x, factor)
+
+
+def _backward(axis: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, factor = saved
+    to_x = _affine(axis, gradient, factor, jnp.zeros_like(factor))
+    return to_x, _channel_sums(axis, x * gradient), _channel_sums(axis, gradient)
+
+
+_affine.defvjp(_forward, _backward)
+
+
+def _channel_sums(axis: int, x: jax.Array) -> jax.Array:
+    """On CPU a product with ones: XLA's own sum computes channel after channel all that it is a sum of."""
+    others = tuple(a for a in range(x.ndim) if a != axis)
+
+    def product(x: jax.Array) -> jax.Array:
+        return jnp.tensordot(jnp.ones([x.shape[a] for a in others], x.dtype), x, (tuple(range(len(others))), others))
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(others))

@@ -36,7 +36,7 @@ class FinetuneConfig:
       crop: reflect-pad by so many pixels and crop at random at each step.
       held_out: share of the images kept for choosing the best of what was seen.
       evaluations: how often along the way the network is tried on them.
-      chunk: steps in one compiled call, shortened to a divisor of `steps`; 0 for the measured default of the backend.
+      chunk: steps in one compiled call, the last of them what is left; 0 for the measured default of the backend.
       precision: of float32 products while the network learns: "default" (fast on GPU and TPU), "high", "highest"; None
         for JAX's own setting.
     """

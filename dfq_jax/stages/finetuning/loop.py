@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, init_state, largest_divisor, platform_of
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, init_state, platform_of
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import compare
@@ -146,7 +146,7 @@ class _StudentLoop(Loop):
         self.evaluations: list[Evaluation] = []
         self.latest: jax.Array | None = None
         chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
-        super().__init__(Plan(num_batches=1, steps=config.steps, chunk=largest_divisor(chunk, config.steps)), key)
+        super().__init__(Plan(num_batches=1, steps=config.steps, chunk=chunk), key)
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         arrays = self.variables, self.start, self.images, self.held_out, self.labels
@@ -163,7 +163,7 @@ class _StudentLoop(Loop):
     def advance(self, turn: Turn, work: tuple[State, Any]) -> tuple[tuple[State, Any], jax.Array]:
         state, best = work
         fixed = self.variables, self.start, self.images, self.labels
-        state, losses = advance_student(self.graph, self.config, self.plan.chunk, *fixed, state, self.key)
+        state, losses = advance_student(self.graph, self.config, turn.end - turn.begin, *fixed, state, self.key)
         self.latest = losses.total
         before, after = (step * self.config.evaluations // self.config.steps for step in (turn.begin, turn.end))
         return (state, self.better(state, best, turn.end) if before < after else best), losses.total

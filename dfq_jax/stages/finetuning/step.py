@@ -9,7 +9,7 @@ import jax
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import State, descend, random_crop, random_flip, repeat
+from dfq_jax.base import NO_YNN, State, cpu_jit, descend, random_crop, random_flip, repeat
 from dfq_jax.graph import Graph
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.losses import DistillationLosses, distillation_loss
@@ -66,11 +66,11 @@ def augment_minibatch(
     return images
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "steps"), donate_argnames="state")
+@functools.partial(cpu_jit, options=NO_YNN, static_argnames=("graph", "config"), donate_argnames="state")
 def advance_student(
     graph: Graph,
     config: FinetuneConfig,
-    steps: int,
+    steps: int | Int[Array, ""],
     variables: Any,
     qvariables: Any,
     images: Float[Array, "n ..."],
@@ -83,7 +83,7 @@ def advance_student(
     Args:
       graph: at the size of a minibatch; static, as are all settings.
       config: rates, and weights of the terms.
-      steps: how many.
+      steps: how many; an argument: one program serves any number.
       variables: of the teacher.
       qvariables: that the student started from.
       images: that minibatches are drawn from.

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.graph import Graph, LayerRule, TensorRule, loop_friendly, quantized_rules, run_block
+from dfq_jax.graph import Graph, Rules, loop_friendly, quantized_rules, run_block
 from dfq_jax.quantizers import QTensor, code_limits, quantization
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.losses import Outputs
-from dfq_jax.stages.learning import learned_product, moved, with_scaled_steps
+from dfq_jax.stages.learning import learned_batch_norm, learned_product, moved, with_scaled_steps
 
 # How far from its code a weight may start; half a unit would round to the next one.
 REACH = 0.5 - 2**-10
@@ -125,7 +125,7 @@ def _learned(
 
 def teacher_outputs(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Outputs:
     """The float network, block by block."""
-    return _outputs(graph, variables, x, loop_friendly, None)
+    return _outputs(graph, variables, x, Rules(layer=loop_friendly))
 
 
 def student_outputs(graph: Graph, variables: Any, x: Float[Array, "n ..."], soft: frozenset[str]) -> Outputs:
@@ -134,12 +134,12 @@ def student_outputs(graph: Graph, variables: Any, x: Float[Array, "n ..."], soft
     `soft` are the kernels that are soft; others are float, or quantized and fixed.
     """
     rules = quantized_rules(variables, product=learned_product, in_float=loop_friendly, soft=soft)
-    return _outputs(graph, variables, x, rules.layer, rules.tensor)
+    return _outputs(graph, variables, x, rules._replace(batch_norm=learned_batch_norm))
 
 
-def _outputs(graph: Graph, variables: Any, x: jax.Array, layer: LayerRule, tensor: TensorRule | None) -> Outputs:
+def _outputs(graph: Graph, variables: Any, x: jax.Array, rules: Rules) -> Outputs:
     features = []
     for block in graph.blocks:
-        x = run_block(graph, block, variables, x, layer=layer, tensor=tensor)
+        x = run_block(graph, block, variables, x, **rules._asdict())
         features.append(x)
     return Outputs(graph.logits(features.pop()), tuple(features))

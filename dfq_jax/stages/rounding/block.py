@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dfq_jax.base import State, descend, repeat
+from dfq_jax.base import NO_YNN, RUN_ONCE, State, cpu_jit, descend, init_state, largest_divisor, mean_of_parts, repeat
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
 from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization
 from dfq_jax.stages.comparison import kl_divergence
-from dfq_jax.stages.learning import learned_product, moved, with_scaled_steps
+from dfq_jax.stages.learning import learned_batch_norm, learned_product, moved, with_scaled_steps
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 from dfq_jax.stages.rounding.soft import SoftKernel, base_codes, harden, init_soft, soft_weight, undecided
+
+# Of one value of a block, over some images: what a part of a minibatch has at most, but one image at least.
+PART_BYTES = 5 * 2**20
 
 Variables = dict[str, Any]  # of a block: leaves by name, and the collection "quantization"
 
@@ -53,10 +57,11 @@ class BlockLosses(NamedTuple):
     undecided: Float[Array, ""]
 
 
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnames=("graph", "config", "frozen"))
 def init_block(
     graph: Graph, config: ReconstructionConfig, float_own: Variables, own: Variables, frozen: frozenset[str]
-) -> tuple[BlockParameters, dict[str, jax.Array]]:
-    """Parameters that start at the quantization given, and the fixed base codes of the kernels."""
+) -> tuple[State, dict[str, jax.Array]]:
+    """The state that starts at the quantization given, and the fixed base codes of the kernels."""
     kernels, bases, biases = {}, {}, {}
     for layer in graph.layers:
         kernel = own[layer.kernel]
@@ -67,18 +72,18 @@ def init_block(
         if config.bias_rate and bias is not None and bias not in frozen:
             biases[bias] = jnp.zeros_like(own[bias], jnp.float32)
     steps = {name: jnp.zeros(()) for name in quantization(own).by_tensor}
-    return BlockParameters(kernels, steps, biases), bases
+    return init_state(block_optimizer(config), BlockParameters(kernels, steps, biases)), bases
 
 
-def soft_block(own: Variables, bases: dict[str, jax.Array], parameters: BlockParameters) -> Variables:
-    """The block's variables with soft kernels (arrays), learned steps and biases."""
-    kernels = {
+def soft_kernels(own: Variables, bases: dict[str, jax.Array], parameters: BlockParameters) -> dict[str, jax.Array]:
+    """The block's soft kernels, as arrays."""
+    return {
         name: soft_weight(soft, bases[name], own[name]).astype(own[name].dtype)
         for name, soft in parameters.kernels.items()
     }
-    return _learned(own, kernels, parameters)
 
 
+@functools.partial(cpu_jit, options=RUN_ONCE)
 def hard_block(own: Variables, bases: dict[str, jax.Array], parameters: BlockParameters) -> Variables:
     """The block's quantized variables as learned."""
     kernels = {name: harden(soft, bases[name], own[name]) for name, soft in parameters.kernels.items()}
@@ -110,29 +115,31 @@ def apply_soft(
     rules = quantized_rules(
         variables, product=learned_product, in_float=loop_friendly, fake_quantize=dropped, soft=soft
     )
-    return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor)
+    return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor, batch_norm=learned_batch_norm)
 
 
 def mix(key: Key[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
-    """Each element from `first` with probability `share` (to 1/256), else from `second`; the key is consumed."""
+    """Each element from `first` with probability `share`, else from `second`; the key is consumed."""
     return second if share == 0 else jnp.where(random_mask(key, first.shape, share), first, second)
 
 
 def random_mask(key: Key[Array, ""], shape: tuple[int, ...], share: float) -> Bool[Array, "..."]:
-    """True with probability `share`, to 1/256; the key is consumed.
+    """True with probability `share`, to 2^-24; the key is consumed.
 
-    Made of as few random bits as `share` takes, one for a half: on CPU they would else cost as much as the products.
+    One number is drawn; with it the place of each element is hashed (by the last steps of MurmurHash3). So masks are
+    made where they are used, in the backward pass again, and never stored: on CPU random bits of `jax.random` for each
+    element cost as much as the products.
     """
-    level, bits = round(256 * share), 8
-    while bits > 1 and level % 2 == 0:
-        level, bits = level // 2, bits - 1
-    size = math.prod(shape)
-    words = jax.random.bits(key, (bits, 1, -(-size // 32)), jnp.uint32)
-    planes = (words >> jnp.arange(32, dtype=jnp.uint32)[None, :, None]) & 1
-    value = sum(planes[i] << i for i in range(bits))
-    return (value < level).reshape(-1)[:size].reshape(shape)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    places = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(s) for axis, s in enumerate(strides))
+    mixed = sum(places, start=jnp.zeros((), jnp.uint32)) ^ jax.random.bits(key, (), jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+    mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8).astype(jnp.int32) < round(share * 2**24)
 
 
+@jax.jit
 def reconstruction_error(found: Any, expected: Any) -> Float[Array, ""]:
     """Squared error summed over channels (the last axis), averaged over examples and positions."""
 
@@ -141,6 +148,14 @@ def reconstruction_error(found: Any, expected: Any) -> Float[Array, ""]:
         return jnp.square(difference).sum() / (difference.size // difference.shape[-1])
 
     return sum(jax.tree.leaves(jax.tree.map(error, found, expected)), start=jnp.zeros(()))
+
+
+def parts_on_cpu(graph: Graph, batch_size: int) -> int:
+    """In how many parts a minibatch of a block is best worked on: so many that its largest value stays in the cache."""
+    values = (value for place, value in graph.program.avals.items() if place >= graph.program.num_leaves)
+    largest = max(math.prod(value.shape) * value.dtype.itemsize for value in values)
+    fitting = max(PART_BYTES * batch_size // largest, 1)
+    return batch_size // largest_divisor(min(fitting, batch_size), batch_size)
 
 
 @functools.cache
@@ -175,16 +190,23 @@ def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tup
     return jnp.where(step < begin, 0.0, config.regularizer), start + (end - start) * progress
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "steps", "rest_graph"), donate_argnames="state")
+@functools.partial(
+    cpu_jit,
+    options=NO_YNN,
+    static_argnames=("graph", "config", "parts", "rest_graph"),
+    donate_argnames="state",
+)
 def advance_block(
     graph: Graph,
     config: ReconstructionConfig,
-    steps: int,
+    steps: int | Int[Array, ""],
+    parts: int,
     rest_graph: Graph | None,
     rest: Variables | None,
     own: Variables,
     bases: dict[str, jax.Array],
     cache: Cache,
+    count: int,
     state: State,
     key: Key[Array, ""],
 ) -> tuple[State, BlockLosses]:
@@ -193,13 +215,15 @@ def advance_block(
     Args:
       graph: of the block alone (`subnetwork`), static, as are all settings: equal blocks compile once.
       config: rates, and weights of the terms.
-      steps: how many.
+      steps: how many; an argument: one program serves any number.
+      parts: of a minibatch that are worked on one after the other (`parts_on_cpu`).
       rest_graph: the network behind the block, for the prediction difference; static. None where the block's output
         holds the class scores, or the difference is not asked for.
       rest: its float variables.
       own: the block's quantized variables at the start.
       bases: base codes of its kernels.
       cache: what the minibatches are drawn from.
+      count: of images in the cache that are, the first.
       state: donated.
       key: of the block; the step number is folded in.
 
@@ -207,28 +231,33 @@ def advance_block(
       The new state, and the losses of the last step.
     """
     optimizer = block_optimizer(config)
-    count = cache.inputs.shape[0]
+
+    def error(learned: BlockParameters, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """What the outputs of some images are off, by all terms and by the first."""
+        batch = jax.tree.map(lambda a: a[part[0]], cache)
+        input_key, drop_key = jax.random.split(part[1])
+        x = mix(input_key, batch.float_inputs, batch.inputs, config.drop)
+        variables, soft = _learned(own, learned.kernels, learned), frozenset(learned.kernels)
+        found = apply_soft(graph, variables, x, drop_key, config.drop, soft)
+        reconstruction = reconstruction_error(found, batch.targets)
+        if not config.prediction_weight:
+            return reconstruction, reconstruction
+        last = graph if rest_graph is None else rest_graph
+        outputs = found if rest_graph is None else run(rest_graph, rest, found, layer=loop_friendly)
+        difference = kl_divergence(batch.logits, last.logits(outputs).astype(jnp.float32), config.temperature)
+        return reconstruction + config.prediction_weight * difference, reconstruction
 
     def step(state: State) -> tuple[State, BlockLosses]:
-        draw_key, input_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        chosen = jax.random.randint(draw_key, (config.batch_size,), 0, count)
-        batch = jax.tree.map(lambda a: a[chosen], cache)
-        x = mix(input_key, batch.float_inputs, batch.inputs, config.drop)
+        draw_key, part_key = jax.random.split(jax.random.fold_in(key, state.step))
+        chosen = jax.random.randint(draw_key, (parts, config.batch_size // parts), 0, count)
+        drawn = chosen, jax.random.split(part_key, parts)
         weight, beta = rounding_pressure(config, state.step)
 
         def loss(parameters: BlockParameters) -> tuple[jax.Array, BlockLosses]:
-            variables, soft = soft_block(own, bases, parameters), frozenset(parameters.kernels)
-            found = apply_soft(graph, variables, x, drop_key, config.drop, soft)
-            error = reconstruction_error(found, batch.targets)
-            difference = jnp.zeros(())
-            if config.prediction_weight:
-                last = graph if rest_graph is None else rest_graph
-                outputs = found if rest_graph is None else run(rest_graph, rest, found, layer=loop_friendly)
-                logits = last.logits(outputs).astype(jnp.float32)
-                difference = kl_divergence(batch.logits, logits, config.temperature)
+            learned = parameters._replace(kernels=soft_kernels(own, bases, parameters))
+            total, reconstruction = mean_of_parts(error, learned, drawn)
             regularizer = sum((undecided(soft, beta) for soft in parameters.kernels.values()), start=jnp.zeros(()))
-            total = error + config.prediction_weight * difference + weight * regularizer
-            return total, BlockLosses(error, regularizer)
+            return total + weight * regularizer, BlockLosses(reconstruction, regularizer)
 
         return descend(optimizer, loss, state)
 

@@ -34,7 +34,7 @@ class ReconstructionConfig:
       min_layers: neighboring blocks are joined until each has so many layers.
       flip: learn from the images' mirror images, too: twice the memory of a block's inputs and outputs, no more time.
       held_out: share of the images kept for deciding whether what was learned is better.
-      chunk: steps in one compiled call, shortened to a divisor of `steps`; 0 for the measured default of the backend.
+      chunk: steps in one compiled call, the last of them what is left; 0 for the measured default of the backend.
       precision: of float32 products while a block learns: "default" (fast on GPU and TPU), "high" or "highest"; None
         for JAX's own setting.
     """

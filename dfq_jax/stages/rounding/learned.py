@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, init_state, largest_divisor, platform_of
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, platform_of
 from dfq_jax.graph import Graph, Subnetwork, merge_blocks, subnetwork
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import apply_jitted
@@ -30,9 +30,9 @@ from dfq_jax.stages.rounding.block import (
     Cache,
     Variables,
     advance_block,
-    block_optimizer,
     hard_block,
     init_block,
+    parts_on_cpu,
     reconstruction_error,
 )
 from dfq_jax.stages.rounding.codes import common_form
@@ -129,11 +129,11 @@ class _Block(NamedTuple):
     index: int
     sub: Subnetwork
     own: Variables  # quantized, as it was given
-    targets: Any  # its float outputs on all images
     cache: Cache
     start: State
     bases: dict[str, jax.Array]
     rest: tuple[Graph, Variables] | tuple[None, None]
+    parts: int  # of its minibatches
     key: jax.Array
     started: float
 
@@ -158,11 +158,12 @@ class _BlockLoop(Loop):
         self.images = self.float_inputs = self.inputs = images
         self.block: _Block | None = None
         self.results: list[BlockResult] = []
-        chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
+        self.on_cpu = platform_of(images, qvariables) == "cpu"
+        chunk = config.chunk or (1 if self.on_cpu else ACCELERATOR_CHUNK)
         plan = Plan(
             num_batches=len(self.blocks),
             steps=config.steps,
-            chunk=largest_divisor(chunk, config.steps),
+            chunk=chunk,
             report_every=50,
             names=tuple(block.name for block in self.blocks),
         )
@@ -178,8 +179,9 @@ class _BlockLoop(Loop):
 
     def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
         block = self.enter(turn.batch)
-        static = block.sub.graph, self.config, self.plan.chunk
-        state, losses = advance_block(*static, *block.rest, block.own, block.bases, block.cache, work, block.key)
+        static = block.sub.graph, self.config, turn.end - turn.begin, block.parts
+        given = *block.rest, block.own, block.bases, block.cache, self.train
+        state, losses = advance_block(*static, *given, work, block.key)
         finished = turn.end == self.config.steps
         return self.finish(block, state) if finished else state, losses.reconstruction
 
@@ -188,11 +190,11 @@ class _BlockLoop(Loop):
         if self.block is None or self.block.index != index:
             started, sub = time.perf_counter(), self.sub(index)
             targets = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
-            every = Cache(self.float_inputs, self.inputs, targets, self.float_logits)
-            cache = jax.tree.map(lambda a: a[: self.train], every)
+            cache = Cache(self.float_inputs, self.inputs, targets, self.float_logits)
             own, key = sub.select(self.graph, self.qvariables), jax.random.fold_in(self.key, index)
             state, bases = self.start(index)
-            self.block = _Block(index, sub, own, targets, cache, state, bases, self.rest(index), key, started)
+            parts = parts_on_cpu(sub.graph, self.batch_size) if self.on_cpu else 1
+            self.block = _Block(index, sub, own, cache, state, bases, self.rest(index), parts, key, started)
         return self.block
 
     def start(self, index: int) -> tuple[State, dict[str, jax.Array]]:
@@ -203,8 +205,7 @@ class _BlockLoop(Loop):
         seen = {path for path in self.graph.kernels if self.divides(path)}
         seen.update(path for earlier in range(index) for path in self.sub(earlier).leaves)
         frozen = frozenset(n for n, path in zip(sub.graph.leaf_paths, sub.leaves, strict=True) if path in seen)
-        parameters, bases = init_block(sub.graph, self.config, float_own, own, frozen)
-        return init_state(block_optimizer(self.config), parameters), bases
+        return init_block(sub.graph, self.config, float_own, own, frozen)
 
     def divides(self, path: str) -> bool:
         """Whether several blocks read a kernel, as different matrices."""
@@ -215,9 +216,9 @@ class _BlockLoop(Loop):
     def finish(self, block: _Block, state: State) -> Variables:
         """Judge what was learned, and go on to the next block."""
         learned = hard_block(block.own, block.bases, state.parameters)
-        found = (self.outputs(block.sub, own, self.inputs) for own in (block.own, learned))
-        held_out = (jax.tree.map(lambda a: a[self.train :], (outputs, block.targets)) for outputs in found)
-        before, after = (float(reconstruction_error(*pair)) for pair in held_out)
+        targets = jax.tree.map(lambda a: a[self.train :], block.cache.targets)
+        found = (self.outputs(block.sub, own, self.inputs, self.train) for own in (block.own, learned))
+        before, after = (float(reconstruction_error(outputs, targets)) for outputs in found)
         kept, flipped = after < before, changed_codes(block.own, learned)
         seconds = time.perf_counter() - block.started
         own = learned if kept else block.own
@@ -232,7 +233,7 @@ class _BlockLoop(Loop):
             self.qvariables = block.sub.insert(self.graph, self.qvariables, own)
         if block.index + 1 < len(self.blocks):
             self.inputs = self.outputs(block.sub, own, self.inputs)
-            self.float_inputs = block.targets
+            self.float_inputs = block.cache.targets
         self.block = None  # and the memory of its inputs and outputs
 
     def sub(self, index: int) -> Subnetwork:
@@ -257,11 +258,11 @@ class _BlockLoop(Loop):
         return sub.graph.logits(outputs).astype(jnp.float32)
 
     @full_precision
-    def outputs(self, sub: Subnetwork, own: Variables, inputs: jax.Array) -> Any:
-        """A block's outputs on all images, in batches of one size."""
+    def outputs(self, sub: Subnetwork, own: Variables, inputs: jax.Array, first: int = 0) -> Any:
+        """A block's outputs on all images from the first one on, in batches of one size."""
         size, count = self.batch_size, len(inputs)
         results = []
-        for start in range(0, count, size):
+        for start in range(first, count, size):
             # The last batch reaches back; what it computes again is cut off.
             begin = min(start, count - size)
             result = apply_jitted(sub.graph, own, inputs[begin : begin + size])
