@@ -142,7 +142,7 @@ def test_programs_do_not_grow_with_the_shapes_of_kernels():
         with Compilations() as compiled:
             quantize(*network(*widths), input_shape=(1, 8, 8, 3), recipe="instant", bits="w4a8")
         counts.append(compiled)
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # of every function
     assert counts[0].total() <= 60
 
 
