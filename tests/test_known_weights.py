@@ -99,6 +99,12 @@ def test_traced_kernels_are_the_same(name, method):
     assert (np.asarray(known.qvalue != traced.qvalue) & same).mean() < 1e-3
 
 
+def test_known_kernels_within_a_trace():
+    settings = {"bits": 4, "symmetric": False, "channel_axes": (3,)}
+    inside = jax.jit(lambda x: quantize_kernel(kernel("conv"), **settings).dequantize() + x)(0.0)
+    np.testing.assert_array_equal(inside, quantize_kernel(kernel("conv"), **settings).dequantize())
+
+
 # --- whole networks ---
 
 
