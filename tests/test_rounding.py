@@ -73,12 +73,13 @@ def gptq_loop(values, second, low, high):
 
 @pytest.mark.parametrize("shape", [(5, 7, 9), (6, 11, 1), (8, 1, 9)], ids=["conv", "1x1", "depthwise"])
 @pytest.mark.parametrize("clipped", [False, True])
-def test_squant_is_the_loop(shape, clipped):
+@pytest.mark.parametrize("array", [jnp.float32, np.float32], ids=["jax", "numpy"])
+def test_squant_is_the_loop(shape, clipped, array):
     values = np.random.default_rng(sum(shape)).uniform(-8, 8, shape)
     limit = 5.0 if clipped else 8.0
     low, high = np.full(shape, -limit), np.full(shape, limit)
     nearest = np.clip(np.round(values), low, high)
-    codes = np.asarray(squant_codes(*map(jnp.float32, (values, nearest, low, high))))
+    codes = np.asarray(squant_codes(*map(array, (values, nearest, low, high))))
     np.testing.assert_array_equal(codes, squant_loop(values, low, high))
     assert np.abs(codes - nearest).max() == 1 and codes.min() >= -limit and codes.max() <= limit
     if not clipped:

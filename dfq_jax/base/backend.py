@@ -73,7 +73,7 @@ def move_near(tree: Any, other: Any) -> Any:
     >>> move_near(np.ones(2), jnp.zeros(3)).devices() == jnp.zeros(3).devices()
     True
     """
-    moved = jax.tree.map(jnp.asarray, tree)
+    moved = jax.device_put(tree)
     if not isinstance(other, jax.Array) or not (leaves := jax.tree.leaves(moved)):
         return moved
     # What lies on the default device stays free to follow others; what is put somewhere is not.

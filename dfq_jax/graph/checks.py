@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfq_jax.base import RUN_ONCE, cpu_jit
 from dfq_jax.graph.graph import Graph
 from dfq_jax.graph.tracing.structure import BatchNorm
 from dfq_jax.quantizers import QTensor
@@ -24,8 +26,13 @@ def check_images(graph: Graph, images: Any) -> None:
         raise ValueError("images: found none; pass at least one image, or let synthesize() make them.")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images: expected preprocessed floating-point images, found {images.dtype}.")
-    if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
+    if not isinstance(images, jax.core.Tracer) and not bool(_all_finite(images)):
         raise ValueError("images: found NaN or infinite values; preprocess images to finite numbers.")
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE)
+def _all_finite(images: jax.Array) -> jax.Array:
+    return jnp.isfinite(images).all()
 
 
 def check_variables(graph: Graph, variables: Any) -> None:
@@ -59,7 +66,7 @@ def doubtful_statistics(graph: Graph, variables: Any) -> tuple[str, ...]:
 
     def never_updated(bn: BatchNorm) -> bool:
         mean, var = np.asarray(leaves[bn.mean]), np.asarray(leaves[bn.var])
-        dead = bn.layer is not None and not np.any(leaves[kernels[bn.layer]])
+        dead = bn.layer is not None and not np.asarray(leaves[kernels[bn.layer]]).any()
         return not mean.any() and bool((var == 1).all() or (not var.any() and not dead))
 
     found = [bn.var for bn in graph.batch_norms if never_updated(bn)]

@@ -203,7 +203,7 @@ class LayerForm:
         labels = np.arange(1, shape[axis] + 1, dtype=np.float32)
         labels = labels.reshape([-1 if a == axis else 1 for a in range(len(shape))])
         with jax.ensure_compile_time_eval():
-            operand = np.asarray(self.rearrange(jnp.broadcast_to(labels, shape)))  # padding has the label 0
+            operand = np.asarray(self.rearrange(np.broadcast_to(labels, shape)))  # padding has the label 0
         found = self._grouped(operand)
         largest = found.max(0)
         unique = np.where(found == 0, largest, found).min(0) == largest

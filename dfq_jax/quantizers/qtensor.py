@@ -231,8 +231,8 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Any
     return q.astype(np.int8 if params.signed else np.uint8)
 
 
-def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[Array, "..."]:
-    """Compute the real numbers of codes, ``scale * (q - zero_point)``, in float32.
+def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[AnyArray, "..."]:
+    """Compute the real numbers of codes, ``scale * (q - zero_point)``, in float32, on the host for arrays of NumPy.
 
     >>> dequantize(jnp.array([0, 5, 15]), params_from_range(-5.0, 10.0, bits=4)).tolist()
     [-5.0, 0.0, 10.0]
@@ -241,7 +241,7 @@ def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[A
       q: codes of any shape that broadcasts with ``params.scale``.
       params: the quantizer.
     """
-    q = jnp.asarray(q, jnp.float32)  # exact: codes are small integers
+    q = namespace_of(q, params.scale).asarray(q, np.float32)  # exact: codes are small integers
     if params.zero_point is not None:
         q = q - params.zero_point
     return q * params.scale

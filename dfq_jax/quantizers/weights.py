@@ -26,7 +26,7 @@ from dfq_jax.quantizers.qtensor import AnyArray, QTensor, bounds, fake_quant, pa
 GRID_STEPS = 100  # fractions of the full range: 1.00, 0.99, ..., 0.01
 FINE_STEPS = 10  # on either side of the best fraction
 # On the host a channel is searched in rows of `ROW` weights, so many rows and fractions of all rows at a time.
-ROW, ROWS, FRACTIONS = 32, 1024, 20
+ROW, ROWS, FRACTIONS = 32, 512, 20
 
 
 def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,26 +125,16 @@ def _search(w, lo, hi, axes, bits, symmetric, p):
 
 def _search_on_host(w, lo, hi, axes, bits, symmetric, p):
     rows, channels = _rows(w, axes)
-    blocks = range(0, len(rows), ROWS)
-
-    def of_rows(per_channel):
-        return per_channel.reshape(-1, lo.size)[:, channels]
-
-    (low,), (high,) = of_rows(lo), of_rows(hi)
+    starts = np.flatnonzero(np.diff(channels, prepend=-1))
+    places = [slice(first, first + ROWS) for first in range(0, len(rows), ROWS)]
+    blocks = jax.device_put([(rows[i], *(end.reshape(-1)[channels[i]] for end in (lo, hi))) for i in places])
 
     def errors(fractions):
-        fractions = of_rows(np.broadcast_to(fractions, (len(fractions), *lo.shape)))
+        fractions = np.broadcast_to(fractions, (len(fractions), *lo.shape)).reshape(-1, lo.size)[:, channels]
         sums = [
-            [
-                _row_sums(
-                    rows[b : b + ROWS], low[b : b + ROWS], high[b : b + ROWS], some[:, b : b + ROWS], p, bits, symmetric
-                )
-                for b in blocks
-            ]
+            [_row_sums(*block, some[:, i], p, bits, symmetric) for i, block in zip(places, blocks, strict=True)]
             for some in np.split(fractions, len(fractions) // FRACTIONS)
         ]
-        starts = np.flatnonzero(np.diff(channels, prepend=-1))
-        # Rows behind the last channel are zeros, and so are their errors.
         return np.add.reduceat(np.block(sums), starts, axis=1, dtype=np.float64).reshape(-1, *lo.shape)
 
     return _least(errors, lo, hi)
@@ -235,8 +225,10 @@ def quantize_kernel(
     _reduced_axes(w, channel_axes)
     bounds(bits, signed=False)
     settings = {"bits": int(bits), "symmetric": bool(symmetric), "channel_axes": channel_axes, "method": method}
-    known = on_host(w)
-    return _compiled(w, **settings) if known is None else move_near(_quantize_kernel(known, **settings), w)
+    if (known := on_host(w)) is None:
+        return _compiled(w, **settings)
+    with jax.ensure_compile_time_eval():  # within the trace of something else, too
+        return move_near(_quantize_kernel(known, **settings), w)
 
 
 def _quantize_kernel(w, *, bits, symmetric, channel_axes, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from dfq_jax.base import RUN_ONCE, cpu_jit
 from dfq_jax.graph import Graph, GraphWarning, check_images
 from dfq_jax.recipes.judge import MOMENT_NOISE
 from dfq_jax.recipes.recipe import Recipe
@@ -36,6 +38,11 @@ def is_synthesized(graph: Graph, recipe: Recipe, convention: Convention) -> bool
     return recipe.source == "synthesis" and (convention.activation_bits is not None or bool(graph.batch_norms))
 
 
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=1)
+def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32)
+
+
 def find_images(
     graph: Graph,
     variables: Any,
@@ -55,7 +62,7 @@ def find_images(
         analytic = recipe.source == "analytic" and bool(graph.batch_norms)
         # Where nothing is measured on them, exporters that run the network still have something to run it on.
         shape = (min(count, ANALYTIC_IMAGES) if analytic else count, *graph.input.shape[1:])
-        noise = jax.random.normal(key, shape, jnp.float32)
+        noise = _noise(key, shape)
         if analytic:
             return Images(noise, "none (BatchNorm parameters in their place)", MOMENT_NOISE, analytic=True)
         return Images(noise, f"{count} of Gaussian noise", "Gaussian noise, unlike any image")

@@ -9,6 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from dfq_jax.base import known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, quantization
@@ -170,8 +173,8 @@ def _some(names: list[str], limit: int = 3) -> str:
 def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerReport, ...]:
     """One entry for each layer, from the float and the quantized variables."""
     before = graph.leaves_by_path(variables)
-    after = graph.leaves_by_path(qvariables)
-    quantizers = quantization(qvariables).by_tensor
+    # On the host nothing is compiled for the shapes of kernels.
+    after, quantizers = jax.tree.map(np.asarray, (graph.leaves_by_path(qvariables), quantization(qvariables).by_tensor))
     reports = []
     for layer in graph.layers:
         kernel, params = after[layer.kernel], quantizers.get(layer.tensor)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from dfq_jax.base import full_precision
+from dfq_jax.base import RUN_ONCE, cpu_jit, full_precision
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -31,7 +31,7 @@ from dfq_jax.graph import (
     normalize,
     run,
 )
-from dfq_jax.stages.batch_norm import BatchNormConfig, Moments, adapt_batch_norm, correct_bias, output_moments
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias, output_moments
 from dfq_jax.stages.comparison import Comparison, compare_outputs
 from dfq_jax.stages.ranges import Summary, summarize
 from dfq_jax.stages.rounding import GPTQConfig, gptq
@@ -175,33 +175,42 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
     return outputs, apply_quantized(graph, qvariables, x, batch_norm=with_error)
 
 
+@full_precision  # as all that run it: the programs are the same then
 def _noise(graph: Graph, variables: Any, num_samples: int) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     graph.require_batch_norms("so nothing is known of its activations without images.")
-    leaves = graph.leaves(variables)
-    moments = {bn.name: output_moments(bn, batch_norm_parameters(bn, leaves)) for bn in graph.batch_norms}
+    leaves = graph.leaves_by_path(variables)
+    paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
+    pool, images = _pool((num_samples, *graph.input.shape[1:]))
+    statistics = [leaf if path in paths else None for path, leaf in leaves.items()]
+    return images, Partial(_noise_of_moments, pool, statistics)
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=0)
+def _pool(shape: tuple[int, ...]) -> tuple[Float[Array, " n"], Float[Array, "..."]]:
+    """The samples of all noise, and images of them."""
     pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
-    return _take(pool, 0, (num_samples, *graph.input.shape[1:])), Partial(_noise_of_moments, pool, moments)
+    return pool, _take(pool, 0, shape)
 
 
 def _noise_of_moments(
     pool: Float[Array, " n"],
-    moments: Moments,
+    statistics: list[Any],
     bn: BatchNorm,
     x: Float[Array, "..."],
     parameters: BatchNormParameters,
 ) -> Float[Array, "..."]:
-    """Noise of the float network's moments, in the float and the quantized network alike."""
+    """Noise of the moments by the float network's leaves, in the float and the quantized network alike."""
     # The places follow from the name: independent between BatchNorms, the same in every run and for every batch.
     place = zlib.crc32(bn.name.encode())
     per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
     common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
     noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
-    center, spread = (along_channels(bn, x, moment) for moment in moments[bn.name])
+    moments = output_moments(bn, batch_norm_parameters(bn, statistics))
+    center, spread = (along_channels(bn, x, moment) for moment in moments)
     return center + spread * noise
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _take(pool: Float[Array, " n"], place: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Samples from a place on, around and around."""
     begin, size = place % POOL, math.prod(shape)

@@ -106,13 +106,12 @@ def adapt_batch_norm(
     # An argument, so that other shares of the same adaptation need no other compilation.
     trust = jnp.float32(images.shape[0] / (images.shape[0] + config.prior_images))
     settings = dataclasses.replace(config, prior_images=0.0)
-    total: dict[str, jax.Array] = {}
+    parts = []
     for batch in batches(images, size):
-        share = batch.shape[0] / images.shape[0]
-        for path, value in _adapt(graph, variables, qvariables, batch, settings, trust, rule).items():
-            total[path] = total.get(path, 0.0) + share * value
-    shapes = graph.shapes_by_path
-    updates = {path: value.reshape(shapes[path].shape).astype(shapes[path].dtype) for path, value in total.items()}
+        share = jnp.float32(batch.shape[0] / images.shape[0])
+        parts.append(_adapt(graph, variables, qvariables, batch, settings, trust, share, rule))
+    total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+    updates = {path: value.astype(graph.shapes_by_path[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
 
@@ -124,9 +123,10 @@ def _adapt(
     images: jax.Array,
     config: BatchNormConfig,
     trust: jax.Array,
+    share: jax.Array,
     batch_norm: BatchNormRule,
 ) -> dict[str, jax.Array]:
-    """New mean and variance leaves, `[channels]` by path, from one pass of each network."""
+    """A batch's share of new mean and variance leaves, float32 by path, from one pass of each network."""
     reference: Moments = {}
 
     def measure(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
@@ -147,7 +147,8 @@ def _adapt(
 
     apply_quantized(graph, qvariables, images, batch_norm=adapt)
     # Statistics that several places of the network share serve all of them alike.
-    return {path: sum(values) / len(values) for path, values in updates.items()}
+    shapes = graph.shapes_by_path
+    return {path: (share * sum(v) / len(v)).reshape(shapes[path].shape) for path, v in updates.items()}
 
 
 def _adapted(

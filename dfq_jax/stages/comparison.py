@@ -80,9 +80,14 @@ def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Compari
         error = float(np.square(reference - other).sum() / max(np.square(reference).sum(), 1e-300))
         return Comparison(agreement=None, sqnr=sqnr(reference, other), divergence=error)
     agreement = 100.0 * float((reference.argmax(1) == other.argmax(1)).mean())
-    wanted, found = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in (reference, other))
+    wanted, found = map(_log_softmax, (reference, other))
     divergence = float((np.exp(wanted) * (wanted - found)).sum(1).mean())
     return Comparison(agreement=agreement, sqnr=sqnr(reference, other), divergence=divergence)
+
+
+def _log_softmax(scores: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+    scores = scores - scores.max(1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(1, keepdims=True))
 
 
 @functools.partial(jax.jit, static_argnames="graph")

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dfq_jax.base import check_field, check_fields
+from dfq_jax.base import check_field, check_fields, may_transfer, move_near, on_host
 from dfq_jax.graph import Graph, Layer, Tensor
 from dfq_jax.quantizers import (
     MAX_BITS,
@@ -163,6 +163,7 @@ def _stored_with(graph: Graph, layer: Layer) -> list[Layer]:
     return [other for other in graph.layers if other.kernel in paths]
 
 
+@may_transfer
 def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
     """Quantize every layer's kernel, and add activation quantizers in one more collection.
 
@@ -203,6 +204,7 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
 def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> ActivationQuantizers:
     for_all: dict[str, Any] = {}
     for_layers: dict[str, Any] = {}
+    known = on_host(dict(ranges))
     for tensor in graph.tensors:
         bits = convention.tensor_bits(graph, tensor)
         if bits is None:
@@ -210,6 +212,8 @@ def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention)
         if tensor.name not in ranges:
             raise ValueError(f"ranges: no range for tensor {tensor.name!r}; estimate_ranges gives all of them.")
         part = for_layers if tensor.shared and convention.shortcuts == "float" else for_all
-        lo, hi = ranges[tensor.name]
+        lo, hi = (ranges if known is None else known)[tensor.name]
         part[tensor.name] = params_from_range(lo, hi, bits=bits)
+        if known is not None:
+            part[tensor.name] = move_near(part[tensor.name], ranges[tensor.name][0])
     return ActivationQuantizers(for_all, for_layers)

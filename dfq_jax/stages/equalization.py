@@ -15,6 +15,7 @@ than a certain share of its tensor's largest, and no channel's activations grow 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dfq_jax.base import RUN_ONCE, cpu_jit
 from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor, affine, batch_norm_parameters
 from dfq_jax.stages.batch_norm import offset_leaves, output_moments
 from dfq_jax.stages.folding import layer_operations
@@ -151,10 +153,15 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
     """
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {BALANCES}, found {balance!r}.")
+    return graph.replace(variables, _equalized(graph, balance, graph.leaves(variables)))
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=(0, 1))
+def _equalized(graph: Graph, balance: str, leaves: list[Any]) -> dict[str, jax.Array]:
+    """The leaves that change, by path."""
     pairs, _ = find_pairs(graph)
     if balance == "activations":
         pairs = tuple(pair for pair in pairs if graph.layer(pair.first).batch_norm is not None)
-    leaves = graph.leaves(variables)
     factors = _factors(graph, pairs, balance, leaves)
     new = dict(enumerate(leaves))
     for pair in pairs:
@@ -172,9 +179,7 @@ def equalize(graph: Graph, variables: Any, *, balance: str = "weights") -> Any:
             matrix = form.matrix(new[reader.kernel_index].astype(jnp.float32))
             new[reader.kernel_index] = form.leaf(matrix * factor[channels][:, None, :, None])
     paths = graph.leaf_paths
-    return graph.replace(
-        variables, {paths[i]: value.astype(leaves[i].dtype) for i, value in new.items() if value is not leaves[i]}
-    )
+    return {paths[i]: value.astype(leaves[i].dtype) for i, value in new.items() if value is not leaves[i]}
 
 
 def _readers(graph: Graph, pair: Pair) -> Iterator[tuple[Layer, Int[np.ndarray, "g i"]]]:

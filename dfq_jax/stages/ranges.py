@@ -263,26 +263,34 @@ def summarize(
     """
     check_images(graph, images)
     rule = as_argument(batch_norm)
+    if len(images) <= batch_size:
+        return _summaries(graph, variables, images, rule)
     parts = [_peaks(graph, variables, batch, rule) for batch in batches(images, batch_size)]
     peaks = jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
     limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
     histograms = (_histograms(graph, variables, batch, limits, rule) for batch in batches(images, batch_size))
     counts = functools.reduce(functools.partial(jax.tree.map, jnp.add), histograms)
-    return {
-        name: Summary(peak_lo=lo, peak_hi=hi, counts=counts[name], lo=limits[name][0], hi=limits[name][1])
-        for name, (lo, hi) in peaks.items()
-    }
+    return {name: Summary(*peaks[name], counts[name], *limits[name]) for name in peaks}
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _summaries(graph: Graph, variables: Any, images: jax.Array, batch_norm: BatchNormRule | None) -> dict[str, Summary]:
+    """Of a single batch: one program where several batches take two, since limits come before histograms."""
+    _, tensors = record_tensors(graph, variables, images, batch_norm=batch_norm)
+    peaks = {name: _peaks_of(x) for name, x in tensors.items()}
+    limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
+    return {name: Summary(*peaks[name], _counts(x, *limits[name]), *limits[name]) for name, x in tensors.items()}
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _peaks(graph: Graph, variables: Any, images: jax.Array, batch_norm: BatchNormRule | None) -> dict[str, Peaks]:
     _, tensors = record_tensors(graph, variables, images, batch_norm=batch_norm)
+    return {name: _peaks_of(x) for name, x in tensors.items()}
 
-    def per_image(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        flat = x.astype(jnp.float32).reshape(x.shape[0], -1)
-        return flat.min(1), flat.max(1)
 
-    return {name: per_image(x) for name, x in tensors.items()}
+def _peaks_of(x: Float[Array, "n ..."]) -> Peaks:
+    flat = x.astype(jnp.float32).reshape(x.shape[0], -1)
+    return flat.min(1), flat.max(1)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -290,12 +298,13 @@ def _histograms(
     graph: Graph, variables: Any, images: jax.Array, limits: dict[str, Range], batch_norm: BatchNormRule | None
 ) -> dict[str, jax.Array]:
     _, tensors = record_tensors(graph, variables, images, batch_norm=batch_norm)
-    result = {}
-    for name, x in tensors.items():
-        stride = _stride(x.shape)
-        # Each sample stands for `stride` elements, so that a small last batch weighs no more than its share.
-        result[name] = stride * _histogram(x.reshape(-1)[::stride], *limits[name])
-    return result
+    return {name: _counts(x, *limits[name]) for name, x in tensors.items()}
+
+
+def _counts(x: Float[Array, "n ..."], lo: jax.Array, hi: jax.Array) -> Float[Array, " bins"]:
+    stride = _stride(x.shape)
+    # Each sample stands for `stride` elements, so that a small last batch weighs no more than its share.
+    return stride * _histogram(x.reshape(-1)[::stride], lo, hi)
 
 
 def _stride(shape: tuple[int, ...]) -> int:

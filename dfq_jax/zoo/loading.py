@@ -136,5 +136,5 @@ def _fill(module: nnx.Module, variables: dict[str, Any]) -> nnx.Module:
 def _to_device(variables: dict[str, Any]) -> dict[str, Any]:
     """NumPy leaves replaced by JAX arrays one by one, so that there are never two of all of them."""
     for key, leaf in variables.items():
-        variables[key] = _to_device(leaf) if isinstance(leaf, dict) else jnp.asarray(leaf)
+        variables[key] = _to_device(leaf) if isinstance(leaf, dict) else jax.device_put(leaf)
     return variables

@@ -97,7 +97,7 @@ def variable_shapes(model: Any, input_shape: Sequence[int]) -> Any:
 
 def on_device(variables: Any) -> Any:
     """NumPy leaves as JAX arrays: transferred once, and in a type that JAX computes in."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
 
 
 def is_module(model: Any) -> bool:
