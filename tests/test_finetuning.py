@@ -387,7 +387,7 @@ def test_the_same_key_gives_the_same_network_and_nothing_compiles_twice():
 
 def test_one_compilation_serves_all_steps_and_chunks_change_nothing():
     graph, variables, qvariables, images = start_of(small)
-    config = dataclasses.replace(CONFIG, chunk=9)  # of 42 steps: the last call takes 6
+    config = dataclasses.replace(CONFIG, chunk=7)
     with Compilations() as compiled:
         learned, info = finetune(graph, variables, qvariables, images, jax.random.key(0), config)
     assert compiled["advance_student"] == 1

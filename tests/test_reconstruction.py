@@ -145,7 +145,7 @@ def quantized_network(bits: str = "w3a4", count: int = 16, **fields: str):
 
 def test_equal_blocks_compile_once():
     graph, variables, qvariables, images = quantized_network("w3a4")
-    config = ReconstructionConfig(steps=4, batch_size=4)
+    config = ReconstructionConfig(steps=4, batch_size=4, chunk=3)  # the last call takes one step
     with Compilations() as compiled:
         _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
     assert len(info.blocks) == 5 and compiled["advance_block"] == 3
