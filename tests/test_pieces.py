@@ -15,12 +15,25 @@ def network(variables, x):
     return {"scores": x @ variables, "places": jnp.argmax(x, 1)}
 
 
-@pytest.mark.parametrize("first", [1, 3, 4, 9])
-@pytest.mark.parametrize("size", [1, 4, 7, 12])
+@pytest.mark.parametrize("first", [1, 5, 40])
+@pytest.mark.parametrize("size", [1, 4, 16, 50])
 def test_outputs_are_those_of_the_whole_batch(first, size):
     x = rng.integers(-9, 9, size=(size, 6)).astype(np.float32)
     found = in_pieces(network, WEIGHTS, np.zeros((first, 6), np.float32))(x)
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, network(WEIGHTS, x)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a batch is computed at once")
+@pytest.mark.parametrize(("shape", "expected"), [((3, 224, 224, 3), 3), ((9, 224, 224, 3), 4), ((99, 8), 16)])
+def test_pieces_of_large_images_are_of_few(shape, expected):
+    sizes = []
+
+    def size(_, x):
+        sizes.append(len(x))
+        return x.reshape(len(x), -1).sum(1)
+
+    assert in_pieces(size, (), np.zeros(shape, np.float32))(np.ones(shape, np.float32)).shape == shape[:1]
+    assert sizes == [expected]
 
 
 def test_compiled_once_with_the_settings_of_the_caller():

@@ -6,6 +6,7 @@ each call. XLA runs the calls of one Python thread one after the other, those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,9 @@ from dfq_jax.base.backend import platform_of, usable_cores
 
 __all__ = ["in_pieces"]
 
-_IMAGES = 4  # of a piece
+# Of a piece: four photographs, or more images that are smaller. It is no matter of how many cores there are: what is
+# computed together decides how its sums round.
+_VALUES, _IMAGES = 4 * 224 * 224 * 3, 16
 
 
 def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any) -> Callable[[Any], Any]:
@@ -30,21 +33,23 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     Args:
       function: `(variables, x) -> outputs`, the batch in front in each; pure.
       variables: its variables, arrays.
-      x: a batch `[N, ...]`; only its shape and type are read. Off a CPU these are the piece.
+      x: a batch `[N, ...]`; only its shape and type are read. Elsewhere than on a CPU, N images are a piece.
 
     Returns:
       `x -> outputs` for batches `[M, ...]` of any size, with outputs of NumPy. The last piece is filled up with copies
       of the last image.
     """
     on_cpu = platform_of(variables) == "cpu"
-    size, dtype = min(_IMAGES, len(x)) if on_cpu else len(x), jax.dtypes.canonicalize_dtype(x.dtype)
+    fit = max(1, min(_IMAGES, _VALUES // max(1, math.prod(x.shape[1:]))))
+    size, dtype = min(fit, len(x)) if on_cpu else len(x), jax.dtypes.canonicalize_dtype(x.dtype)
     workers = usable_cores() if on_cpu else 1
     variables = jax.device_put(variables)
     # Compiled and put on the device here, where the caller's settings hold: other threads have their own.
     compiled = jax.jit(function).lower(variables, jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype)).compile()
 
     def on_device(piece: np.ndarray) -> jax.Array:
-        return jax.device_put(np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), axis=0)]))
+        lacking = size - len(piece)
+        return jax.device_put(np.concatenate([piece, np.repeat(piece[-1:], lacking, axis=0)]) if lacking else piece)
 
     def outputs(piece: jax.Array) -> Any:
         return jax.tree.map(np.asarray, compiled(variables, piece))
@@ -52,6 +57,8 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     def call(x: Any) -> Any:
         x = np.asarray(x, dtype)
         pieces = [on_device(x[i : i + size]) for i in range(0, len(x), size)]
+        if len(pieces) == 1:
+            return jax.tree.map(lambda leaf: leaf[: len(x)], outputs(pieces[0]))
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(outputs, pieces))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(x)], *found)
