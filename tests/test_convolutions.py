@@ -34,7 +34,7 @@ def params(strides=(1, 1), padding=((0, 0), (0, 0)), groups=1, **others):
     return usual | others
 
 
-@jax.jit(static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def values_and_gradients(functions, cast, x, kernel, direction):
     def both(function):
         y, pull = jax.vjp(lambda x, k: function(x.astype(cast), k.astype(cast)), x, kernel)
