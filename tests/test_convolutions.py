@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 from dfq_jax.base.backend import platform_of
 from dfq_jax.graph import apply_quantized, loop_friendly, run
@@ -195,8 +195,7 @@ def test_the_platform_lowered_for_decides(platform, layer):
     graph, variables, x = separable()
     function = jax.jit(lambda v, x: run(graph, v, x, layer=layer))
     texts = [
-        jax.export.export(f, platforms=(platform,))(variables, x).mlir_module()
-        for f in (function, gradient(graph, layer))
+        export.export(f, platforms=(platform,))(variables, x).mlir_module() for f in (function, gradient(graph, layer))
     ]
     if platform == "cpu" and jax.__version_info__ < (0, 8):
         return  # all branches are in the text, and the compiler drops those of other platforms
@@ -205,7 +204,7 @@ def test_the_platform_lowered_for_decides(platform, layer):
 
 def test_one_export_for_all_platforms():
     graph, variables, x = separable()
-    program = jax.export.export(jax.jit(lambda v, x: run(graph, v, x)), platforms=("cpu", "cuda", "tpu"))(variables, x)
+    program = export.export(jax.jit(lambda v, x: run(graph, v, x)), platforms=("cpu", "cuda", "tpu"))(variables, x)
     assert DEPTHWISE in program.mlir_module()
     np.testing.assert_allclose(program.call(variables, x), Separable().apply(variables, x), rtol=1e-5, atol=1e-5)
 
@@ -220,7 +219,7 @@ def test_quantized_network_by_platform(platform, integer):
         function = jax.jit(lambda v, x: apply_plan(plan, v, x))
     else:
         arrays, function = qvariables, jax.jit(lambda v, x: apply_quantized(graph, v, x))
-    text = jax.export.export(function, platforms=(platform,))(arrays, x).mlir_module()
+    text = export.export(function, platforms=(platform,))(arrays, x).mlir_module()
     assert platform == "cpu" or DEPTHWISE in text
 
 
