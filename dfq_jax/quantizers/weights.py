@@ -14,6 +14,7 @@ each would take longer to compile than to compute.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field, may_transfer, move_near, namespace_of, on_host
-from dfq_jax.quantizers.qtensor import AnyArray, QTensor, bounds, fake_quant, params_from_range, quantize_tensor
+from dfq_jax.quantizers.qtensor import QTensor, bounds, fake_quant, params_from_range, quantize_tensor
 
 GRID_STEPS = 100  # fractions of the full range: 1.00, 0.99, ..., 0.01
 FINE_STEPS = 10  # on either side of the best fraction
@@ -29,7 +30,7 @@ FINE_STEPS = 10  # on either side of the best fraction
 ROW, ROWS, FRACTIONS = 32, 512, 20
 
 
-def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
+def _reduced_axes(w: Any, channel_axes: tuple[int, ...]) -> tuple[int, ...]:
     """Axes of `w` that share a range; checks both arguments."""
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w: expected a floating array, found dtype {w.dtype}; quantize the float kernel.")
@@ -49,8 +50,8 @@ def _reduced_axes(w: jax.Array, channel_axes: tuple[int, ...]) -> tuple[int, ...
 
 
 def min_max(
-    w: Float[AnyArray, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
-) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
+    w: Float[Any, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
+) -> tuple[Float[Any, "..."], Float[Any, "..."]]:
     """Full range of the weights of each channel, widened to include zero.
 
     Args:
@@ -77,8 +78,8 @@ def min_max(
 
 
 def lp(
-    w: Float[AnyArray, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...], p: float = 2.4
-) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
+    w: Float[Any, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...], p: float = 2.4
+) -> tuple[Float[Any, "..."], Float[Any, "..."]]:
     """Range of least mean ``|w - Q(w)|**p`` in each channel, by search.
 
     The full range is shrunk, both ends together, by 1.00, 0.99, ..., 0.01, and then by finer steps around the best of
@@ -106,8 +107,8 @@ def lp(
 
 
 def mse(
-    w: Float[AnyArray, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
-) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
+    w: Float[Any, "*shape"], *, bits: int, symmetric: bool, channel_axes: tuple[int, ...]
+) -> tuple[Float[Any, "..."], Float[Any, "..."]]:
     """Range of least mean squared error in each channel; `lp` with ``p=2``, which see."""
     return lp(w, bits=bits, symmetric=symmetric, channel_axes=channel_axes, p=2.0)
 
@@ -190,7 +191,7 @@ def _least(errors, lo, hi):
     return lo * fraction, hi * fraction
 
 
-WEIGHT_RANGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+WEIGHT_RANGES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "min_max": min_max,
     "mse": mse,
     "lp": lp,
@@ -199,7 +200,7 @@ WEIGHT_RANGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 
 @may_transfer
 def quantize_kernel(
-    w: Float[AnyArray, "*shape"],
+    w: Float[Any, "*shape"],
     *,
     bits: int,
     symmetric: bool,

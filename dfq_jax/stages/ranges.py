@@ -270,7 +270,11 @@ def summarize(
     limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
     histograms = (_histograms(graph, variables, batch, limits, rule) for batch in batches(images, batch_size))
     counts = functools.reduce(functools.partial(jax.tree.map, jnp.add), histograms)
-    return {name: Summary(*peaks[name], counts[name], *limits[name]) for name in peaks}
+    return {name: _summary(peaks[name], counts[name], limits[name]) for name in peaks}
+
+
+def _summary(peaks: Peaks, counts: Float[Array, " bins"], limits: Range) -> Summary:
+    return Summary(peak_lo=peaks[0], peak_hi=peaks[1], counts=counts, lo=limits[0], hi=limits[1])
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -279,7 +283,7 @@ def _summaries(graph: Graph, variables: Any, images: jax.Array, batch_norm: Batc
     _, tensors = record_tensors(graph, variables, images, batch_norm=batch_norm)
     peaks = {name: _peaks_of(x) for name, x in tensors.items()}
     limits = {name: (lo.min(), hi.max()) for name, (lo, hi) in peaks.items()}
-    return {name: Summary(*peaks[name], _counts(x, *limits[name]), *limits[name]) for name, x in tensors.items()}
+    return {name: _summary(peaks[name], _counts(x, *limits[name]), limits[name]) for name, x in tensors.items()}
 
 
 @functools.partial(jax.jit, static_argnames="graph")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dfq_jax.base import namespace_of
 from dfq_jax.graph import Graph, KernelForm
-from dfq_jax.quantizers import AnyArray, QTensor, code_limits
+from dfq_jax.quantizers import QTensor, code_limits
 
 
 class KernelCodes(NamedTuple):
@@ -20,13 +20,13 @@ class KernelCodes(NamedTuple):
     `clip(round(values), low, high)`.
     """
 
-    values: Float[AnyArray, "g o i k"]
-    codes: Float[AnyArray, "g o i k"]
-    low: Float[AnyArray, "g o i k"]
-    high: Float[AnyArray, "g o i k"]
+    values: Float[Any, "g o i k"]
+    codes: Float[Any, "g o i k"]
+    low: Float[Any, "g o i k"]
+    high: Float[Any, "g o i k"]
 
 
-def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[AnyArray, "..."]) -> KernelCodes:
+def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[Any, "..."]) -> KernelCodes:
     """The quantized kernel of a layer and the float one as `KernelCodes`; of NumPy arrays if they are."""
     xp = namespace_of(leaf)
     values = leaf.astype(np.float32) / kernel.scale
@@ -34,7 +34,7 @@ def kernel_codes(form: KernelForm, kernel: QTensor, leaf: Float[AnyArray, "..."]
     return KernelCodes(*(form.matrix(a) for a in (values, kernel.centered().astype(np.float32), *limits)))
 
 
-def with_codes(form: KernelForm, kernel: QTensor, codes: Float[AnyArray, "g o i k"]) -> QTensor:
+def with_codes(form: KernelForm, kernel: QTensor, codes: Float[Any, "g o i k"]) -> QTensor:
     """The quantized kernel with other centered codes."""
     return kernel.with_centered(form.leaf(codes))
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 
 from dfq_jax.base import may_transfer, move_near, namespace_of, on_host
 from dfq_jax.graph import Graph, KernelForm
-from dfq_jax.quantizers import AnyArray, QTensor
+from dfq_jax.quantizers import QTensor
 from dfq_jax.stages.rounding.codes import kernel_codes, quantized_kernels, with_codes
 
 
@@ -54,7 +54,7 @@ def squant(graph: Graph, variables: Any, qvariables: Any) -> Any:
     return graph.replace(qvariables, updates)
 
 
-def _squant_kernel(form: KernelForm, kernel: QTensor, leaf: Float[AnyArray, "..."]) -> QTensor:
+def _squant_kernel(form: KernelForm, kernel: QTensor, leaf: Float[Any, "..."]) -> QTensor:
     groups, outputs, *rest = form.sizes
     codes = squant_codes(*(a.reshape(groups * outputs, *rest) for a in kernel_codes(form, kernel, leaf)))
     return with_codes(form, kernel, codes.reshape(form.sizes))
@@ -64,11 +64,11 @@ _compiled = jax.jit(_squant_kernel, static_argnums=0)
 
 
 def squant_codes(
-    values: Float[AnyArray, "o i k"],
-    codes: Float[AnyArray, "o i k"],
-    low: Float[AnyArray, "o i k"],
-    high: Float[AnyArray, "o i k"],
-) -> Float[AnyArray, "o i k"]:
+    values: Float[Any, "o i k"],
+    codes: Float[Any, "o i k"],
+    low: Float[Any, "o i k"],
+    high: Float[Any, "o i k"],
+) -> Float[Any, "o i k"]:
     """Codes whose errors sum to at most 1/2 over each output channel, and to at most 1 over each kernel.
 
     The first step flips codes within each kernel, until its errors sum to at most 1/2. The second flips one code in
@@ -98,8 +98,8 @@ def squant_codes(
 
 
 def _moves(
-    error: Float[AnyArray, "*rows n"], movable: Bool[AnyArray, "*rows n"], total: Float[AnyArray, "*rows"]
-) -> tuple[Float[AnyArray, "*rows n"], Bool[AnyArray, "*rows n"]]:
+    error: Float[Any, "*rows n"], movable: Bool[Any, "*rows n"], total: Float[Any, "*rows"]
+) -> tuple[Float[Any, "*rows n"], Bool[Any, "*rows n"]]:
     """Moves by one, against the errors of largest size, that bring `total` closest to zero; and what to move next.
 
     What to move next is the last one moved, back again, if the total went past zero; else the first one not moved.
