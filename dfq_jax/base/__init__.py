@@ -11,6 +11,7 @@ from dfq_jax.base.loop import Loop, Plan, Progress, Turn, largest_divisor
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
+from dfq_jax.base.threads import side_by_side
 
 __all__ = [
     "NO_YNN",
@@ -49,6 +50,7 @@ __all__ = [
     "remove_checkpoint",
     "repeat",
     "replacing",
+    "side_by_side",
     "smooth",
     "usable_cores",
     "write_atomically",

@@ -8,12 +8,10 @@ they meet after each call, and all else happens in the caller's thread.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +19,9 @@ import jax
 from jaxtyping import Array, Key
 
 from dfq_jax.base.checkpoint import Checkpoint, fingerprint, remove_checkpoint
-from dfq_jax.base.contexts import carried
 from dfq_jax.base.interrupt import catch_interrupt
 from dfq_jax.base.precision import products
+from dfq_jax.base.threads import side_by_side
 
 CHECKPOINT_EVERY_SECONDS = 15.0
 
@@ -182,11 +180,10 @@ class Loop:
             self._restore(saved)
         first, begun = self.done, time.perf_counter()
         last_save = begun
-        lanes = ThreadPoolExecutor(self.plan.lanes) if self.plan.lanes > 1 else contextlib.nullcontext()
-        with products(precision), catch_interrupt() as interrupted, lanes as threads:
+        with products(precision), catch_interrupt() as interrupted:
             while waiting := self.waiting():
                 turns = [self.plan.turn(batch, self.seen[batch]) for batch in waiting[: self.plan.lanes]]
-                losses = self._visit(turns, threads)
+                losses = self._visit(turns)
                 self.seen.update({turn.batch: turn.end for turn in turns})
                 for turn, latest in zip(turns, losses, strict=True):
                     if self.plan.reports(turn):
@@ -218,24 +215,18 @@ class Loop:
         """Steps that all batches have seen together; those of a batch that stopped count as seen."""
         return sum(self.plan.steps if batch in self.stopped else seen for batch, seen in self.seen.items())
 
-    def _visit(self, turns: list[Turn], threads: ThreadPoolExecutor | None) -> list[Array]:
+    def _visit(self, turns: list[Turn]) -> list[Array]:
         """Make calls side by side; the losses of their last steps."""
         for turn in turns:
             if turn.batch not in self.work:
                 self.work[turn.batch] = self.begin(turn.batch)
             self.work[turn.batch] = self.prepare(turn, self.work[turn.batch])
-        if threads is None or len(turns) == 1:
+        if len(turns) == 1:
             return list(map(self._call, turns))
         if not self.compiled:  # once, for all threads
             self._call(turns[0]._replace(end=turns[0].begin))
             self.compiled = True
-        within_contexts = carried()
-
-        def call(turn: Turn) -> Array:
-            with within_contexts():
-                return jax.block_until_ready(self._call(turn))
-
-        return list(threads.map(call, turns))
+        return side_by_side(lambda turn: jax.block_until_ready(self._call(turn)), turns, self.plan.lanes)
 
     def _call(self, turn: Turn) -> Array:
         self.work[turn.batch], loss = self.advance(turn, self.work[turn.batch])

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
-from dfq_jax.base.backend import platform_of, usable_cores
+from dfq_jax.base.backend import platform_of
+from dfq_jax.base.threads import side_by_side
 
 __all__ = ["in_pieces"]
 
@@ -42,7 +42,6 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     on_cpu = platform_of(variables) == "cpu"
     fit = max(1, min(_IMAGES, _VALUES // max(1, math.prod(x.shape[1:]))))
     size, dtype = min(fit, len(x)) if on_cpu else len(x), jax.dtypes.canonicalize_dtype(x.dtype)
-    workers = usable_cores() if on_cpu else 1
     variables = jax.device_put(variables)
     # Compiled and put on the device here, where the caller's settings hold: other threads have their own.
     compiled = jax.jit(function).lower(variables, jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype)).compile()
@@ -59,8 +58,7 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
         pieces = [on_device(x[i : i + size]) for i in range(0, len(x), size)]
         if len(pieces) == 1:
             return jax.tree.map(lambda leaf: leaf[: len(x)], outputs(pieces[0]))
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(outputs, pieces))
+        found = side_by_side(outputs, pieces, None if on_cpu else 1)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(x)], *found)
 
     return call

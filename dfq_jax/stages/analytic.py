@@ -39,12 +39,14 @@ from dfq_jax.stages.rounding import GPTQConfig, gptq
 # Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
 # pooling) would have no spread. Natural images have some; the exact value matters little.
 SPATIAL_CORRELATION = 0.25
+# How many samples: each pixel of one tells something, large ones cost time in proportion.
+MIN_SAMPLES, MAX_SAMPLES, SAMPLED_VALUES = 8, 32, 32 * 64 * 64 * 3
 # Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
 # takes the compiler minutes. The number is prime, so that where samples repeat, they do at other channels.
 POOL = 4_194_301
 
 
-def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -> dict[str, Summary]:
+def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int | None = None) -> dict[str, Summary]:
     """Tell the summaries of every tensor, for `apply_estimator`, from BatchNorm parameters.
 
     >>> summaries = dfq_jax.analytic_summaries(graph, variables, num_samples=8)
@@ -54,8 +56,8 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -
     Args:
       graph: from `trace`.
       variables: float variables.
-      num_samples: samples of noise of the input's shape; the input itself is taken as standard Gaussian, as
-        preprocessed images are on average.
+      num_samples: samples of noise of the input's shape, as many as tell enough if None; the input itself is taken as
+        standard Gaussian, as preprocessed images are on average.
 
     Returns:
       `{tensor name: Summary}`; the same every time.
@@ -63,8 +65,8 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int = 32) -
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    images, rule = _noise(graph, variables, num_samples)
-    return summarize(graph, variables, images, batch_size=num_samples, batch_norm=rule)
+    noise, rule = _noise(graph, variables, num_samples)
+    return summarize(graph, variables, noise, batch_size=len(noise), batch_norm=rule)
 
 
 def analytic_correction(
@@ -73,7 +75,7 @@ def analytic_correction(
     qvariables: Any,
     config: BatchNormConfig = BatchNormConfig(),
     *,
-    num_samples: int = 32,
+    num_samples: int | None = None,
 ) -> Any:
     """Correct BatchNorm statistics and biases for what quantization does on average, without images.
 
@@ -94,7 +96,7 @@ def analytic_correction(
       variables: float variables.
       qvariables: from `quantize_params`, with final codes.
       config: as for `adapt_batch_norm`; `max_ratio=1` keeps variances.
-      num_samples: samples of noise of the input's shape.
+      num_samples: samples of noise of the input's shape; as many as tell enough if None.
 
     Returns:
       `qvariables` with new mean, variance and bias leaves.
@@ -103,12 +105,12 @@ def analytic_correction(
       GraphError: the network has no BatchNorm.
     """
     noise, rule = _noise(graph, variables, num_samples)
-    adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
+    adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
     return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=rule)
 
 
 def gptq_from_noise(
-    graph: Graph, variables: Any, qvariables: Any, config: GPTQConfig = GPTQConfig(), *, num_samples: int = 32
+    graph: Graph, variables: Any, qvariables: Any, config: GPTQConfig = GPTQConfig(), *, num_samples: int | None = None
 ) -> Any:
     """Round weights by GPTQ without images.
 
@@ -123,7 +125,7 @@ def gptq_from_noise(
       variables: float variables.
       qvariables: from `quantize_params`.
       config: as for `gptq`.
-      num_samples: samples of noise of the input's shape.
+      num_samples: samples of noise of the input's shape; as many as tell enough if None.
 
     Returns:
       `qvariables` with other codes.
@@ -133,11 +135,11 @@ def gptq_from_noise(
       ValueError: as `gptq`.
     """
     noise, rule = _noise(graph, variables, num_samples)
-    return gptq(graph, variables, qvariables, noise, config, batch_size=num_samples, batch_norm=rule)
+    return gptq(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
 
 
 @full_precision
-def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_samples: int = 32) -> Comparison:
+def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_samples: int | None = None) -> Comparison:
     """Compare the quantized network with the float one without images, for who has none.
 
     Behind each BatchNorm the float network gets noise of the moments that it promises, and the quantized network the
@@ -148,7 +150,7 @@ def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_sa
       graph: from `trace`.
       variables: float variables.
       qvariables: quantized ones of the same function.
-      num_samples: samples of noise of the input's shape.
+      num_samples: samples of noise of the input's shape; as many as tell enough if None.
 
     Returns:
       As `compare`; the same every time.
@@ -176,9 +178,11 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
 
 
 @full_precision  # as all that run it: the programs are the same then
-def _noise(graph: Graph, variables: Any, num_samples: int) -> tuple[jax.Array, Partial]:
+def _noise(graph: Graph, variables: Any, num_samples: int | None) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     graph.require_batch_norms("so nothing is known of its activations without images.")
+    if num_samples is None:
+        num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, SAMPLED_VALUES // math.prod(graph.input.shape[1:])))
     leaves = graph.leaves_by_path(variables)
     paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
     pool, images = _pool((num_samples, *graph.input.shape[1:]))
