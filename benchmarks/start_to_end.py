@@ -102,7 +102,7 @@ def run(case: str, command: list[str], folder: str, verbose: bool) -> None:
         f"{float(compiling):.1f} s, tracing and lowering {float(tracing):.1f} s"
     )
     lines = done.stdout.rstrip().splitlines()
-    shown = lines if verbose else [line for line in lines if "top-1" in line or "agree" in line or "%" in line]
+    shown = lines if verbose or command[0] == "demo" else [line for line in lines if "top-1" in line]
     print("\n".join(f"  {line}" for line in shown), flush=True)
 
 

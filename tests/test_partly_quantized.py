@@ -17,7 +17,7 @@ from dfq_jax.stages.finetuning import FinetuneConfig
 from dfq_jax.stages.finetuning import student as finetuning
 from dfq_jax.stages.ranges import estimate_ranges
 from dfq_jax.stages.rounding import ReconstructionConfig
-from dfq_jax.stages.rounding.block import apply_soft, init_block, soft_block
+from dfq_jax.stages.rounding.block import apply_soft, init_block, soft_kernels
 
 KEY = jax.random.key(0)
 
@@ -109,7 +109,8 @@ def test_all_ways_to_run_it_agree(shortcuts, kernels, tensors):
     graph, variables, qvariables, x = start(shortcuts, kernels, tensors)
     student = finetuning.init_student(graph, FinetuneConfig(), variables, qvariables)
     config = ReconstructionConfig(trust=1.0)
-    learned, bases = init_block(graph, config, variables, qvariables, frozenset())
+    state, bases = init_block(graph, config, variables, qvariables, frozenset())
+    learned = state.parameters
     assert finetuning.soft_kernels(student) == frozenset(learned.kernels) == frozenset(SHAPES) - {*kernels}
 
     @jax.jit
@@ -129,8 +130,8 @@ def test_all_ways_to_run_it_agree(shortcuts, kernels, tensors):
     for name, value in found.items():
         np.testing.assert_allclose(value, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()), err_msg=name)
     # Soft kernels begin near their codes: what they say of tensors is the rule's.
-    soft = soft_block(qvariables, bases, learned)
-    kernels = {name: soft[name] if name in learned.kernels else qvariables[name] for name in SHAPES}
+    soft = {**qvariables, **soft_kernels(qvariables, bases, learned)}
+    kernels = {name: soft[name] for name in SHAPES}
     value = jax.jit(lambda v, x: apply_soft(graph, v, x, KEY, 0.0, frozenset(learned.kernels)))(soft, x)
     plain = {name: k.dequantize() if isinstance(k, QTensor) else k for name, k in kernels.items()}
     near = jax.jit(lambda v, x: apply_soft(graph, v, x, KEY, 1.0, frozenset(learned.kernels)))(soft, x)

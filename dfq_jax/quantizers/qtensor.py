@@ -228,7 +228,8 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Any
     q = _clipped(x, params).round()
     if params.zero_point is not None:
         q = q + params.zero_point
-    return q.astype(np.int8 if params.signed else np.uint8)
+    with np.errstate(invalid="ignore"):  # NaN has some code, as it has on a device
+        return q.astype(np.int8 if params.signed else np.uint8)
 
 
 def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[AnyArray, "..."]:

@@ -158,7 +158,8 @@ def _rows(w, axes):
 @functools.partial(jax.jit, static_argnames=("bits", "symmetric"))
 def _row_sums(rows, lo, hi, fractions, p, bits, symmetric):
     """The error of each row at each of its fractions, `[fractions, rows]`."""
-    return _powers(rows, lo[:, None], hi[:, None], fractions[:, :, None], p, bits, symmetric).sum(-1)
+    lo, hi = lo[None, :, None], hi[None, :, None]
+    return _powers(rows[None], lo, hi, fractions[:, :, None], p, bits, symmetric).sum(-1)
 
 
 def _powers(w, lo, hi, fraction, p, bits, symmetric):
