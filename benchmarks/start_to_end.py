@@ -66,7 +66,6 @@ def main() -> None:
     parser.add_argument("--data", help="images to evaluate the CIFAR network on, as the command line takes them")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--bits", nargs="*", help="in place of the case's own; one run for each")
-    parser.add_argument("--verbose", action="store_true", help="what the processes print")
     args = parser.parse_args()
     weights = dict(entry.split("=", 1) for entry in args.weights)
     print(f"{os.process_cpu_count() if hasattr(os, 'process_cpu_count') else os.cpu_count()} cores, ", end="")
@@ -83,10 +82,10 @@ def main() -> None:
             for seed in args.seeds if command[0] == "quantize" else [None]:
                 settings = [] if seed is None else ["--seed", str(seed)]
                 settings += [] if bits is None or command[0] != "quantize" else ["--bits", bits]
-                run(case, [*command, *settings], folder, args.verbose)
+                run(case, [*command, *settings], folder)
 
 
-def run(case: str, command: list[str], folder: str, verbose: bool) -> None:
+def run(case: str, command: list[str], folder: str) -> None:
     """One process, and a line about it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     kept["XDG_CACHE_HOME"] = kept["HOME"] = folder
@@ -102,8 +101,7 @@ def run(case: str, command: list[str], folder: str, verbose: bool) -> None:
         f"{float(compiling):.1f} s, tracing and lowering {float(tracing):.1f} s"
     )
     lines = done.stdout.rstrip().splitlines()
-    shown = lines if verbose or command[0] == "demo" else [line for line in lines if "top-1" in line]
-    print("\n".join(f"  {line}" for line in shown), flush=True)
+    print("\n".join(f"  {line}" for line in lines), flush=True)
 
 
 if __name__ == "__main__":
