@@ -38,7 +38,7 @@ _OF_A_THREAD: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]]
     "jax_disable_jit": jax.disable_jit,
     "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
     "jax_numpy_rank_promotion": jax.numpy_rank_promotion,
-    "jax_enable_x64": jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64,
+    "jax_enable_x64": getattr(jax, "enable_x64", None) or jax.experimental.enable_x64,
     "jax_threefry_partitionable": jax.threefry_partitionable,
 }
 

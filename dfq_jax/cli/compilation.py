@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 2**29  # those not used for longest make room for new ones
 MIN_SECONDS = 0.05  # what is compiled faster than it is read is not kept
@@ -19,13 +20,14 @@ def keep_compiled() -> None:
     import jax
     import platformdirs
 
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # whose names are not in its type
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     folder = Path(platformdirs.user_cache_dir("dfq_jax", appauthor=False)) / "compiled"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+    config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
