@@ -28,6 +28,7 @@ def within(
     return decorate
 
 
+_x64: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # it has moved
 # What a block may set for its own thread alone: what decides which programs are compiled, and which results are errors.
 _OF_A_THREAD: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]] = {
     "jax_debug_infs": jax.debug_infs,
@@ -38,7 +39,7 @@ _OF_A_THREAD: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]]
     "jax_disable_jit": jax.disable_jit,
     "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
     "jax_numpy_rank_promotion": jax.numpy_rank_promotion,
-    "jax_enable_x64": getattr(jax, "enable_x64", None) or jax.experimental.enable_x64,
+    "jax_enable_x64": _x64.enable_x64,
     "jax_threefry_partitionable": jax.threefry_partitionable,
 }
 
