@@ -228,8 +228,13 @@ def quantize(x: Float[ArrayLike, "..."], params: QuantizerParams) -> Integer[Any
     q = _clipped(x, params).round()
     if params.zero_point is not None:
         q = q + params.zero_point
-    with np.errstate(invalid="ignore"):  # NaN has some code, as it has on a device
-        return q.astype(np.int8 if params.signed else np.uint8)
+    return _as_codes(q, np.int8 if params.signed else np.uint8)
+
+
+def _as_codes(values: Float[AnyArray, "..."], dtype: Any) -> Integer[AnyArray, "..."]:
+    """Whole numbers in the type of codes; NaN has some code, on the host as on a device."""
+    with np.errstate(invalid="ignore"):
+        return values.astype(dtype)
 
 
 def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[AnyArray, "..."]:
@@ -342,7 +347,7 @@ class QTensor:
     def with_centered(self, codes: Float[AnyArray, "..."]) -> QTensor:
         """The tensor of other codes, given less the zero point: the inverse of `centered`."""
         codes = codes if self.zero_point is None else codes + self.zero_point
-        return dataclasses.replace(self, qvalue=codes.round().astype(self.qvalue.dtype))
+        return dataclasses.replace(self, qvalue=_as_codes(codes.round(), self.qvalue.dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.qvalue, "shape", None)

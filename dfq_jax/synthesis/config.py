@@ -73,7 +73,7 @@ class SynthesisConfig:
     source: str = "pixels"
     steps: int = 150
     optimizer: str = "adam"
-    learning_rate: float = 0.3
+    learning_rate: float = 0.2
     b2: float = 0.9
     schedule: str = "cosine"
     generator_learning_rate: float = 0.01
