@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -563,7 +562,7 @@ def test_interrupted_synthesis_goes_on(folder, files_before, monkeypatch, tmp_pa
     report = progress.Reporter.on_progress
 
     def interrupt(self, value):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         report(self, value)
 
     resume = tmp_path / "images.npz"

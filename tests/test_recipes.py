@@ -317,7 +317,7 @@ def test_an_interrupted_call_resumes(tmp_path):
 
     def interrupt(progress):
         if (progress.batch, progress.step) == (1, 10):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match="interrupted"):
         run(recipe=recipe, checkpoint=path, on_progress=interrupt)
@@ -335,7 +335,7 @@ def test_an_interrupted_call_resumes_within_its_long_steps(tmp_path):
 
     def interrupt(progress):
         if (stages[-1], progress.batch) in (("reconstruction", 2), ("fine-tuning", 1)):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     calls = {"checkpoint": path, "on_stage": stages.append, "on_progress": interrupt}
     for step, files in (("reconstruction", 2), ("fine-tuning", 3)):

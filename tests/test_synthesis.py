@@ -736,7 +736,7 @@ def interrupt_at(batch, step, times=1):
     def on_progress(report):
         if (report.batch, report.step) == (batch, step):
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
     return on_progress
 
