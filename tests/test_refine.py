@@ -29,7 +29,9 @@ def qvariables():
 
 @pytest.fixture(scope="module")
 def synthetic():
-    return synthesize(GRAPH, VARIABLES, KEY, dataclasses.replace(CONFIG, steps=100, num_images=4)).images
+    return synthesize(
+        GRAPH, VARIABLES, KEY, dataclasses.replace(CONFIG, steps=100, num_images=4, learning_rate=0.3, b2=0.999)
+    ).images
 
 
 def unit(x):

@@ -135,7 +135,7 @@ class LayerForm:
 
     # --- operands ---
 
-    def rearrange(self, source: jax.Array, pad_value: jax.Array | int | float = 0) -> jax.Array:
+    def rearrange(self, source: AnyArray, pad_value: jax.Array | int | float = 0) -> AnyArray:
         """The operand made from a value of the tensor, casts left out; padding takes `pad_value`."""
         value = source
         for op in self.input_chain:

@@ -80,12 +80,12 @@ class QuantizerParams:
     signed: bool = dataclasses.field(metadata={"static": True})
 
     @property
-    def lo(self) -> Float[Array, "..."]:
+    def lo(self) -> Float[AnyArray, "..."]:
         """Smallest real number represented, at most 0; shape of `scale`."""
         return self.scale * code_limits(self)[0]
 
     @property
-    def hi(self) -> Float[Array, "..."]:
+    def hi(self) -> Float[AnyArray, "..."]:
         """Largest real number represented, at least 0; shape of `scale`."""
         return self.scale * code_limits(self)[1]
 
@@ -99,7 +99,7 @@ def storage_bits(bits: int) -> int:
 # --- codes less their zero point ---
 
 
-def code_limits(params: QuantizerParams) -> tuple[Float[Array, "..."] | float, Float[Array, "..."] | float]:
+def code_limits(params: QuantizerParams) -> tuple[Float[AnyArray, "..."] | float, Float[AnyArray, "..."] | float]:
     """Smallest and largest code less the zero point: what x / scale is clipped to; in the shape of that.
 
     >>> code_limits(params_from_range(-1.0, 1.0, bits=4, symmetric=True))
@@ -192,7 +192,7 @@ def params_from_range(
     return QuantizerParams(scale, zero_point, bits=int(bits), signed=False)
 
 
-def ste_round(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def ste_round(x: Float[AnyArray, "*shape"]) -> Float[AnyArray, "*shape"]:
     """Round half to even, with the gradient of the identity (straight-through estimator).
 
     Bengio et al., arXiv 1308.3432.
@@ -253,7 +253,7 @@ def dequantize(q: Integer[ArrayLike, "..."], params: QuantizerParams) -> Float[A
     return q * params.scale
 
 
-def fake_quant(x: Float[ArrayLike, "*shape"], params: QuantizerParams) -> Float[Array, "*shape"]:
+def fake_quant(x: Float[ArrayLike, "*shape"], params: QuantizerParams) -> Float[AnyArray, "*shape"]:
     """Quantize and dequantize, with learned-step-size gradients.
 
     The value equals ``dequantize(quantize(x, params), params)``. The gradient to `x` is 1 strictly inside
@@ -331,7 +331,7 @@ class QTensor:
         codes = -(-self.size * storage_bits(self.bits) // 8)
         return codes + sum(4 * math.prod(a.shape) for a in (self.scale, self.zero_point) if a is not None)
 
-    def dequantize(self) -> Float[Array, "..."]:
+    def dequantize(self) -> Float[AnyArray, "..."]:
         """The real tensor, in the original dtype."""
         return dequantize(self.qvalue, self.params).astype(self.dtype)
 
@@ -360,7 +360,7 @@ class QTensor:
         return f"QTensor({what}, bits={self.bits}, {kind}, {sign}, scale={per}, dtype={self.dtype})"
 
 
-def quantize_tensor(w: Float[Array, "*shape"], params: QuantizerParams) -> QTensor:
+def quantize_tensor(w: Float[AnyArray, "*shape"], params: QuantizerParams) -> QTensor:
     """Quantize an array to the nearest codes.
 
     Args:

@@ -159,7 +159,8 @@ def _rows(w, axes):
 def _row_sums(rows, lo, hi, fractions, p, bits, symmetric):
     """The error of each row at each of its fractions, `[fractions, rows]`."""
     lo, hi = lo[None, :, None], hi[None, :, None]
-    return _powers(rows[None], lo, hi, fractions[:, :, None], p, bits, symmetric).sum(-1)
+    rows = jnp.broadcast_to(rows, (len(fractions), *rows.shape))
+    return _powers(rows, lo, hi, fractions[:, :, None], p, bits, symmetric).sum(-1)
 
 
 def _powers(w, lo, hi, fraction, p, bits, symmetric):
