@@ -88,7 +88,7 @@ by_platform.defvjp(_forward_by_platform, _backward_by_platform)
 
 def pointwise_product(
     x: Float[Array, "n h w c"],
-    kernel: Float[Array, "1 1 c/g o"],
+    kernel: Float[Array, "1 1 i o"],
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
     *,
