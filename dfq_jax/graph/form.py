@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dfq_jax.graph.batch_norm import apart
 from dfq_jax.graph.convolutions import Product, by_platform, cpu_product
@@ -53,7 +53,7 @@ class KernelForm:
     order: tuple[int, ...]
     sizes: tuple[int, int, int, int]
 
-    def matrix(self, leaf: Float[AnyArray, "..."]) -> Float[AnyArray, "g o i k"]:
+    def matrix(self, leaf: Shaped[AnyArray, "..."]) -> Shaped[AnyArray, "g o i k"]:
         """The leaf as a matrix, of NumPy if the leaf is."""
         for op in self.chain:
             leaf = _rearranged(op, leaf)
