@@ -206,7 +206,7 @@ def advance_block(
     own: Variables,
     bases: dict[str, jax.Array],
     cache: Cache,
-    count: int,
+    count: int | Int[Array, ""],
     state: State,
     key: Key[Array, ""],
 ) -> tuple[State, BlockLosses]:
