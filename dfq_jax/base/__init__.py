@@ -6,8 +6,18 @@ from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
 from dfq_jax.base.fields import check_field, check_fields, is_non_negative, known_fields
 from dfq_jax.base.files import replacing, write_atomically
-from dfq_jax.base.images import batches, clip, low_pass, random_crop, random_flip, random_shift, random_window, smooth
-from dfq_jax.base.loop import Loop, Plan, Progress, Turn, largest_divisor
+from dfq_jax.base.images import (
+    batches,
+    clip,
+    largest_divisor,
+    low_pass,
+    random_crop,
+    random_flip,
+    random_shift,
+    random_window,
+    smooth,
+)
+from dfq_jax.base.loop import Loop, Plan, Progress, Turn
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base.loop import largest_divisor
-
 
 def batches(images: Any, batch_size: int) -> Iterator[Any]:
     """Equal batches of at most `batch_size`, so that each stage compiles once; the count of images is kept."""
@@ -23,6 +21,15 @@ def batches(images: Any, batch_size: int) -> Iterator[Any]:
         size = min(batch_size, count)
     for start in range(0, count, size):
         yield images[start : start + size]
+
+
+def largest_divisor(limit: int, length: int) -> int:
+    """The largest number, at most `limit`, that divides a length into equal parts, so that each stage compiles once.
+
+    >>> largest_divisor(50, 120)
+    40
+    """
+    return max(size for size in range(1, limit + 1) if length % size == 0)
 
 
 def random_flip(key: Key[Array, ""], images: Float[Array, "n *s c"]) -> Float[Array, "n *s c"]:

@@ -268,12 +268,3 @@ class Loop:
         self.stopped = set(facts["stopped"])
         self.best = {int(batch): (loss, step) for batch, (loss, step) in facts["best"].items()}
         self.resume(facts)
-
-
-def largest_divisor(chunk: int, *lengths: int) -> int:
-    """The longest chunk, at most `chunk`, that divides every length: each stage compiles once.
-
-    >>> largest_divisor(50, 300), largest_divisor(50, 100, 30)
-    (50, 10)
-    """
-    return max(c for c in range(1, chunk + 1) if all(n % c == 0 for n in lengths))

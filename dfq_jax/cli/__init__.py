@@ -26,7 +26,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # What a user can cause; anything else is a defect, and shows its traceback.
 BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError, SynthesisError)
-REQUIRED = ("tyro", "rich", "platformdirs", "filelock")
+REQUIRED = ("tyro", "rich", "platformdirs", "filelock")  # JAX needs the last one to bound what it keeps
 EPILOG = (
     "--version prints the version; --debug, anywhere, shows the traceback of an error; --no-cache, anywhere, neither "
     "reads nor keeps compiled programs in the user's cache folder."
