@@ -5,16 +5,18 @@
     python benchmarks/start_to_end.py instant_efficientnet_lite0 instant_mobilenet_v2 --weights mobilenet_v2=FILE
     python benchmarks/start_to_end.py fast best --weights cifar_resnet20=resnet20-12fca82f.th --data npz:test.npz
 
-Each case is a process of its own, with an empty folder for compiled programs unless it is the second run of the case
-before. Times are from the start of the interpreter to the end of the process. `compilations` counts programs that XLA
-compiled (not those read from the folder), by JAX's own events.
+Each run is a process of its own, with an empty folder for compiled programs unless it is the second run (`_again`) of
+the case before, which finds what that one kept. Times are from the start of the interpreter to the end of the process.
+`compilations` counts programs that XLA compiled (not those read from the folder), by JAX's own events.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,7 +64,9 @@ def main() -> None:
     """Run the cases that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--weights", nargs="*", default=[], metavar="MODEL=FILE", help="random weights without")
+    parser.add_argument(
+        "--weights", nargs="*", default=[], metavar="MODEL=FILE", help="for networks whose weights the zoo lacks"
+    )
     parser.add_argument("--data", help="images to evaluate the CIFAR network on, as the command line takes them")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--bits", nargs="*", help="in place of the case's own; one run for each")
@@ -70,18 +74,19 @@ def main() -> None:
     weights = dict(entry.split("=", 1) for entry in args.weights)
     print(f"{os.process_cpu_count() if hasattr(os, 'process_cpu_count') else os.cpu_count()} cores, ", end="")
     print(f"load {os.getloadavg()[0]:.1f} at the start")
-    folder = None
+    folder, root = "", tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     for case in args.cases:
         command = list(CASES[case])
         if command[0] == "quantize" and command[1] in weights:
             command += ["--checkpoint", weights[command[1]]]
             command += ["--evaluate", args.data] if args.data else []
-        if not case.endswith("_again"):
-            folder = tempfile.mkdtemp()
         for bits in args.bits or [None]:
             for seed in args.seeds if command[0] == "quantize" else [None]:
                 settings = [] if seed is None else ["--seed", str(seed)]
                 settings += [] if bits is None or command[0] != "quantize" else ["--bits", bits]
+                if not case.endswith("_again"):
+                    folder = tempfile.mkdtemp(dir=root)
                 run(case, [*command, *settings], folder)
 
 
