@@ -14,7 +14,6 @@ LiteRT runs in a process of its own, whose start is not counted. Weights may be 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import platform
 import statistics
@@ -100,8 +99,8 @@ def _xla(served: Served, net: Quantized, batch: int) -> dict[str, Turn]:
     default, measured = net.integer(), net.integer(policy)
     runs = [layer.decision.runs for layer in measured.plan.layers]
     print(f"{served.name}, batch {batch}: {runs.count('int8')} of {len(runs)} layers in int8 under the measured policy")
-    simulated = in_pieces(functools.partial(apply_quantized, net.graph), net.variables, x)
-    evaluated = in_pieces(functools.partial(run, served.graph), served.variables, x)
+    simulated = in_pieces(apply_quantized, net.variables, x, static=(net.graph,))
+    evaluated = in_pieces(run, served.variables, x, static=(served.graph,))
     return {
         REFERENCES[0]: in_process(lambda: floating(served.variables, x)),
         "evaluation, float": in_process(lambda: evaluated(x)),

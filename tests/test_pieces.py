@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 
 from dfq_jax.base import in_pieces
 
@@ -48,6 +49,18 @@ def test_compiled_once_with_the_settings_of_the_caller():
         found = function(np.full((21, 6), 1 / 3))
     assert shapes == [((6,), np.float64, np.float64)]
     np.testing.assert_allclose(found, np.full((21, 6), 1 / 3) @ WEIGHTS.astype(np.float64), rtol=1e-14, atol=1e-14)
+
+
+def test_the_same_function_is_compiled_once():
+    def scaled(factor, variables, x):
+        return factor * (x @ variables)
+
+    x = rng.integers(-9, 9, size=(20, 6)).astype(np.float32)
+    with Compilations() as compiled:
+        for factor, weights in ((2, WEIGHTS), (2, -WEIGHTS), (3, WEIGHTS)):
+            found = in_pieces(scaled, weights, x, static=(factor,))(x)
+            np.testing.assert_array_equal(found, factor * (x @ weights))
+    assert compiled["scaled"] == 2  # what is static makes other programs, weights do not
 
 
 def test_an_error_in_a_piece_is_the_callers():

@@ -23,7 +23,9 @@ __all__ = ["in_pieces"]
 _VALUES, _IMAGES = 4 * 224 * 224 * 3, 16
 
 
-def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any) -> Callable[[Any], Any]:
+def in_pieces(
+    function: Callable[..., Any], variables: Any, x: Any, *, static: tuple[Any, ...] = ()
+) -> Callable[[Any], Any]:
     """Compile a function for batches that it computes image by image.
 
     >>> double = in_pieces(lambda factor, x: factor * x, jnp.float32(2), np.ones((9, 3), np.float32))
@@ -31,9 +33,11 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     np.float32(30.0)
 
     Args:
-      function: `(variables, x) -> outputs`, the batch in front in each; pure.
+      function: `(*static, variables, x) -> outputs`, the batch in front in each; pure. The same function is compiled
+        once for each piece's shape and for what is static, however often it is given.
       variables: its variables, arrays.
       x: a batch `[N, ...]`; only its shape and type are read. Elsewhere than on a CPU, N images are a piece.
+      static: its first arguments, hashable.
 
     Returns:
       `x -> outputs` for batches `[M, ...]` of any size, with outputs of NumPy. The last piece is filled up with copies
@@ -44,7 +48,8 @@ def in_pieces(function: Callable[[Any, jax.Array], Any], variables: Any, x: Any)
     size, dtype = min(fit, len(x)) if on_cpu else len(x), jax.dtypes.canonicalize_dtype(x.dtype)
     variables = jax.device_put(variables)
     # Compiled and put on the device here, where the caller's settings hold: other threads have their own.
-    compiled = jax.jit(function).lower(variables, jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype)).compile()
+    piece = jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype)
+    compiled = jax.jit(function, static_argnums=range(len(static))).lower(*static, variables, piece).compile()
 
     def on_device(piece: np.ndarray) -> jax.Array:
         lacking = size - len(piece)

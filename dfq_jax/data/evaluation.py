@@ -78,16 +78,11 @@ def predict(
     Raises:
       ValueError: there are no batches, or a later one is larger than the first.
     """
-
-    def classes(variables: Any, x: jax.Array) -> jax.Array:
-        scores = logits(apply_fn(variables, x))
-        return jax.lax.top_k(scores, TOP if scores.shape[-1] > TOP else 1)[1]
-
     found, labels = [], []
     size = done = 0
     for x, label in batches:
         if not size:
-            size, classify = len(x), in_pieces(classes, variables, x)
+            size, classify = len(x), in_pieces(_classes, variables, x, static=(apply_fn, logits))
         if len(x) > size:
             raise ValueError(f"batches: one has {len(x)} images, the first {size}; the first must be the largest.")
         found.append(classify(x))
@@ -98,6 +93,11 @@ def predict(
     if not found:
         raise ValueError("batches: found none to evaluate on.")
     return np.concatenate(found), np.concatenate(labels)
+
+
+def _classes(apply_fn: ApplyFn, logits: Callable[[Any], jax.Array], variables: Any, x: jax.Array) -> jax.Array:
+    scores = logits(apply_fn(variables, x))
+    return jax.lax.top_k(scores, TOP if scores.shape[-1] > TOP else 1)[1]
 
 
 def accuracy(
