@@ -32,7 +32,7 @@ from dfq_jax.recipes.images import THESE_IMAGES, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
-from dfq_jax.recipes.steps import LONG_STEPS, STEPS, Work, remove_checkpoints
+from dfq_jax.recipes.steps import LONG_STEPS, Work, remove_checkpoints, run_steps
 from dfq_jax.report import Report, doubtful_structure, layer_reports, packed_size
 from dfq_jax.stages import Comparison, Convention
 
@@ -114,12 +114,10 @@ def quantize(
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys["images"], images, **options)
-    work = Work(graph=graph, recipe=recipe, convention=convention, images=found, keys=keys, **options)
-    result = Candidate(variables=variables)
-    for name, step in STEPS.items():
-        if step.is_in(recipe):
-            with clock(name):
-                result = step.run(work, result)
+    work = Work(
+        graph=graph, variables=variables, recipe=recipe, convention=convention, images=found, keys=keys, **options
+    )
+    result = run_steps(work, Candidate(variables=variables), clock)
     with clock("compare"):
         compared = dataclasses.replace(work.judge, images=found.images).compare(result)
     report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds)

@@ -14,6 +14,7 @@ from dfq_jax.stages import (
     BatchNormConfig,
     FinetuneConfig,
     GPTQConfig,
+    RangeSearchConfig,
     ReconstructionConfig,
     gptq,
     gptq_from_noise,
@@ -51,6 +52,8 @@ class Recipe:
       equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
         function, judged as the other steps are.
       estimator: of activation ranges, a name in `stages.ESTIMATORS`.
+      range_search: trying ranges by what they do to the outputs: those by BatchNorm parameters and by images; None for
+        those of `estimator` alone.
       weight_range: of weight ranges, a name in `quantizers.WEIGHT_RANGES`; what a `Convention` takes that names none.
       rounding: of weights: "nearest", or a name in `ROUNDINGS`: "squant" or "gptq".
       gptq: settings of that rounding.
@@ -58,6 +61,7 @@ class Recipe:
       bias_correction: correct the means of layer outputs that no BatchNorm follows (all, if `batch_norm` is None).
       batch_norm: adaptation of BatchNorm statistics; None for none.
       finetune: distillation of the float network into the quantized one, after all else; None for none.
+      at_least_instant: take what the recipe "instant" gives where that is better on images held out.
       held_out: share of the images that adaptation is not fitted to; each step is kept only if it lowers the divergence
         from the float network on them. 0 keeps every step unseen.
       batch_size: images in one pass of the network.
@@ -68,6 +72,7 @@ class Recipe:
     synthesis: SynthesisConfig = SynthesisConfig()
     equalize: bool = False
     estimator: str = "lp"
+    range_search: RangeSearchConfig | None = None
     weight_range: str = "lp"
     rounding: str = "nearest"
     gptq: GPTQConfig = GPTQConfig()
@@ -75,6 +80,7 @@ class Recipe:
     bias_correction: bool = False
     batch_norm: BatchNormConfig | None = None
     finetune: FinetuneConfig | None = None
+    at_least_instant: bool = False
     held_out: float = 0.0
     batch_size: int = 64
 
@@ -91,11 +97,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None or getattr(Recipe, name) is not None:  # None where that is the default
                 check_field(name, value, f"a {kind.__name__}", kind.__instancecheck__)
-        check_fields(self, "True or False", "equalize", "bias_correction")
+        check_fields(self, "True or False", "equalize", "bias_correction", "at_least_instant")
         check_fields(self, "an integer of at least 1", "batch_size")
-        for name in ("reconstruction", "finetune"):
+        for name in ("range_search", "reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
+                raise ValueError(f"{name}: works with images, of which the source 'analytic' has none.")
         check_field(
             "held_out",
             self.held_out,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from jaxtyping import Array, Key
 
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
+from dfq_jax.quantizers import quantization, with_quantization
 from dfq_jax.recipes.images import Images
 from dfq_jax.recipes.judge import Candidate, Judge
-from dfq_jax.recipes.recipe import ROUNDINGS, Recipe
+from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
 from dfq_jax.stages import (
     ESTIMATORS,
     BatchNormConfig,
@@ -27,6 +29,7 @@ from dfq_jax.stages import (
     analytic_correction,
     analytic_summaries,
     apply_estimator,
+    candidate_ranges,
     correct_bias,
     equalize,
     estimate_ranges,
@@ -34,6 +37,7 @@ from dfq_jax.stages import (
     finetune,
     quantize_params,
     reconstruct,
+    search_ranges,
 )
 
 # Fewer held-out images than this decide nothing.
@@ -46,6 +50,7 @@ class Work:
 
     Attributes:
       graph: from `trace`.
+      variables: float ones, as given.
       recipe, convention: what is asked for.
       images: what there is to work with.
       keys: for each step that draws at random, by its name.
@@ -54,6 +59,7 @@ class Work:
     """
 
     graph: Graph
+    variables: Any
     recipe: Recipe
     convention: Convention
     images: Images
@@ -108,7 +114,7 @@ def _measure(work: Work, start: Candidate) -> Candidate:
         return start
     if convention.activation_bits is None:
         ranges = {}
-    elif work.images.analytic:
+    elif work.images.analytic or (recipe.range_search is not None and graph.batch_norms):
         summaries = analytic_summaries(graph, variables)
         ranges = apply_estimator(graph, summaries, convention, ESTIMATORS[recipe.estimator])
     else:
@@ -131,6 +137,21 @@ def _round(work: Work, nearest: Candidate) -> Candidate:
     images, config = None if work.images.analytic else work.fitted, getattr(work.recipe, name, None)
     rounded = nearest.moved(run(work.graph, *nearest.networks, images, config, work.recipe.batch_size))
     return dataclasses.replace(rounded, rival=nearest) if work.judge.has_images else rounded.noting(title)
+
+
+def _search(work: Work, candidate: Candidate) -> Candidate:
+    """Ranges by what they do to the outputs on the images that steps are fitted to."""
+    graph, config = work.graph, work.recipe.range_search
+    if work.convention.activation_bits is None:
+        return candidate
+    settings: Any = {"batch_size": work.recipe.batch_size}
+    sets = candidate_ranges(graph, candidate.variables, work.fitted, work.convention, config, **settings)
+    searched, found = search_ranges(graph, *candidate.networks, work.fitted, sets, config)
+    result = work.judge.consider(found.describe(), candidate, searched)
+    if (rival := candidate.rival) is None or result.quantized is not searched:
+        return result
+    moved = rival.moved(with_quantization(rival.quantized, quantization(searched)))
+    return dataclasses.replace(result, rival=moved.noting(result.decisions[-1]))
 
 
 def _settle(work: Work, candidate: Candidate) -> Candidate:
@@ -196,6 +217,15 @@ def _finetune(work: Work, candidate: Candidate) -> Candidate:
     return work.judge.consider("fine-tuning", candidate, tuned)
 
 
+def _compare_with_instant(work: Work, result: Candidate) -> Candidate:
+    """What needs no images, where it is better."""
+    images = work.images._replace(images=work.images.images[:0], analytic=True)
+    other = run_steps(
+        dataclasses.replace(work, recipe=RECIPES["instant"], images=images), Candidate(variables=work.variables)
+    )
+    return work.judge.choose("the result of the recipe instant in its place", result, other)
+
+
 # --- the table ---
 
 
@@ -216,13 +246,28 @@ STEPS = {
     "ranges": Step("measuring activation ranges", _measure),
     "weights": Step("quantizing weights", _quantize),
     "rounding": Step("rounding weights", _round, "rounding"),
+    "range search": Step("searching activation ranges", _search, "range_search"),
     "reconstruction": Step("reconstructing blocks", _reconstruct, "reconstruction"),
     "adapt": Step("adapting statistics", _adapt),
     "fine-tuning": Step("fine-tuning the network", _finetune, "finetune"),
+    "instant": Step("comparing with instant", _compare_with_instant, "at_least_instant"),
 }
 # Those that draw at random, show progress and can be resumed (`Work.long`): each has a key and a file of its own. New
 # ones come last: by JAX's default generator the others keep their keys then.
 LONG_STEPS = ("reconstruction", "fine-tuning")
+
+
+def run_steps(
+    work: Work, candidate: Candidate, around: Callable[[str], AbstractContextManager[None]] = nullcontext
+) -> Candidate:
+    """Fold a candidate through the steps of the work's recipe, each in a context by its name."""
+    for name, step in STEPS.items():
+        if step.is_in(work.recipe):
+            with around(name):
+                candidate = step.run(work, candidate)
+    return candidate
+
+
 # All that `quantize` calls `on_stage` with.
 STAGES = {
     "trace": "tracing the network",

@@ -3,10 +3,11 @@
 from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.stages.comparison import Comparison, apply_jitted, compare, sqnr
-from dfq_jax.stages.convention import Convention, Ranges, quantize_params
+from dfq_jax.stages.convention import Convention, Ranges, quantize_params, with_ranges
 from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
+from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 
@@ -18,6 +19,8 @@ __all__ = [
     "FinetuneConfig",
     "Finetuning",
     "GPTQConfig",
+    "RangeSearch",
+    "RangeSearchConfig",
     "Ranges",
     "ReconstructionConfig",
     "absorb_high_bias",
@@ -28,6 +31,7 @@ __all__ = [
     "apply_estimator",
     "apply_jitted",
     "batch_norm_moments",
+    "candidate_ranges",
     "compare",
     "correct_bias",
     "equalize",
@@ -39,7 +43,9 @@ __all__ = [
     "gptq_from_noise",
     "quantize_params",
     "reconstruct",
+    "search_ranges",
     "sqnr",
     "squant",
     "summarize",
+    "with_ranges",
 ]

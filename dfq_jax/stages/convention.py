@@ -20,7 +20,9 @@ from dfq_jax.quantizers import (
     MIN_BITS,
     WEIGHT_RANGES,
     ActivationQuantizers,
+    QuantizerParams,
     params_from_range,
+    quantization,
     quantize_kernel,
     with_quantization,
 )
@@ -204,7 +206,6 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
 def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> ActivationQuantizers:
     for_all: dict[str, Any] = {}
     for_layers: dict[str, Any] = {}
-    known = on_host(dict(ranges))
     for tensor in graph.tensors:
         bits = convention.tensor_bits(graph, tensor)
         if bits is None:
@@ -212,8 +213,33 @@ def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention)
         if tensor.name not in ranges:
             raise ValueError(f"ranges: no range for tensor {tensor.name!r}; estimate_ranges gives all of them.")
         part = for_layers if tensor.shared and convention.shortcuts == "float" else for_all
-        lo, hi = (ranges if known is None else known)[tensor.name]
-        part[tensor.name] = params_from_range(lo, hi, bits=bits)
-        if known is not None:
-            part[tensor.name] = move_near(part[tensor.name], ranges[tensor.name][0])
+        part[tensor.name] = _quantizer(ranges[tensor.name], bits)
     return ActivationQuantizers(for_all, for_layers)
+
+
+def with_ranges(qvariables: Any, ranges: Ranges) -> Any:
+    """Give quantized variables other ranges of activations, at the same bits.
+
+    >>> narrow = with_ranges(qvariables, {"dense2": (0.0, 1.0)})
+    >>> round(float(dfq_jax.quantizers.quantization(narrow).by_tensor["dense2"].hi), 6)
+    1.0
+
+    Args:
+      qvariables: from `quantize_params`.
+      ranges: of some tensors or all, by name.
+
+    Returns:
+      `qvariables` with other activation quantizers.
+    """
+
+    def change(name: str, params: QuantizerParams) -> QuantizerParams:
+        return _quantizer(ranges[name], params.bits) if name in ranges else params
+
+    return with_quantization(qvariables, quantization(qvariables).map(change))
+
+
+def _quantizer(range_: tuple[Any, Any], bits: int) -> QuantizerParams:
+    """Of a range, on its device; the host computes it where it can, for there are many."""
+    known = on_host(range_)
+    params = params_from_range(*(range_ if known is None else known), bits=bits)
+    return params if known is None else move_near(params, range_[0])

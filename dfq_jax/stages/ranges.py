@@ -173,6 +173,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "percentile": percentile,
     "mse": mse,
     "lp": lp,
+    "l1.5": functools.partial(lp, p=1.5),
     "aciq_gaussian": aciq_gaussian,
     "aciq_laplace": aciq_laplace,
 }

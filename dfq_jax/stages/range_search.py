@@ -1,0 +1,202 @@
+"""Clipping ranges of activations, chosen by what they do to the network's outputs.
+
+What a range does to a tensor's own values (`ranges`) is a poor guide where a few huge ones carry little, or many small
+ones much. So sets of ranges by different estimators are tried on the quantized network as a whole, and then, tensor by
+tensor from the input on, the ranges of the other sets, and narrower and wider ones: what brings the outputs closest to
+those of the float network stays (after LAPQ, Nahshan et al., arXiv 1911.07190, which does so with data, by the loss).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dfq_jax.base import batches, check_field, check_fields, full_precision, side_by_side
+from dfq_jax.graph import Graph, check_images, subnetwork
+from dfq_jax.quantizers import check_quantized, quantization
+from dfq_jax.stages.analytic import analytic_summaries
+from dfq_jax.stages.comparison import apply_jitted, compare_outputs
+from dfq_jax.stages.convention import Convention, Ranges, with_ranges
+from dfq_jax.stages.ranges import ESTIMATORS, Range, apply_estimator, summarize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RangeSearchConfig:
+    """How ranges are searched for.
+
+    Attributes:
+      estimators: of the sets of ranges to try, names in `ESTIMATORS`; see `candidate_ranges`.
+      factors: narrower and wider ranges of each tensor to try, as factors on the one it has.
+      least_gain: share of the divergence that another range of one tensor has to take away; less is noise.
+      batch_size: images in one pass; as many passes at once as a CPU has cores.
+    """
+
+    estimators: tuple[str, ...] = ("lp", "mse", "l1.5")
+    factors: tuple[float, ...] = (0.8, 1.25)
+    least_gain: float = 0.005
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("estimators", "factors"):  # lists, as read from a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        known = sorted(ESTIMATORS)
+        check_field("estimators", self.estimators, f"some of {known}", lambda v: v and all(e in known for e in v))
+        check_field("factors", self.factors, "positive numbers", lambda v: all(0 < f < float("inf") for f in v))
+        check_field("least_gain", self.least_gain, "a share of at least 0 and below 1", lambda v: 0 <= v < 1)
+        check_fields(self, "an integer of at least 1", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RangeSearch:
+    """What was found.
+
+    Attributes:
+      best: the set of ranges of least divergence as a whole, which the search by tensors began with.
+      divergences: from the float network, of each set of ranges as a whole, by name.
+      changed: tensors that got another range than that of the best set, and which: a set's name, or a factor.
+      divergence: with the ranges as they are in the end.
+    """
+
+    best: str
+    divergences: dict[str, float]
+    changed: dict[str, str]
+    divergence: float
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"ranges: those by {self.best} of {len(self.divergences)} sets, {len(self.changed)} tensors by themselves; "
+            f"divergence from {max(self.divergences.values()):.4g} (the worst set) to {self.divergence:.4g}"
+        )
+
+
+def candidate_ranges(
+    graph: Graph,
+    variables: Any,
+    images: Float[Array, "n ..."],
+    convention: Convention,
+    config: RangeSearchConfig = RangeSearchConfig(),
+    *,
+    batch_size: int = 64,
+) -> dict[str, Ranges]:
+    """Make the sets of ranges to search among: by each estimator, from BatchNorm parameters and from images.
+
+    >>> candidates = candidate_ranges(graph, variables, images, convention)
+    >>> list(candidates)[:2]
+    ['analytic lp', 'analytic mse']
+
+    Args:
+      graph: from `trace`; without BatchNorms there are ranges from images alone.
+      variables: float variables.
+      images: `[N, H, W, C]`, preprocessed.
+      convention: gives the bits that an estimator optimizes for.
+      config: which estimators.
+      batch_size: images in one pass of the network.
+    """
+    known = {"analytic": analytic_summaries(graph, variables)} if graph.batch_norms else {}
+    known["image"] = summarize(graph, variables, images, batch_size=batch_size)
+    return {
+        f"{source} {name}": apply_estimator(graph, summaries, convention, ESTIMATORS[name])
+        for source, summaries in known.items()
+        for name in config.estimators
+    }
+
+
+@full_precision
+def search_ranges(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    candidates: Mapping[str, Ranges],
+    config: RangeSearchConfig = RangeSearchConfig(),
+) -> tuple[Any, RangeSearch]:
+    """Choose the range of every tensor by the divergence of the quantized network's outputs from the float network's.
+
+    Bits and weights stay as they are. Blocks of the network are compiled one by one, equal ones once, with ranges as
+    arguments; of a tensor's candidates only what follows its block's input is run.
+
+    >>> candidates = candidate_ranges(graph, variables, images, convention)
+    >>> better, found = search_ranges(graph, variables, qvariables, images, candidates)
+    >>> found.divergence <= min(found.divergences.values())
+    True
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      qvariables: from `quantize_params`.
+      images: `[N, H, W, C]`, preprocessed.
+      candidates: sets of ranges, by name; each has those of all tensors with a quantizer.
+      config: what else is tried.
+
+    Returns:
+      `qvariables` with other activation quantizers, and what was found.
+
+    Raises:
+      ValueError: there are no candidates, one lacks a tensor, `qvariables` are not quantized, or unusable images.
+    """
+    check_images(graph, images)
+    check_quantized(qvariables)
+    names = set(quantization(qvariables).by_tensor)
+    for name, ranges in candidates.items():
+        if missing := sorted(names - set(ranges)):
+            raise ValueError(f"candidates: {name!r} has no range for tensor {missing[0]!r}.")
+    if not candidates:
+        raise ValueError("candidates: expected at least one set of ranges, found none.")
+    search = _Search(graph, variables, images, config)
+    tried = {name: with_ranges(qvariables, ranges) for name, ranges in candidates.items()}
+    search.outputs(qvariables, 0, search.inputs[0])  # compiled here: threads would do so once each
+    divergences = search.divergences(tried, 0, search.inputs)
+    best = min(divergences, key=divergences.__getitem__)
+    found = RangeSearch(best=best, divergences=divergences, changed={}, divergence=divergences[best])
+    sets = {name: ranges for name, ranges in candidates.items() if name != best}
+    return search.by_tensor(tried[best], {name: candidates[best][name] for name in names}, sets, found)
+
+
+class _Search:
+    """The network in blocks: of candidates that differ from one block on, only what follows its input is run."""
+
+    def __init__(self, graph: Graph, variables: Any, images: Any, config: RangeSearchConfig):
+        self.graph, self.config = graph, config
+        self.inputs = list(batches(jnp.asarray(images), config.batch_size))
+        self.blocks = [subnetwork(graph, block, len(self.inputs[0])) for block in graph.blocks]
+        self.reference = [self.outputs(variables, 0, x) for x in self.inputs]
+
+    def outputs(self, variables: Any, first: int, x: Any) -> Any:
+        """Of the network, from the input of a block."""
+        for block in self.blocks[first:]:
+            x = apply_jitted(block.graph, block.select(self.graph, variables), x)
+        return jax.tree.map(np.asarray, x)
+
+    def divergences(self, networks: Mapping[str, Any], first: int, inputs: list[Any]) -> dict[str, float]:
+        """Of quantized networks from the float one, from the inputs of a block, which they share."""
+        work = [(qvariables, x) for qvariables in networks.values() for x in inputs]
+        outputs = iter(side_by_side(lambda item: self.outputs(item[0], first, item[1]), work))
+        pairs = {name: [(reference, next(outputs)) for reference in self.reference] for name in networks}
+        return {name: compare_outputs(self.graph, pair).divergence for name, pair in pairs.items()}
+
+    def by_tensor(self, qvariables: Any, ranges: dict[str, Range], sets: dict[str, Ranges], found: RangeSearch) -> Any:
+        """The quantized variables with the best range of each tensor in turn, and what was found."""
+        least, changed, inputs = found.divergence, {}, self.inputs
+        for place, block in enumerate(self.blocks):
+            for _, tensor in block.tensors:
+                if tensor not in ranges:
+                    continue
+                lo, hi = ranges[tensor]
+                options = {name: other[tensor] for name, other in sets.items()}
+                options |= {f"{factor:g} times": (factor * lo, factor * hi) for factor in self.config.factors}
+                networks = {name: with_ranges(qvariables, {tensor: option}) for name, option in options.items()}
+                divergences = self.divergences(networks, place, inputs)
+                name = min(divergences, key=divergences.__getitem__)
+                if divergences[name] < (1 - self.config.least_gain) * least:
+                    qvariables, least, changed[tensor] = networks[name], divergences[name], name
+            if place + 1 < len(self.blocks):
+                own = block.select(self.graph, qvariables)
+                inputs = [apply_jitted(block.graph, own, x) for x in inputs]
+        return qvariables, dataclasses.replace(found, changed=changed, divergence=least)
