@@ -33,7 +33,7 @@ from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
 from dfq_jax.recipes.steps import LONG_STEPS, Work, remove_checkpoints, run_steps
-from dfq_jax.report import Report, doubtful_structure, layer_reports, packed_size
+from dfq_jax.report import Report, doubtful_result, doubtful_structure, layer_reports, packed_size
 from dfq_jax.stages import Comparison, Convention
 
 
@@ -94,7 +94,8 @@ def quantize(
 
     Warns:
       GraphWarning: BatchNorms were not recognized or their statistics look untrained, or a good part of the network
-        stays in float. The head of the report says so too.
+        stays in float; or the result has fallen apart: fewer than half of the images keep their class, or the outputs'
+        error is as large as they are. The head of the report says so too.
     """
     recipe = get_recipe(recipe)
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
@@ -108,9 +109,7 @@ def quantize(
     with clock("trace"):
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
-    doubts = (*doubtful_statistics(graph, variables), *doubtful_structure(graph))
-    for doubt in doubts:
-        warnings.warn(doubt, GraphWarning, stacklevel=3)
+    doubts = _warned(*doubtful_statistics(graph, variables), *doubtful_structure(graph))
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys["images"], images, **options)
@@ -120,6 +119,9 @@ def quantize(
     result = run_steps(work, Candidate(variables=variables), clock)
     with clock("compare"):
         compared = dataclasses.replace(work.judge, images=found.images).compare(result)
+        if found.kind != THESE_IMAGES:
+            compared = dataclasses.replace(compared, agreement=None)  # noise is of no class
+        doubts += _warned(*doubtful_result(compared, found.kind))
     report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds)
     if checkpoint is not None and not keep_checkpoint:
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
@@ -133,6 +135,13 @@ def quantize(
     )
 
 
+def _warned(*doubts: str) -> tuple[str, ...]:
+    """The doubts, which the caller of `quantize` is warned of."""
+    for doubt in doubts:
+        warnings.warn(doubt, GraphWarning, stacklevel=4)
+    return doubts
+
+
 def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Array, **facts: Any) -> Report:
     graph, images, kernels = work.graph, work.images, computed_kernels(work.graph)
     computed = [f"kernels computed from parameters: {', '.join(kernels)}"] if kernels else []
@@ -143,7 +152,7 @@ def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Arr
         key=np.asarray(jax.random.key_data(key)).reshape(-1).tolist(),
         images=images.origin,
         compared_on=images.kind,
-        agreement=compared.agreement if images.kind == THESE_IMAGES else None,  # noise is of no class
+        agreement=compared.agreement,
         sqnr=compared.sqnr,
         layers=layer_reports(graph, result.variables, result.quantized),
         skipped=tuple((s.name, s.reason) for s in graph.skipped),

@@ -15,10 +15,13 @@ import numpy as np
 from dfq_jax.base import known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, quantization
-from dfq_jax.stages import sqnr
+from dfq_jax.stages import Comparison, sqnr
 
 # From this share of the multiply-accumulates on, what stays in float is said at the head of the report.
 FLOAT_SHARE = 0.25
+# Below these a result is said to have fallen apart: percent of equal classes, and decibel, at which the error is as
+# large as the outputs.
+LEAST_AGREEMENT, LEAST_SQNR = 50.0, 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class Report:
       key: data of the JAX key.
       images: where the images came from, and how many.
       compared_on: what `agreement` and `sqnr` were measured on, in words.
-      warnings: what may not be as it was meant: lost or untrained BatchNorms, much of the network in float.
+      warnings: what may not be as it was meant: lost or untrained BatchNorms, much of the network in float, outputs far
+        from the float network's.
       seconds: wall time of each stage, compilation included.
       agreement: percent of the examples that both networks put in the same class; None without classes, and on noise,
         which is of no class.
@@ -164,6 +168,17 @@ def doubtful_structure(graph: Graph) -> tuple[str, ...]:
             f"{'; '.join(dict.fromkeys(item.reason for item in products))}."
         )
     return tuple(doubts)
+
+
+def doubtful_result(compared: Comparison, where: str) -> tuple[str, ...]:
+    """What a comparison says against a result, in words: outputs that have little left of the float network's."""
+    if compared.agreement is not None and compared.agreement < LEAST_AGREEMENT:
+        measured = f"is put in another class than by the float network, for {100 - compared.agreement:.0f} % of {where}"
+    elif compared.sqnr < LEAST_SQNR:
+        measured = f"has an output SQNR of {compared.sqnr:.1f} dB on {where}"
+    else:
+        return ()
+    return (f"the result has fallen apart: what it computes {measured}. Take more bits or a recipe that does more.",)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -1,0 +1,115 @@
+"""Ranges searched by the network's outputs, against runs of whole networks."""
+
+import functools
+
+import jax
+import model_grid
+import numpy as np
+import pytest
+from compilations import Compilations
+from random_networks import random_network
+
+from dfq_jax.graph import as_function
+from dfq_jax.graph.graph import trace
+from dfq_jax.quantizers import quantization
+from dfq_jax.stages import (
+    Convention,
+    RangeSearchConfig,
+    candidate_ranges,
+    compare,
+    quantize_params,
+    search_ranges,
+    with_ranges,
+)
+
+BUILDERS = (
+    model_grid.cifar_resnet8,
+    model_grid.mobilenet_v2,
+    model_grid.densenet,
+    model_grid.no_batch_norm,
+    model_grid.mlp,
+    model_grid.dict_outputs,
+    functools.partial(random_network, 49),
+    functools.partial(random_network, 303),
+)
+CONFIG = RangeSearchConfig(estimators=("lp", "max"), factors=(0.5,), batch_size=4)
+
+
+@functools.cache
+def parts(build, shortcuts="float"):
+    """A network quantized with the ranges of the first of some sets."""
+    case = build()
+    model = case.apply_fn if hasattr(case, "apply_fn") else case.model
+    apply_fn, variables = as_function(model, case.variables)
+    graph = trace(apply_fn, variables, (1, *case.input_shape[1:]))
+    images = np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])).astype(np.float32)
+    convention = Convention.parse("w4a3", edge_bits=None, shortcuts=shortcuts)
+    sets = candidate_ranges(graph, variables, images, convention, CONFIG)
+    return graph, variables, images, sets, quantize_params(graph, variables, next(iter(sets.values())), convention)
+
+
+def divergence(graph, variables, qvariables, images):
+    return compare(graph, variables, qvariables, images, batch_size=8).divergence
+
+
+@pytest.mark.parametrize("place", range(len(BUILDERS)))
+def test_what_is_found(place):
+    graph, variables, images, sets, qvariables = parts(BUILDERS[place], ("float", "quantized")[place % 2])
+    better, found = search_ranges(graph, variables, qvariables, images, sets, CONFIG)
+    assert set(sets) == set(found.divergences)
+    for name, ranges in sets.items():
+        whole = divergence(graph, variables, with_ranges(qvariables, ranges), images)
+        np.testing.assert_allclose(found.divergences[name], whole, rtol=2e-3, atol=1e-6)
+    assert found.best == min(found.divergences, key=found.divergences.get)
+    np.testing.assert_allclose(found.divergence, divergence(graph, variables, better, images), rtol=2e-3, atol=1e-6)
+    wanted = dict(sets[found.best])
+    for tensor, which in found.changed.items():
+        wanted[tensor] = tuple(0.5 * end for end in wanted[tensor]) if which == "0.5 times" else sets[which][tensor]
+    # Nothing but ranges has changed, and they are those that are named.
+    jax.tree.map(np.testing.assert_array_equal, better, with_ranges(qvariables, wanted))
+
+
+def test_each_tensor_is_mended_by_the_set_that_has_it_right():
+    graph, variables, images, sets, qvariables = parts(model_grid.cifar_resnet8)
+    right = sets["image lp"]
+    broken = {name: (1e-4 * lo, 1e-4 * hi) for name, (lo, hi) in right.items()}
+    tensor = graph.tensors[3].name
+    candidates = {"one is wrong": {**right, tensor: broken[tensor]}, "one is right": {**broken, tensor: right[tensor]}}
+    config = RangeSearchConfig(factors=())
+    better, found = search_ranges(graph, variables, qvariables, images, candidates, config)
+    assert (found.best, found.changed.get(tensor)) == ("one is wrong", "one is right")
+    mended, wanted = (quantization(q).by_tensor[tensor] for q in (better, with_ranges(qvariables, right)))
+    assert float(mended.scale) == float(wanted.scale)
+    assert found.divergence < 0.9 * found.divergences["one is wrong"]
+
+
+def test_a_small_gain_changes_nothing():
+    graph, variables, images, sets, qvariables = parts(model_grid.cifar_resnet8)
+    config = RangeSearchConfig(least_gain=0.999)
+    _, found = search_ranges(graph, variables, qvariables, images, sets, config)
+    assert found.changed == {} and found.divergence == found.divergences[found.best]
+
+
+def test_compiled_once_for_all_ranges():
+    graph, variables, images, sets, qvariables = parts(model_grid.cifar_resnet8)
+    search_ranges(graph, variables, qvariables, images, sets, CONFIG)
+    wider = {name: {t: (2 * lo, 2 * hi) for t, (lo, hi) in ranges.items()} for name, ranges in sets.items()}
+    with Compilations() as compiled:
+        search_ranges(graph, variables, qvariables, images, wider, CONFIG)
+    assert compiled["apply_jitted"] == 0
+
+
+def test_what_cannot_be_searched():
+    graph, variables, images, sets, qvariables = parts(model_grid.mlp)
+    with pytest.raises(ValueError, match="candidates: expected at least one set"):
+        search_ranges(graph, variables, qvariables, images, {})
+    tensor = graph.tensors[0].name
+    lacking = {name: other for name, other in sets["image lp"].items() if name != tensor}
+    with pytest.raises(ValueError, match=f"candidates: 'short' has no range for tensor '{tensor}'"):
+        search_ranges(graph, variables, qvariables, images, {"short": lacking})
+    with pytest.raises(ValueError, match="qvariables: expected quantized variables"):
+        search_ranges(graph, variables, variables, images, sets)
+    with pytest.raises(ValueError, match=r"factors: expected positive numbers, found \(0,\)"):
+        RangeSearchConfig(factors=(0,))
+    with pytest.raises(ValueError, match="estimators: expected some of"):
+        RangeSearchConfig(estimators=("median",))
