@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -30,13 +31,15 @@ from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import load
 from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
 from dfq_jax.report.report import LayerReport, Report, report_from
+from dfq_jax.stages.analytic import analytic_comparison
 from dfq_jax.stages.batch_norm import BatchNormConfig
 from dfq_jax.stages.comparison import compare, sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.equalization import equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig
 from dfq_jax.stages.finetuning import loop as finetuning_loop
-from dfq_jax.stages.rounding import ReconstructionConfig, learned
+from dfq_jax.stages.range_search import RangeSearchConfig
+from dfq_jax.stages.rounding import ReconstructionConfig, learned, squant
 from dfq_jax.synthesis import SynthesisConfig, loop
 
 SHAPE = (2, 8, 8, 3)
@@ -802,13 +805,22 @@ def quantized_on(case, images, recipe, bits):
     return quantize(case.model, case.variables, input_shape=case.input_shape, recipe=recipe, bits=bits, images=images)
 
 
+def verdict(step):
+    """What a line of the report says: the verdict, and before and after by each judge."""
+    number = r"([\d.e+-]+)"
+    found = re.findall(rf"divergence\D*? {number} -> {number}", step)
+    return re.search("kept|dropped", step)[0], np.array(found, float)
+
+
 def test_step_that_helps_is_kept():
     case, recipe, images = judged()
     result = quantized_on(case, images, recipe, "w3a3")
     whole, half = result.report.steps
     assert "kept, held-out divergence" in whole and half.startswith("half of it: ")
-    (before, after), (full, halved) = (map(float, s.split("divergence ")[1].split(" -> ")) for s in (whole, half))
-    assert after < before and full == after and ("kept" in half) == (halved <= full)
+    (kept, whole), (kept_half, half) = map(verdict, (whole, half))
+    assert whole.shape == half.shape == (2, 2) and kept == "kept" and whole[:, 1].prod() < whole[:, 0].prod()
+    np.testing.assert_array_equal(half[:, 0], whole[:, 1])
+    assert (kept_half == "kept") == (half[:, 1].prod() <= half[:, 0].prod())
 
 
 def test_step_that_harms_is_dropped():
@@ -822,18 +834,61 @@ def test_step_that_harms_is_dropped():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_rounding_is_judged_behind_adaptation():
+def test_both_judges_are_asked():
     case, recipe, images = judged()
+    recipe = recipe.replace(batch_norm=None)
     results = [
         quantized_on(case, images, recipe.replace(rounding=rounding), "w3a3") for rounding in ("nearest", "squant")
     ]
-    step = results[1].report.steps[-1]
+    (step,) = results[1].report.steps
     assert step.startswith("SQuant: ")
-    before, after = map(float, step.split("divergence ")[1].split(" -> "))
-    held_out = images[16:]  # half of them
-    found = [compare(r.graph, case.variables, r.variables, held_out).divergence for r in results]
-    np.testing.assert_allclose(found, [before, min(before, after)], rtol=1e-3)
-    assert ("kept" in step) == (after <= before)
+    kept, divergences = verdict(step)
+    graph = results[0].graph
+    rounded = squant(graph, case.variables, results[0].variables)
+    for place, qvariables in enumerate((results[0].variables, rounded)):
+        found = (
+            compare(graph, case.variables, qvariables, images[16:]),
+            analytic_comparison(graph, case.variables, qvariables),
+        )
+        np.testing.assert_allclose([f.divergence for f in found], divergences[:, place], rtol=1e-3)
+    assert (kept == "kept") == (divergences[:, 1].prod() <= divergences[:, 0].prod())
+
+
+def test_ranges_are_judged():
+    case, recipe, images = judged()
+    recipe = recipe.replace(batch_norm=None, range_search=RangeSearchConfig(estimators=("max", "lp"), factors=()))
+    result = quantized_on(case, images, recipe, "w4a3")
+    *sets, tensors = result.report.steps
+    names = [f"ranges by {source} {name}: " for source in ("analytic", "image") for name in ("max", "lp")]
+    assert [any(step.startswith(name) for step in sets) for name in names] == [True] * 4 and len(sets) == 4
+    assert re.match(r"other ranges of \d+ tensors: ", tensors)
+    # Each verdict follows from its figures, and the next line begins where the last one ended.
+    known = None
+    for kept, divergences in map(verdict, result.report.steps):
+        if known is not None:
+            np.testing.assert_array_equal(divergences[:, 0], known)
+        assert (kept == "kept") == (divergences[:, 1].prod() <= divergences[:, 0].prod())
+        known = divergences[:, 1] if kept == "kept" else divergences[:, 0]
+    found = compare(result.graph, case.variables, result.variables, images[16:])
+    np.testing.assert_allclose(found.divergence, known[0], rtol=1e-3)
+
+
+def test_no_worse_than_instant():
+    case, recipe, images = judged()
+    instant = quantized_on(case, None, RECIPES["instant"], "w4a4")
+    ruined = recipe.replace(batch_norm=None, estimator="max", at_least_instant=True)
+    result = quantized_on(case, 100 * images, ruined, "w4a4")  # ranges a hundred times too wide
+    assert result.report.steps[-1].startswith("the result of the recipe instant in its place: kept")
+    jax.tree.map(np.testing.assert_array_equal, result.variables, instant.variables)
+
+
+def test_a_result_that_falls_apart_is_told():
+    case, recipe, images = judged()
+    recipe = recipe.replace(batch_norm=None, held_out=0, estimator="max")
+    with pytest.warns(GraphWarning, match="the result has fallen apart: what it computes"):
+        broken = quantized_on(case, 1000 * images, recipe, "w2a2")
+    assert broken.report.table().startswith("WARNING") and "fallen apart" in broken.report.warnings[0]
+    assert quantized_on(case, images, recipe, "w8a8").report.warnings == ()
 
 
 def test_too_few_images_decide_nothing():

@@ -1,8 +1,15 @@
-"""Who decides between two candidates: their divergence from the float network, on what neither was fitted to."""
+"""Who decides between two candidates: their divergence from the float network, on what neither was fitted to.
+
+There are two judges, and each is fooled by its own kind: images held out flatter what was fitted to images of the same
+synthesis, and noise of the moments that BatchNorms promise flatters what was derived from those moments. So both are
+asked where there are both, and what lowers one divergence by a share may raise the other by no more than that.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 from dfq_jax.graph import Graph
@@ -10,6 +17,7 @@ from dfq_jax.stages import Comparison, Ranges, analytic_comparison, compare
 
 # Noise is not data: where it is the judge, a smaller gain than this share of the divergence decides nothing.
 LEAST_GAIN_ON_NOISE = 0.1
+LEAST = 1e-9  # divergences below it are rounding
 MOMENT_NOISE = "noise of the moments that BatchNorms promise"
 
 
@@ -21,17 +29,15 @@ class Candidate:
       variables: float ones; once weight ranges are equalized, another tree of the same function.
       ranges: of activations, once they are known.
       quantized: quantized variables, once there are any.
-      rival: with the nearest codes, where the candidate's are others and nothing is decided yet.
       decisions: on the way, in the report's words.
-      divergence: from the float network, once the judge has found it.
+      divergences: from the float network, once the judges have found them: in the order of `Judge.measures`.
     """
 
     variables: Any
     ranges: Ranges | None = None
     quantized: Any = None
-    rival: Candidate | None = None
     decisions: tuple[str, ...] = ()
-    divergence: float | None = None
+    divergences: tuple[float, ...] | None = None
 
     @property
     def networks(self) -> tuple[Any, Any]:
@@ -40,7 +46,7 @@ class Candidate:
 
     def moved(self, quantized: Any) -> Candidate:
         """With other quantized variables, not judged yet."""
-        return dataclasses.replace(self, quantized=quantized, divergence=None)
+        return dataclasses.replace(self, quantized=quantized, divergences=None)
 
     def noting(self, decision: str) -> Candidate:
         """With one more decision."""
@@ -49,7 +55,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Judge:
-    """The lower divergence wins.
+    """The lower divergence wins; of several, the lower geometric mean.
 
     Attributes:
       graph: of the network.
@@ -68,26 +74,45 @@ class Judge:
         """Whether any are held out."""
         return len(self.images) > 0
 
+    @property
+    def measures(self) -> dict[str, Callable[[Any, Any], Comparison]]:
+        """How float and quantized variables are compared, by what it is called in reports."""
+        known: dict[str, Callable[[Any, Any], Comparison]] = {}
+        if self.has_images and not self.analytic:
+            known["held-out divergence"] = self.on_images
+        if self.graph.batch_norms:
+            known[f"divergence on {MOMENT_NOISE}"] = self.on_noise
+        return known
+
+    def on_images(self, variables: Any, qvariables: Any) -> Comparison:
+        """On the images held out."""
+        return compare(self.graph, variables, qvariables, self.images, batch_size=self.batch_size)
+
+    def on_noise(self, variables: Any, qvariables: Any) -> Comparison:
+        """On noise behind each BatchNorm."""
+        return analytic_comparison(self.graph, variables, qvariables)
+
     def consider(self, name: str, current: Candidate, quantized: Any) -> Candidate:
-        """The candidate with other quantized variables, unless they are worse on images; without any they are taken."""
+        """The candidate with other quantized variables, unless they are worse; without images they are taken."""
         other = current.moved(quantized)
         return self.choose(name, current, other) if self.has_images else other.noting(name)
 
     def choose(self, name: str, current: Candidate, other: Candidate) -> Candidate:
-        """The one of less divergence, on images, or without them on noise of the moments behind BatchNorms."""
+        """The one of less divergence."""
         current, other = self._seen(current), self._seen(other)
-        most = current.divergence * (1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE)
-        taken, verdict = (other, "kept") if other.divergence <= most else (current, "dropped")
-        measure = "held-out divergence" if self.has_images else f"divergence on {MOMENT_NOISE}"
-        return taken.noting(f"{name}: {verdict}, {measure} {current.divergence:.4g} -> {other.divergence:.4g}")
+        pairs = list(zip(current.divergences, other.divergences, strict=True))
+        change = math.prod(max(after, LEAST) / max(before, LEAST) for before, after in pairs) ** (1 / len(pairs))
+        taken, verdict = (other, "kept") if change <= self._most else (current, "dropped")
+        words = [f"{m} {b:.4g} -> {a:.4g}" for m, (b, a) in zip(self.measures, pairs, strict=True)]
+        return taken.noting(f"{name}: {verdict}, {', '.join(words)}")
+
+    @property
+    def _most(self) -> float:
+        """The change of divergence that a candidate is taken with."""
+        return 1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE
 
     def _seen(self, candidate: Candidate) -> Candidate:
-        if candidate.divergence is not None:
+        if candidate.divergences is not None:
             return candidate
-        return dataclasses.replace(candidate, divergence=self.compare(candidate).divergence)
-
-    def compare(self, candidate: Candidate) -> Comparison:
-        """With the float network."""
-        if self.analytic or not self.has_images:
-            return analytic_comparison(self.graph, *candidate.networks)
-        return compare(self.graph, *candidate.networks, self.images, batch_size=self.batch_size)
+        found = (measure(*candidate.networks).divergence for measure in self.measures.values())
+        return dataclasses.replace(candidate, divergences=tuple(found))

@@ -118,7 +118,8 @@ def quantize(
     )
     result = run_steps(work, Candidate(variables=variables), clock)
     with clock("compare"):
-        compared = dataclasses.replace(work.judge, images=found.images).compare(result)
+        judge = dataclasses.replace(work.judge, images=found.images)
+        compared = (judge.on_noise if found.analytic else judge.on_images)(*result.networks)
         if found.kind != THESE_IMAGES:
             compared = dataclasses.replace(compared, agreement=None)  # noise is of no class
         doubts += _warned(*doubtful_result(compared, found.kind))

@@ -52,7 +52,7 @@ class Recipe:
       equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
         function, judged as the other steps are.
       estimator: of activation ranges, a name in `stages.ESTIMATORS`.
-      range_search: trying ranges by what they do to the outputs: those by BatchNorm parameters and by images; None for
+      range_search: trying other ranges, by BatchNorm parameters and by images, by what they do to the outputs; None for
         those of `estimator` alone.
       weight_range: of weight ranges, a name in `quantizers.WEIGHT_RANGES`; what a `Convention` takes that names none.
       rounding: of weights: "nearest", or a name in `ROUNDINGS`: "squant" or "gptq".
@@ -99,9 +99,9 @@ class Recipe:
                 check_field(name, value, f"a {kind.__name__}", kind.__instancecheck__)
         check_fields(self, "True or False", "equalize", "bias_correction", "at_least_instant")
         check_fields(self, "an integer of at least 1", "batch_size")
-        for name in ("range_search", "reconstruction", "finetune"):
+        for name in ("reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: works with images, of which the source 'analytic' has none.")
+                raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
         check_field(
             "held_out",
             self.held_out,
@@ -153,16 +153,20 @@ RECIPES: dict[str, Recipe] = {
             name="instant",
             source="analytic",
             equalize=True,
+            range_search=RangeSearchConfig(),
             rounding="squant",
             batch_norm=BatchNormConfig(),
             bias_correction=True,
         ),
-        # The winners of the ablation tables; each step stays only where it helps on images held out.
+        # The winners of the ablation tables; each step stays only where it helps by the judges.
         Recipe(
             name="fast",
+            equalize=True,
+            range_search=RangeSearchConfig(),
             rounding="squant",
             batch_norm=BatchNormConfig(method="differential"),
             bias_correction=True,
+            at_least_instant=True,
             held_out=0.25,
         ),
         # Rounding learned block by block, on twice the images. Biases are learned with it, on the same images; adapting
@@ -170,8 +174,11 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="best",
             synthesis=SynthesisConfig(num_images=256),
+            equalize=True,
+            range_search=RangeSearchConfig(),
             rounding="squant",
             reconstruction=ReconstructionConfig(),
+            at_least_instant=True,
             held_out=0.125,
         ),
         # The whole network taught by the float one, from where `fast` ends; for the lowest bits in all layers.
@@ -182,6 +189,7 @@ RECIPES: dict[str, Recipe] = {
             batch_norm=BatchNormConfig(method="differential"),
             bias_correction=True,
             finetune=FinetuneConfig(),
+            at_least_instant=True,
             held_out=0.125,
         ),
     )

@@ -17,7 +17,6 @@ from jaxtyping import Array, Key
 
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
-from dfq_jax.quantizers import quantization, with_quantization
 from dfq_jax.recipes.images import Images
 from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
@@ -38,6 +37,7 @@ from dfq_jax.stages import (
     quantize_params,
     reconstruct,
     search_ranges,
+    with_ranges,
 )
 
 # Fewer held-out images than this decide nothing.
@@ -131,40 +131,33 @@ def _quantize(work: Work, start: Candidate) -> Candidate:
 
 
 def _round(work: Work, nearest: Candidate) -> Candidate:
-    """Rounding that knows more than the nearest code, with that for a rival where there are images to judge by."""
+    """Rounding that knows more than the nearest code."""
     name = work.recipe.rounding
     title, run = ROUNDINGS[name]
     images, config = None if work.images.analytic else work.fitted, getattr(work.recipe, name, None)
-    rounded = nearest.moved(run(work.graph, *nearest.networks, images, config, work.recipe.batch_size))
-    return dataclasses.replace(rounded, rival=nearest) if work.judge.has_images else rounded.noting(title)
+    rounded = run(work.graph, *nearest.networks, images, config, work.recipe.batch_size)
+    return work.judge.consider(title, nearest, rounded)
 
 
 def _search(work: Work, candidate: Candidate) -> Candidate:
-    """Ranges by what they do to the outputs on the images that steps are fitted to."""
-    graph, config = work.graph, work.recipe.range_search
-    if work.convention.activation_bits is None:
+    """Ranges by what they do to the outputs: of all tensors, and, where there are images, of one after the other."""
+    graph, config, judge = work.graph, work.recipe.range_search, work.judge
+    if work.convention.activation_bits is None or not (judge.has_images or graph.batch_norms):
         return candidate
+    images = None if work.images.analytic else work.fitted
     settings: Any = {"batch_size": work.recipe.batch_size}
-    sets = candidate_ranges(graph, candidate.variables, work.fitted, work.convention, config, **settings)
-    searched, found = search_ranges(graph, *candidate.networks, work.fitted, sets, config)
-    result = work.judge.consider(found.describe(), candidate, searched)
-    if (rival := candidate.rival) is None or result.quantized is not searched:
-        return result
-    moved = rival.moved(with_quantization(rival.quantized, quantization(searched)))
-    return dataclasses.replace(result, rival=moved.noting(result.decisions[-1]))
-
-
-def _settle(work: Work, candidate: Candidate) -> Candidate:
-    """The better of the candidate and its rival."""
-    if candidate.rival is None:
+    sets = candidate_ranges(graph, candidate.variables, images, work.convention, config, **settings)
+    for name, ranges in sets.items():
+        other = candidate.moved(with_ranges(candidate.quantized, ranges))
+        candidate = judge.choose(f"ranges by {name}", candidate, other)
+    if images is None:
         return candidate
-    alone = dataclasses.replace(candidate, rival=None)
-    return work.judge.choose(ROUNDINGS[work.recipe.rounding][0], candidate.rival, alone)
+    searched, found = search_ranges(graph, *candidate.networks, images, sets, config)
+    return judge.consider(f"other ranges of {len(found.changed)} tensors", candidate, searched)
 
 
-def _reconstruct(work: Work, candidate: Candidate) -> Candidate:
+def _reconstruct(work: Work, start: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
-    start = _settle(work, candidate)
     settings: Any = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
     qvariables, info = reconstruct(work.graph, *start.networks, *settings, **work.long("reconstruction"))
     if not info.completed:
@@ -175,12 +168,7 @@ def _reconstruct(work: Work, candidate: Candidate) -> Candidate:
 
 
 def _adapt(work: Work, candidate: Candidate) -> Candidate:
-    """BatchNorm statistics and biases; what rounding is worth shows behind them, for they make up for its errors."""
-    rival = None if candidate.rival is None else _adapt_one(work, candidate.rival)
-    return _settle(work, dataclasses.replace(_adapt_one(work, candidate), rival=rival))
-
-
-def _adapt_one(work: Work, candidate: Candidate) -> Candidate:
+    """BatchNorm statistics and biases."""
     graph, config = work.graph, work.recipe.batch_norm
     if work.images.analytic and config is not None:
         corrected = analytic_correction(graph, *candidate.networks, config)

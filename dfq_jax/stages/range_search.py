@@ -1,9 +1,9 @@
 """Clipping ranges of activations, chosen by what they do to the network's outputs.
 
 What a range does to a tensor's own values (`ranges`) is a poor guide where a few huge ones carry little, or many small
-ones much. So sets of ranges by different estimators are tried on the quantized network as a whole, and then, tensor by
-tensor from the input on, the ranges of the other sets, and narrower and wider ones: what brings the outputs closest to
-those of the float network stays (after LAPQ, Nahshan et al., arXiv 1911.07190, which does so with data, by the loss).
+ones much. So, tensor by tensor from the input on, the ranges of different estimators are tried on the quantized
+network, and narrower and wider ones: what brings the outputs closest to those of the float network stays (after LAPQ,
+Nahshan et al., arXiv 1911.07190, which does so with data, by the loss).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dfq_jax.quantizers import check_quantized, quantization
 from dfq_jax.stages.analytic import analytic_summaries
 from dfq_jax.stages.comparison import apply_jitted, compare_outputs
 from dfq_jax.stages.convention import Convention, Ranges, with_ranges
-from dfq_jax.stages.ranges import ESTIMATORS, Range, apply_estimator, summarize
+from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, summarize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,29 +57,20 @@ class RangeSearch:
     """What was found.
 
     Attributes:
-      best: the set of ranges of least divergence as a whole, which the search by tensors began with.
-      divergences: from the float network, of each set of ranges as a whole, by name.
-      changed: tensors that got another range than that of the best set, and which: a set's name, or a factor.
-      divergence: with the ranges as they are in the end.
+      before: divergence from the float network, with the ranges as they were.
+      after: with those found.
+      changed: tensors that got another range, and which: the name of a set, or a factor.
     """
 
-    best: str
-    divergences: dict[str, float]
+    before: float
+    after: float
     changed: dict[str, str]
-    divergence: float
-
-    def describe(self) -> str:
-        """One line."""
-        return (
-            f"ranges: those by {self.best} of {len(self.divergences)} sets, {len(self.changed)} tensors by themselves; "
-            f"divergence from {max(self.divergences.values()):.4g} (the worst set) to {self.divergence:.4g}"
-        )
 
 
 def candidate_ranges(
     graph: Graph,
     variables: Any,
-    images: Float[Array, "n ..."],
+    images: Float[Array, "n ..."] | None,
     convention: Convention,
     config: RangeSearchConfig = RangeSearchConfig(),
     *,
@@ -92,15 +83,16 @@ def candidate_ranges(
     ['analytic lp', 'analytic mse']
 
     Args:
-      graph: from `trace`; without BatchNorms there are ranges from images alone.
+      graph: from `trace`. Without BatchNorms there are ranges from images alone.
       variables: float variables.
-      images: `[N, H, W, C]`, preprocessed.
+      images: `[N, H, W, C]`, preprocessed; None for ranges from BatchNorm parameters alone.
       convention: gives the bits that an estimator optimizes for.
       config: which estimators.
       batch_size: images in one pass of the network.
     """
     known = {"analytic": analytic_summaries(graph, variables)} if graph.batch_norms else {}
-    known["image"] = summarize(graph, variables, images, batch_size=batch_size)
+    if images is not None:
+        known["image"] = summarize(graph, variables, images, batch_size=batch_size)
     return {
         f"{source} {name}": apply_estimator(graph, summaries, convention, ESTIMATORS[name])
         for source, summaries in known.items()
@@ -119,12 +111,13 @@ def search_ranges(
 ) -> tuple[Any, RangeSearch]:
     """Choose the range of every tensor by the divergence of the quantized network's outputs from the float network's.
 
-    Bits and weights stay as they are. Blocks of the network are compiled one by one, equal ones once, with ranges as
-    arguments; of a tensor's candidates only what follows its block's input is run.
+    It begins with the ranges that `qvariables` have; bits and weights stay as they are. Blocks of the network are
+    compiled one by one, equal ones once, with ranges as arguments; of a tensor's candidates only what follows its
+    block's input is run.
 
     >>> candidates = candidate_ranges(graph, variables, images, convention)
     >>> better, found = search_ranges(graph, variables, qvariables, images, candidates)
-    >>> found.divergence <= min(found.divergences.values())
+    >>> found.after <= found.before
     True
 
     Args:
@@ -139,24 +132,14 @@ def search_ranges(
       `qvariables` with other activation quantizers, and what was found.
 
     Raises:
-      ValueError: there are no candidates, one lacks a tensor, `qvariables` are not quantized, or unusable images.
+      ValueError: a candidate lacks a tensor, `qvariables` are not quantized, or unusable images.
     """
     check_images(graph, images)
     check_quantized(qvariables)
-    names = set(quantization(qvariables).by_tensor)
     for name, ranges in candidates.items():
-        if missing := sorted(names - set(ranges)):
+        if missing := sorted(set(quantization(qvariables).by_tensor) - set(ranges)):
             raise ValueError(f"candidates: {name!r} has no range for tensor {missing[0]!r}.")
-    if not candidates:
-        raise ValueError("candidates: expected at least one set of ranges, found none.")
-    search = _Search(graph, variables, images, config)
-    tried = {name: with_ranges(qvariables, ranges) for name, ranges in candidates.items()}
-    search.outputs(qvariables, 0, search.inputs[0])  # compiled here: threads would do so once each
-    divergences = search.divergences(tried, 0, search.inputs)
-    best = min(divergences, key=divergences.__getitem__)
-    found = RangeSearch(best=best, divergences=divergences, changed={}, divergence=divergences[best])
-    sets = {name: ranges for name, ranges in candidates.items() if name != best}
-    return search.by_tensor(tried[best], {name: candidates[best][name] for name in names}, sets, found)
+    return _Search(graph, variables, images, config).run(qvariables, candidates)
 
 
 class _Search:
@@ -181,22 +164,28 @@ class _Search:
         pairs = {name: [(reference, next(outputs)) for reference in self.reference] for name in networks}
         return {name: compare_outputs(self.graph, pair).divergence for name, pair in pairs.items()}
 
-    def by_tensor(self, qvariables: Any, ranges: dict[str, Range], sets: dict[str, Ranges], found: RangeSearch) -> Any:
-        """The quantized variables with the best range of each tensor in turn, and what was found."""
-        least, changed, inputs = found.divergence, {}, self.inputs
+    def run(self, qvariables: Any, candidates: Mapping[str, Ranges]) -> tuple[Any, RangeSearch]:
+        """Find the best range of each tensor in turn."""
+        self.outputs(qvariables, 0, self.inputs[0])  # compiled here: threads would do so once each
+        before = least = self.divergences({"": qvariables}, 0, self.inputs)[""]
+        changed, inputs = {}, self.inputs
         for place, block in enumerate(self.blocks):
             for _, tensor in block.tensors:
-                if tensor not in ranges:
-                    continue
-                lo, hi = ranges[tensor]
-                options = {name: other[tensor] for name, other in sets.items()}
-                options |= {f"{factor:g} times": (factor * lo, factor * hi) for factor in self.config.factors}
-                networks = {name: with_ranges(qvariables, {tensor: option}) for name, option in options.items()}
+                networks = self.options(qvariables, tensor, candidates)
                 divergences = self.divergences(networks, place, inputs)
-                name = min(divergences, key=divergences.__getitem__)
-                if divergences[name] < (1 - self.config.least_gain) * least:
+                name = min(divergences, key=divergences.__getitem__, default=None)
+                if name is not None and divergences[name] < (1 - self.config.least_gain) * least:
                     qvariables, least, changed[tensor] = networks[name], divergences[name], name
             if place + 1 < len(self.blocks):
                 own = block.select(self.graph, qvariables)
                 inputs = [apply_jitted(block.graph, own, x) for x in inputs]
-        return qvariables, dataclasses.replace(found, changed=changed, divergence=least)
+        return qvariables, RangeSearch(before=before, after=least, changed=changed)
+
+    def options(self, qvariables: Any, tensor: str, candidates: Mapping[str, Ranges]) -> dict[str, Any]:
+        """The network with each other range of a tensor."""
+        params = quantization(qvariables).by_tensor.get(tensor)
+        if params is None:
+            return {}
+        ranges = {name: ranges[tensor] for name, ranges in candidates.items()}
+        ranges |= {f"{factor:g} times": (factor * params.lo, factor * params.hi) for factor in self.config.factors}
+        return {name: with_ranges(qvariables, {tensor: range_}) for name, range_ in ranges.items()}
