@@ -29,12 +29,12 @@ from dfq_jax import (
     adapt_batch_norm,
     analytic_correction,
     analytic_summaries,
-    compare,
     quantize_params,
     summarize,
     synthesize,
 )
 from dfq_jax.recipes.recipe import RECIPES
+from dfq_jax.stages import compare
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator
 
 # Name of the row, which images, which estimator.
