@@ -12,7 +12,7 @@ from dfq_jax.graph import affine, apply_quantized, batch_norm_parameters
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.collection import QUANTIZATION
 from dfq_jax.quantizers.qtensor import QTensor
-from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.batch_norm import METHODS, BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
 
@@ -77,7 +77,7 @@ def quantize_activations(x, params):
 
 
 def forward(variables, x, choose):
-    """Inputs of the BatchNorms; `choose(unit, mean, var)` gives the statistics to normalize by."""
+    """Inputs of the BatchNorms; `choose(unit, input)` gives the statistics to normalize by."""
     collection = variables.get(QUANTIZATION, {})
     quantizers = {**collection.get("tensors", {}), **collection.get("operands", {})}
     x = np.asarray(x, np.float64)
@@ -90,7 +90,7 @@ def forward(variables, x, choose):
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
         y = np.einsum("nhwcij,ijcd->nhwd", windows, dequantized(p["kernel"])) + dequantized(p.get("bias", np.zeros(1)))
         inputs[name] = y
-        mean, var = choose(name, y.mean((0, 1, 2)), y.var((0, 1, 2)))
+        mean, var = choose(name, y)
         gamma, beta = (np.asarray(p[k], np.float64).reshape(-1) for k in ("gamma", "beta"))
         x = np.maximum((y - mean) / np.sqrt(var + EPSILON) * gamma + beta, 0)
     return inputs
@@ -100,22 +100,36 @@ def moments(inputs):
     return {name: (y.mean((0, 1, 2)), y.var((0, 1, 2))) for name, y in inputs.items()}
 
 
+def fitted_slope(x, y):
+    """Of the line from each channel of x to that of y: least squares, with a ridge of epsilon a value about 1."""
+    x, y = (np.moveaxis(z - z.mean((0, 1, 2)), 3, 0).reshape(z.shape[3], -1) for z in (x, y))
+    ridge = np.sqrt(EPSILON * x.shape[1])
+    rows = [(np.append(a, ridge)[:, None], np.append(b, ridge)) for a, b in zip(x, y, strict=True)]
+    return np.concatenate([np.linalg.lstsq(*row)[0] for row in rows])
+
+
 def expected(config, variables, qvariables, x):
     """The new statistics, written out."""
     stored = statistics_of(variables)
-    reference = moments(forward(variables, x, lambda name, *_: stored[name]))
+    reference = forward(variables, x, lambda name, *_: stored[name])
     trust = len(x) / (len(x) + config.prior_images)
     new = {}
 
-    def adapt(name, mean, var):
-        old_mean, old_var = stored[name]
+    def adapt(name, y):
+        (old_mean, old_var), wanted = stored[name], reference[name]
+        (wanted_mean, wanted_var), (mean, var) = ((z.mean((0, 1, 2)), z.var((0, 1, 2))) for z in (wanted, y))
         if config.method == "absolute":
             new[name] = old_mean + trust * (mean - old_mean), old_var + trust * (var - old_var)
-        else:
-            ratio = (var + EPSILON) / (reference[name][1] + EPSILON)
-            ratio = np.clip(ratio, 1 / config.max_ratio, config.max_ratio)
-            new_var = (old_var + EPSILON) * ratio**trust - EPSILON
-            new[name] = old_mean + trust * (mean - reference[name][0]), new_var
+            return new[name]
+        ratio = (var + EPSILON) / (wanted_var + EPSILON)
+        shift = mean - wanted_mean
+        if config.method == "regression":
+            slope = (1 - config.blend) * fitted_slope(y, wanted) + config.blend / np.sqrt(ratio)
+            ratio = 1 / np.maximum(slope, 1e-9) ** 2
+        ratio = np.clip(ratio, 1 / config.max_ratio, config.max_ratio) ** trust
+        if config.method == "regression":
+            shift = mean + (old_mean - wanted_mean) * np.sqrt(ratio) - old_mean
+        new[name] = old_mean + trust * shift, (old_var + EPSILON) * ratio - EPSILON
         return new[name]
 
     forward(qvariables, x, adapt)
@@ -134,10 +148,18 @@ CONFIGS = [
     BatchNormConfig(),
     BatchNormConfig(prior_images=5.0),
     BatchNormConfig(max_ratio=1.05),
+    BatchNormConfig(method="regression", blend=0.0),
+    BatchNormConfig(method="regression", prior_images=5.0),
+    BatchNormConfig(method="regression", blend=1.0),
+    BatchNormConfig(method="regression", max_ratio=1.05),
 ]
+IDS = [
+    "absolute", "absolute-prior", "differential", "prior", "max-ratio",
+    "least-squares", "half-prior", "equal-variances", "regression-max-ratio",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["absolute", "absolute-prior", "differential", "prior", "max-ratio"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_statistics_are_those_of_numpy(config):
     found = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, config)
     # A value within rounding of the middle of a step may be quantized to the other side.
@@ -156,10 +178,12 @@ def test_moments_are_those_of_all_images_together(batch_size):
                 np.testing.assert_allclose(value, target, rtol=tolerance, atol=tolerance)
 
 
-def test_without_quantization_nothing_changes():
-    found = adapt_batch_norm(GRAPH, VARIABLES, VARIABLES, IMAGES)
-    assert_statistics(found, statistics_of(VARIABLES), rtol=1e-5, atol=1e-6)
-    found = adapt_batch_norm(GRAPH, VARIABLES, quantized("w8a8"), IMAGES)
+@pytest.mark.parametrize("method", ["differential", "regression"])
+def test_without_quantization_nothing_changes(method):
+    config = BatchNormConfig(method=method)
+    found = adapt_batch_norm(GRAPH, VARIABLES, VARIABLES, IMAGES, config)
+    assert_statistics(found, statistics_of(VARIABLES), rtol=1e-5, atol=2e-6)
+    found = adapt_batch_norm(GRAPH, VARIABLES, quantized("w8a8"), IMAGES, config)
     assert_statistics(found, statistics_of(VARIABLES), rtol=0.02, atol=0.02)
 
 
@@ -168,7 +192,7 @@ def calibrated():
     return adapt_batch_norm(GRAPH, VARIABLES, VARIABLES, IMAGES, BatchNormConfig(method="absolute"))
 
 
-def test_both_methods_agree_on_images_that_match_the_statistics():
+def test_methods_of_moments_agree_on_images_that_match_the_statistics():
     variables = calibrated()
     q = {**quantized(), **{n: {**quantized()[n], **{k: variables[n][k] for k in ("mean", "var")}} for n in UNITS}}
     found = [
@@ -222,6 +246,50 @@ def test_differential_adaptation_moves_by_the_difference(build_case):
     assert max(np.abs(c).max() for c in changes) > 1e-3
 
 
+def normalized_error(variables, unit):
+    """Squared error per channel of what is behind a unit's BatchNorm."""
+    stored = {"float": statistics_of(VARIABLES), "quantized": statistics_of(variables)}
+    behind = []
+    for v, statistics in zip((VARIABLES, variables), stored.values(), strict=True):
+        inputs = forward(v, IMAGES, lambda name, _, statistics=statistics: statistics[name])
+        mean, var = statistics[unit]
+        behind.append((inputs[unit] - mean) / np.sqrt(var + EPSILON))
+    return np.square(behind[0] - behind[1]).mean((0, 1, 2))
+
+
+def test_least_squares_have_the_least_error():
+    """No other scale or offset is nearer to the float network; other methods and blends are not."""
+    least = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, BatchNormConfig(method="regression", blend=0.0))
+    error = normalized_error(least, "unit1")
+    for config in (*CONFIGS[:3], BatchNormConfig(method="regression", blend=0.5)):
+        found = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, config)
+        assert (error <= normalized_error(found, "unit1") + 1e-4).all()
+    for change in (0.97, 1.03):
+        unit = {**least["unit1"], "mean": least["unit1"]["mean"] + change - 1}
+        assert (error < normalized_error({**least, "unit1": unit}, "unit1")).all()
+        unit = {**least["unit1"], "var": least["unit1"]["var"] * change}
+        assert (error < normalized_error({**least, "unit1": unit}, "unit1") + 1e-5).all()
+
+
+def test_equal_variances_are_those_of_the_float_network():
+    equal = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, BatchNormConfig(method="regression", blend=1.0))
+    found, wanted = (batch_norm_moments(GRAPH, v, IMAGES) for v in (equal, VARIABLES))
+    for name, bn in zip(UNITS, GRAPH.batch_norms, strict=True):
+        deviations = [
+            np.sqrt((moments[bn.name][1] + EPSILON) / (statistics_of(v)[name][1] + EPSILON))
+            for moments, v in ((found, equal), (wanted, VARIABLES))
+        ]
+        np.testing.assert_allclose(*deviations, rtol=1e-3)
+
+
+def test_a_channel_that_runs_backwards_fades():
+    """Where the quantized values have nothing of the float ones, the slope is the least there may be, and positive."""
+    config = BatchNormConfig(method="regression", blend=0.0)
+    found = adapt_batch_norm(GRAPH, VARIABLES, stretched(-1.0), IMAGES, config)
+    (_, old), (_, new) = statistics_of(VARIABLES)["unit2"], statistics_of(found)["unit2"]
+    np.testing.assert_allclose((new + EPSILON) / (old + EPSILON), 4.0, rtol=1e-4)
+
+
 def stretched(factor):
     """A "quantized" network whose second unit's results are larger."""
     kernel = factor * VARIABLES["unit2"]["kernel"]
@@ -230,18 +298,20 @@ def stretched(factor):
 
 def test_the_variance_changes_by_a_limited_ratio():
     for factor, ratio in ((1.5, 2.25), (0.8, 0.64), (10.0, 4.0), (0.01, 0.25)):
-        found = adapt_batch_norm(GRAPH, VARIABLES, stretched(factor), IMAGES)
-        (_, old), (_, new) = statistics_of(VARIABLES)["unit2"], statistics_of(found)["unit2"]
-        np.testing.assert_allclose((new + EPSILON) / (old + EPSILON), ratio, rtol=5e-3)
+        for method in ("differential", "regression"):
+            found = adapt_batch_norm(GRAPH, VARIABLES, stretched(factor), IMAGES, BatchNormConfig(method=method))
+            (_, old), (_, new) = statistics_of(VARIABLES)["unit2"], statistics_of(found)["unit2"]
+            np.testing.assert_allclose((new + EPSILON) / (old + EPSILON), ratio, rtol=5e-3)
     absolute = adapt_batch_norm(GRAPH, VARIABLES, stretched(10.0), IMAGES, BatchNormConfig(method="absolute"))
     assert (statistics_of(absolute)["unit2"][1] > 10).all()
 
 
-def test_a_dead_channel_keeps_its_statistics():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dead_channel_keeps_its_statistics(method):
     dead = {**VARIABLES["unit1"], "kernel": VARIABLES["unit1"]["kernel"].at[..., 1].set(0)}
     dead |= {k: VARIABLES["unit1"][k].at[1].set(0) for k in ("mean", "var")}
     variables = {**VARIABLES, "unit1": dead}
-    found = adapt_batch_norm(GRAPH, variables, variables, IMAGES)
+    found = adapt_batch_norm(GRAPH, variables, variables, IMAGES, BatchNormConfig(method=method))
     mean, var = statistics_of(found)["unit1"]
     assert mean[1] == 0 and abs(var[1]) < 1e-6
 
@@ -252,7 +322,7 @@ def test_the_prior_shrinks_the_change():
     half = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, BatchNormConfig(method=method, prior_images=12.0))
     for found, target, stored in zip(*(statistics_of(v)["unit1"] for v in (half, full, VARIABLES)), strict=True):
         np.testing.assert_allclose(found - stored, (target - stored) / 2, rtol=1e-3, atol=1e-5)
-    for method in ("absolute", "differential"):
+    for method in METHODS:
         config = BatchNormConfig(method=method, prior_images=1e9)
         none = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, config)
         assert_statistics(none, statistics_of(VARIABLES), rtol=1e-5, atol=1e-5)
@@ -366,7 +436,7 @@ def test_bad_images(function, images, message):
 @pytest.mark.parametrize(
     "fields",
     [{"method": "relative"}, {"order": "random"}, {"prior_images": -1}, {"max_ratio": 0.5}, {"max_ratio": np.inf},
-     {"prior_images": np.nan}, {"max_ratio": None}],
+     {"prior_images": np.nan}, {"max_ratio": None}, {"blend": 1.5}, {"blend": -0.1}, {"blend": True}],
     ids=str,
 )  # fmt: skip
 def test_settings_are_checked(fields):

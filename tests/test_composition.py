@@ -119,6 +119,7 @@ def test_jit_of_quantize_params(weight_range):
     [
         BatchNormConfig(),
         BatchNormConfig(method="absolute", prior_images=16),
+        BatchNormConfig(method="regression"),
         pytest.param(BatchNormConfig(order="all_at_once"), marks=pytest.mark.slow),
     ],
 )
@@ -339,6 +340,7 @@ def sharded_work() -> dict[str, Any]:
             "quantized": qvariables,
             "moments": batch_norm_moments(graph, variables, images),
             "adapted": adapt_batch_norm(graph, variables, qvariables, images),
+            "fitted": adapt_batch_norm(graph, variables, qvariables, images, BatchNormConfig(method="regression")),
             "applied": jitted_apply()(graph, qvariables, images),
             "integer": jitted_apply()(graph, qvariables, images, integer=True),
         }

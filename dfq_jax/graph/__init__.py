@@ -6,6 +6,7 @@ from dfq_jax.graph.batch_norm import (
     affine,
     along_channels,
     batch_norm_parameters,
+    channel_covariance,
     channel_moments,
     normalize,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "as_argument",
     "as_function",
     "batch_norm_parameters",
+    "channel_covariance",
     "channel_moments",
     "check_images",
     "check_variables",

@@ -76,3 +76,11 @@ def channel_moments(bn: BatchNorm, x: Float[Array, "..."]) -> tuple[Float[Array,
     x = apart(x.astype(jnp.float32))
     mean = x.mean(axes)
     return mean, jnp.square(x - along_channels(bn, x, mean)).mean(axes)
+
+
+def channel_covariance(bn: BatchNorm, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, " c"]:
+    """Biased covariance per channel of two inputs of a BatchNorm, value by value, in float32."""
+    axes = tuple(a for a in range(x.ndim) if a != bn.channel_axis)
+    x, y = (apart(z.astype(jnp.float32)) for z in (x, y))
+    x, y = (z - z.mean(axes, keepdims=True) for z in (x, y))
+    return (x * y).mean(axes)

@@ -5,6 +5,9 @@ statistics. Adaptive BatchNorm (ABN; He et al., arXiv 2204.04215) measures them 
 adaptation stores what the quantized network shows. *Differential* adaptation measures the float and the quantized
 network on the same images and moves the stored statistics by the difference of means and the ratio of variances, so
 that the error of the images cancels to first order; it equals the absolute form when the images are perfect.
+*Regression* looks at values in place of moments: for each channel the line `a q + b` through the quantized network's
+values q that comes nearest to the float network's at the same places of the same images, which is what minimizes the
+layer's error (as the affine compensation of QwT-v2 does, Tang et al., arXiv 2505.20932), put into the statistics.
 
 Statistics change a per-channel scale and offset only: integer weights stay as they are, inference costs nothing.
 """
@@ -15,10 +18,11 @@ import collections
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dfq_jax.base import batches, check_fields, full_precision
@@ -30,15 +34,67 @@ from dfq_jax.graph import (
     LayerCall,
     apply_quantized,
     as_argument,
+    channel_covariance,
     channel_moments,
     check_images,
     normalize,
     run,
 )
 
-METHODS = ("absolute", "differential")
 ORDERS = ("layer_by_layer", "all_at_once")
-Moments = dict[str, tuple[Float[Array, " c"], Float[Array, " c"]]]
+Statistics = tuple[Float[Array, " c"], Float[Array, " c"]]
+Moments = dict[str, Statistics]
+
+
+class _Settings(NamedTuple):
+    """Numbers as arguments, so that others of them need no other compilation."""
+
+    share: Float[ArrayLike, ""]  # of a batch in all images
+    trust: Float[ArrayLike, ""]  # in what is measured, against what is stored
+    max_ratio: Float[ArrayLike, ""]
+    blend: Float[ArrayLike, ""]
+
+
+# --- methods: new mean and variance of one BatchNorm ---
+
+
+def _absolute(bn: BatchNorm, stored: Statistics, reference: jax.Array, x: jax.Array, settings: _Settings) -> Statistics:
+    del reference
+    mean, var = channel_moments(bn, x)
+    return stored[0] + settings.trust * (mean - stored[0]), stored[1] + settings.trust * (var - stored[1])
+
+
+def _differential(
+    bn: BatchNorm, stored: Statistics, reference: jax.Array, x: jax.Array, settings: _Settings
+) -> Statistics:
+    (wanted_mean, wanted_var), (mean, var) = channel_moments(bn, reference), channel_moments(bn, x)
+    # The epsilon keeps the ratio of two vanishing variances (dead channels) at 1.
+    ratio = jnp.clip((var + bn.epsilon) / (wanted_var + bn.epsilon), 1 / settings.max_ratio, settings.max_ratio)
+    ratio **= settings.trust
+    return stored[0] + settings.trust * (mean - wanted_mean), _scaled(bn, stored[1], ratio)
+
+
+def _regression(
+    bn: BatchNorm, stored: Statistics, reference: jax.Array, x: jax.Array, settings: _Settings
+) -> Statistics:
+    (wanted_mean, wanted_var), (mean, var) = channel_moments(bn, reference), channel_moments(bn, x)
+    # The epsilon is a ridge about slope 1, and keeps that of dead channels there.
+    least_squares = (channel_covariance(bn, reference, x) + bn.epsilon) / (var + bn.epsilon)
+    equal_variances = jnp.sqrt((wanted_var + bn.epsilon) / (var + bn.epsilon))
+    slope = least_squares + settings.blend * (equal_variances - least_squares)
+    largest = jnp.sqrt(settings.max_ratio)
+    slope = jnp.clip(slope, 1 / largest, largest) ** settings.trust
+    # What the quantized network has where the float one, by the line through both means, has the stored mean.
+    place = mean + (stored[0] - wanted_mean) / slope
+    return stored[0] + settings.trust * (place - stored[0]), _scaled(bn, stored[1], 1 / jnp.square(slope))
+
+
+def _scaled(bn: BatchNorm, var: jax.Array, ratio: jax.Array) -> jax.Array:
+    """The variance that makes what the BatchNorm divides by larger by this ratio's root."""
+    return jnp.maximum((var + bn.epsilon) * ratio - bn.epsilon, 0.0)
+
+
+METHODS = {"absolute": _absolute, "differential": _differential, "regression": _regression}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,23 +102,29 @@ class BatchNormConfig:
     """How statistics are adapted.
 
     Attributes:
-      method: "differential" or "absolute".
-      order: "layer_by_layer" measures each BatchNorm on all images together, behind those already adapted;
-        "all_at_once" does so within each batch by itself and averages the batches, in constant memory.
+      method: "differential", "absolute" or "regression".
+      order: "layer_by_layer" measures each BatchNorm on all images together, behind those already adapted (a
+        regression keeps the float network's inputs of all BatchNorms for it); "all_at_once" does so within each batch
+        by itself and averages the batches, in constant memory.
       prior_images: weight of the stored statistics, in images: with n images the change is shrunk by n / (n + prior).
-      max_ratio: the variance changes by at most this factor either way (differential).
+      max_ratio: the variance changes by at most this factor either way (differential, regression).
+      blend: the slope of a regression is this share that which keeps the float network's variance, and for the rest
+        that of least squares. Least squares alone (0) takes all noise for loss, so that channels with much of it fade
+        behind their BatchNorm, and what follows sees less than it was trained on; equal variances (1) keep the noise.
     """
 
     method: str = "differential"
     order: str = "layer_by_layer"
     prior_images: float = 0.0
     max_ratio: float = 4.0
+    blend: float = 0.5
 
     def __post_init__(self) -> None:
-        check_fields(self, METHODS, "method")
+        check_fields(self, tuple(METHODS), "method")
         check_fields(self, ORDERS, "order")
         check_fields(self, "a finite number of at least 0", "prior_images")
         check_fields(self, "a finite number of at least 1", "max_ratio")
+        check_fields(self, "a number from 0 to 1", "blend")
 
 
 @full_precision
@@ -90,7 +152,7 @@ def adapt_batch_norm(
       variables: the float variables.
       qvariables: from `quantize_params`.
       images: `[N, H, W, C]`, preprocessed.
-      config: absolute or differential, and how.
+      config: by which method, and how.
       batch_size: images in one pass, for the order "all_at_once".
       batch_norm: what each BatchNorm computes once its input is measured; `analytic_correction` puts noise there.
 
@@ -103,44 +165,40 @@ def adapt_batch_norm(
     check_images(graph, images)
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
     rule = as_argument(batch_norm)
-    # An argument, so that other shares of the same adaptation need no other compilation.
-    trust = jnp.float32(images.shape[0] / (images.shape[0] + config.prior_images))
-    settings = dataclasses.replace(config, prior_images=0.0)
+    trust = images.shape[0] / (images.shape[0] + config.prior_images)
     parts = []
     for batch in batches(images, size):
-        share = jnp.float32(batch.shape[0] / images.shape[0])
-        parts.append(_adapt(graph, variables, qvariables, batch, settings, trust, share, rule))
+        numbers = (batch.shape[0] / images.shape[0], trust, config.max_ratio, config.blend)
+        settings = _Settings(*map(jnp.float32, numbers))
+        parts.append(_adapt(graph, variables, qvariables, batch, config.method, settings, rule))
     total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
     updates = {path: value.astype(graph.shapes_by_path[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"))
+@functools.partial(jax.jit, static_argnames=("graph", "method"))
 def _adapt(
     graph: Graph,
     variables: Any,
     qvariables: Any,
     images: jax.Array,
-    config: BatchNormConfig,
-    trust: jax.Array,
-    share: jax.Array,
+    method: str,
+    settings: _Settings,
     batch_norm: BatchNormRule,
 ) -> dict[str, jax.Array]:
     """A batch's share of new mean and variance leaves, float32 by path, from one pass of each network."""
-    reference: Moments = {}
+    reference: dict[str, jax.Array] = {}
 
-    def measure(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
-        reference[bn.name] = channel_moments(bn, x)
+    def note(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
+        reference[bn.name] = x
         return batch_norm(bn, x, parameters)
 
-    if config.method == "differential":
-        run(graph, variables, images, batch_norm=measure)
+    run(graph, variables, images, batch_norm=note)  # the compiler drops it where only the quantized network matters
     stored = _stored(graph, variables)
     updates: dict[str, list[Any]] = collections.defaultdict(list)
 
     def adapt(bn: BatchNorm, x: jax.Array, parameters: BatchNormParameters) -> jax.Array:
-        measured = channel_moments(bn, x)
-        mean, var = _adapted(bn, stored[bn.name], reference.get(bn.name, measured), measured, config, trust)
+        mean, var = METHODS[method](bn, stored[bn.name], reference[bn.name], x, settings)
         updates[bn.mean].append(mean)
         updates[bn.var].append(var)
         return batch_norm(bn, x, parameters._replace(mean=mean, var=var))
@@ -148,26 +206,7 @@ def _adapt(
     apply_quantized(graph, qvariables, images, batch_norm=adapt)
     # Statistics that several places of the network share serve all of them alike.
     shapes = graph.shapes_by_path
-    return {path: (share * sum(v) / len(v)).reshape(shapes[path].shape) for path, v in updates.items()}
-
-
-def _adapted(
-    bn: BatchNorm,
-    stored: tuple[jax.Array, jax.Array],
-    reference: tuple[jax.Array, jax.Array],
-    measured: tuple[jax.Array, jax.Array],
-    config: BatchNormConfig,
-    trust: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """New mean and variance of one BatchNorm."""
-    mean, var = stored
-    if config.method == "absolute":
-        return mean + trust * (measured[0] - mean), var + trust * (measured[1] - var)
-    # The epsilon keeps the ratio of two vanishing variances (dead channels) at 1.
-    ratio = (measured[1] + bn.epsilon) / (reference[1] + bn.epsilon)
-    ratio = jnp.clip(ratio, 1 / config.max_ratio, config.max_ratio) ** trust
-    new_var = jnp.maximum((var + bn.epsilon) * ratio - bn.epsilon, 0.0)
-    return mean + trust * (measured[0] - reference[0]), new_var
+    return {path: (settings.share * sum(v) / len(v)).reshape(shapes[path].shape) for path, v in updates.items()}
 
 
 def _stored(graph: Graph, variables: Any) -> Moments:
