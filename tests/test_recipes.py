@@ -815,7 +815,8 @@ def verdict(step):
 def test_step_that_helps_is_kept():
     case, recipe, images = judged()
     result = quantized_on(case, images, recipe, "w3a3")
-    whole, half = result.report.steps
+    whole, half, analytic = result.report.steps
+    assert analytic.startswith("analytic correction of BatchNorms and biases in its place: ")
     assert "kept, held-out divergence" in whole and half.startswith("half of it: ")
     (kept, whole), (kept_half, half) = map(verdict, (whole, half))
     assert whole.shape == half.shape == (2, 2) and kept == "kept" and whole[:, 1].prod() < whole[:, 0].prod()

@@ -42,6 +42,7 @@ from dfq_jax.stages import (
 
 # Fewer held-out images than this decide nothing.
 MIN_HELD_OUT = 8
+ANALYTIC = "analytic correction of BatchNorms and biases"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,8 +172,7 @@ def _adapt(work: Work, candidate: Candidate) -> Candidate:
     """BatchNorm statistics and biases."""
     graph, config = work.graph, work.recipe.batch_norm
     if work.images.analytic and config is not None:
-        corrected = analytic_correction(graph, *candidate.networks, config)
-        return work.judge.consider("analytic correction of BatchNorms and biases", candidate, corrected)
+        return work.judge.consider(ANALYTIC, candidate, analytic_correction(graph, *candidate.networks, config))
     if config is not None and graph.batch_norms:
         candidate = _adapt_statistics(work, candidate, config)
     if work.recipe.bias_correction:
@@ -183,7 +183,7 @@ def _adapt(work: Work, candidate: Candidate) -> Candidate:
 
 
 def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> Candidate:
-    """BatchNorm statistics adapted to the images, in full, or by half where that is better."""
+    """BatchNorm statistics adapted to the images, in full, or by half, or to noise, where that is better."""
 
     def adapted(config: BatchNormConfig) -> Any:
         return adapt_batch_norm(work.graph, *start.networks, work.fitted, config, batch_size=work.recipe.batch_size)
@@ -193,7 +193,9 @@ def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> 
     if not work.judge.has_images:
         return result
     half = dataclasses.replace(config, prior_images=2 * config.prior_images + len(work.fitted))
-    return work.judge.consider("half of it", result, adapted(half))
+    result = work.judge.consider("half of it", result, adapted(half))
+    other = start.moved(analytic_correction(work.graph, *start.networks))
+    return work.judge.choose(f"{ANALYTIC} in its place", result, other)
 
 
 def _finetune(work: Work, candidate: Candidate) -> Candidate:
