@@ -183,7 +183,7 @@ def _adapt(work: Work, candidate: Candidate) -> Candidate:
 
 
 def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> Candidate:
-    """BatchNorm statistics adapted to the images, in full, or by half, or to noise, where that is better."""
+    """BatchNorm statistics adapted to the images, or to noise, in the way that is best by the judges."""
 
     def adapted(config: BatchNormConfig) -> Any:
         return adapt_batch_norm(work.graph, *start.networks, work.fitted, config, batch_size=work.recipe.batch_size)
