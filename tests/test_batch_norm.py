@@ -148,8 +148,8 @@ CONFIGS = [
     BatchNormConfig(),
     BatchNormConfig(prior_images=5.0),
     BatchNormConfig(max_ratio=1.05),
-    BatchNormConfig(method="regression", blend=0.0),
-    BatchNormConfig(method="regression", prior_images=5.0),
+    BatchNormConfig(method="regression"),
+    BatchNormConfig(method="regression", blend=0.5, prior_images=5.0),
     BatchNormConfig(method="regression", blend=1.0),
     BatchNormConfig(method="regression", max_ratio=1.05),
 ]
@@ -259,7 +259,7 @@ def normalized_error(variables, unit):
 
 def test_least_squares_have_the_least_error():
     """No other scale or offset is nearer to the float network; other methods and blends are not."""
-    least = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, BatchNormConfig(method="regression", blend=0.0))
+    least = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, BatchNormConfig(method="regression"))
     error = normalized_error(least, "unit1")
     for config in (*CONFIGS[:3], BatchNormConfig(method="regression", blend=0.5)):
         found = adapt_batch_norm(GRAPH, VARIABLES, quantized(), IMAGES, config)
@@ -284,7 +284,7 @@ def test_equal_variances_are_those_of_the_float_network():
 
 def test_a_channel_that_runs_backwards_fades():
     """Where the quantized values have nothing of the float ones, the slope is the least there may be, and positive."""
-    config = BatchNormConfig(method="regression", blend=0.0)
+    config = BatchNormConfig(method="regression")
     found = adapt_batch_norm(GRAPH, VARIABLES, stretched(-1.0), IMAGES, config)
     (_, old), (_, new) = statistics_of(VARIABLES)["unit2"], statistics_of(found)["unit2"]
     np.testing.assert_allclose((new + EPSILON) / (old + EPSILON), 4.0, rtol=1e-4)

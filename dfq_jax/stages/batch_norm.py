@@ -108,16 +108,16 @@ class BatchNormConfig:
         by itself and averages the batches, in constant memory.
       prior_images: weight of the stored statistics, in images: with n images the change is shrunk by n / (n + prior).
       max_ratio: the variance changes by at most this factor either way (differential, regression).
-      blend: the slope of a regression is this share that which keeps the float network's variance, and for the rest
-        that of least squares. Least squares alone (0) takes all noise for loss, so that channels with much of it fade
-        behind their BatchNorm, and what follows sees less than it was trained on; equal variances (1) keep the noise.
+      blend: the slope of a regression is this share that which keeps the float network's variance, for the rest that
+        of least squares. Least squares (0) takes what is noise in a channel out of it by making the channel smaller;
+        equal variances (1) keep the noise, and the size that what follows was trained on.
     """
 
     method: str = "differential"
     order: str = "layer_by_layer"
     prior_images: float = 0.0
     max_ratio: float = 4.0
-    blend: float = 0.5
+    blend: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, tuple(METHODS), "method")
