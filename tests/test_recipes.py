@@ -44,7 +44,8 @@ from dfq_jax.synthesis import SynthesisConfig, loop
 
 SHAPE = (2, 8, 8, 3)
 SMALL = {"synthesis_steps": 5, "synthesis_num_images": 8, "synthesis_batch_size": 8}
-FAST = RECIPES["fast"].replace(**SMALL)
+# Without what the judges choose between; `test_every_recipe` runs recipes as they are.
+FAST = RECIPES["fast"].replace(**SMALL, equalize=False, range_search=None, at_least_instant=False)
 
 
 class Net(nn.Module):

@@ -154,7 +154,7 @@ def _search(work: Work, candidate: Candidate) -> Candidate:
     if images is None:
         return candidate
     searched, found = search_ranges(graph, *candidate.networks, images, sets, config)
-    return judge.consider(f"other ranges of {len(found.changed)} tensors", candidate, searched)
+    return judge.choose(f"other ranges of {len(found.changed)} tensors", candidate, candidate.moved(searched))
 
 
 def _reconstruct(work: Work, start: Candidate) -> Candidate:
@@ -209,6 +209,8 @@ def _finetune(work: Work, candidate: Candidate) -> Candidate:
 
 def _compare_with_instant(work: Work, result: Candidate) -> Candidate:
     """What needs no images, where it is better."""
+    if not work.graph.batch_norms:
+        return result
     images = work.images._replace(images=work.images.images[:0], analytic=True)
     other = run_steps(
         dataclasses.replace(work, recipe=RECIPES["instant"], images=images), Candidate(variables=work.variables)

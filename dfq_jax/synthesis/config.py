@@ -25,7 +25,8 @@ class SynthesisConfig:
       batch_size: images optimized together; statistics are taken over them.
       source: what is optimized: "pixels"; "fourier", amplitudes of the waves that add up to images (of inputs without
         spatial axes the values themselves); or latents and a small "generator" of each batch (GENIE-D).
-      spectrum_exponent: amplitudes of the source "fourier" fall with frequency to this power; natural images have about 1.
+      spectrum_exponent: amplitudes of the source "fourier" fall with frequency to this power; those of natural
+        images do so to about 1.
       steps: optimizer steps for each batch.
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
       learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1); of the waves, in
