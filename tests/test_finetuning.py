@@ -598,7 +598,7 @@ def test_the_recipe_fine_tunes_from_fast():
 
 
 def test_fine_tuning_needs_images():
-    with pytest.raises(ValueError, match="finetune: learns from images"):
+    with pytest.raises(ValueError, match="finetune: takes images"):
         Recipe(name="none", source="analytic", finetune=FinetuneConfig())
 
 

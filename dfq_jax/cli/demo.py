@@ -107,4 +107,6 @@ def _words(recipe: Recipe) -> tuple[str, str, str, str]:
     if recipe.bias_correction:
         steps.append("bias correction")
     estimator, weights = (RANGE_WORDS.get(name, name) for name in (recipe.estimator, recipe.weight_range))
+    if recipe.range_search is not None:
+        estimator = "search by outputs"
     return images, estimator, weights, ", ".join(steps) or "nothing"

@@ -99,9 +99,9 @@ class Recipe:
                 check_field(name, value, f"a {kind.__name__}", kind.__instancecheck__)
         check_fields(self, "True or False", "equalize", "bias_correction", "at_least_instant")
         check_fields(self, "an integer of at least 1", "batch_size")
-        for name in ("reconstruction", "finetune"):
+        for name in ("range_search", "reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: learns from images, of which the source 'analytic' has none.")
+                raise ValueError(f"{name}: takes images, of which the source 'analytic' has none.")
         check_field(
             "held_out",
             self.held_out,
@@ -153,7 +153,6 @@ RECIPES: dict[str, Recipe] = {
             name="instant",
             source="analytic",
             equalize=True,
-            range_search=RangeSearchConfig(),
             rounding="squant",
             batch_norm=BatchNormConfig(),
             bias_correction=True,

@@ -140,21 +140,18 @@ def _round(work: Work, nearest: Candidate) -> Candidate:
     return work.judge.consider(title, nearest, rounded)
 
 
-def _search(work: Work, candidate: Candidate) -> Candidate:
-    """Ranges by what they do to the outputs: of all tensors, and, where there are images, of one after the other."""
-    graph, config, judge = work.graph, work.recipe.range_search, work.judge
-    if work.convention.activation_bits is None or not (judge.has_images or graph.batch_norms):
-        return candidate
-    images = None if work.images.analytic else work.fitted
-    settings: Any = {"batch_size": work.recipe.batch_size}
-    sets = candidate_ranges(graph, candidate.variables, images, work.convention, config, **settings)
+def _search(work: Work, start: Candidate) -> Candidate:
+    """Ranges by what they do to the outputs: sets for all tensors, then of one tensor after the other."""
+    graph, judge, config = work.graph, work.judge, work.recipe.range_search
+    if not start.ranges or not (judge.has_images or graph.batch_norms):
+        return start
+    settings: Any = (work.fitted, work.convention, config)
+    sets = candidate_ranges(graph, start.variables, *settings, batch_size=work.recipe.batch_size)
+    result = start
     for name, ranges in sets.items():
-        other = candidate.moved(with_ranges(candidate.quantized, ranges))
-        candidate = judge.choose(f"ranges by {name}", candidate, other)
-    if images is None:
-        return candidate
-    searched, found = search_ranges(graph, *candidate.networks, images, sets, config)
-    return judge.choose(f"other ranges of {len(found.changed)} tensors", candidate, candidate.moved(searched))
+        result = judge.choose(f"ranges by {name}", result, start.moved(with_ranges(start.quantized, ranges)))
+    searched, found = search_ranges(graph, *result.networks, work.fitted, sets, config)
+    return judge.choose(f"other ranges of {len(found.changed)} tensors", result, result.moved(searched))
 
 
 def _reconstruct(work: Work, start: Candidate) -> Candidate:
