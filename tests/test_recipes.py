@@ -171,14 +171,15 @@ def test_every_recipe(name):
     assert np.isfinite(q(inputs())).all()
     before, after = CASE.variables, q.variables
     adapted = (after["batch_stats"]["bn_conv2"]["mean"] != before["batch_stats"]["bn_conv2"]["mean"]).any()
-    assert adapted == (RECIPES[name].batch_norm is not None)
+    instead = any("instant in its place: kept" in step for step in q.report.steps)
+    assert adapted == (RECIPES[name].batch_norm is not None or instead)
     corrected = (after["params"]["head"]["bias"] != before["params"]["head"]["bias"]).any()
     # Reconstruction and fine-tuning learn biases; reconstruction keeps those of blocks that gain by it.
     recipe = RECIPES[name]
     (blocks,) = [s for s in q.report.steps if s.startswith("reconstruction")] or ("",)
     learned = recipe.finetune is not None or (recipe.reconstruction is not None and "head" not in blocks)
     assert "blocks kept" in blocks or recipe.reconstruction is None
-    assert corrected == (recipe.bias_correction or learned)
+    assert corrected == (recipe.bias_correction or learned or instead)
 
 
 def test_fast_adapts_statistics_once():
@@ -406,7 +407,7 @@ def test_the_report_says_what_was_done():
     text = str(report)
     for words in (
         "fast", "W4A4, first and last layer 8-bit, per-channel asymmetric weights", "8 synthesized in 5 steps",
-        "differential BatchNorm adaptation, layer by layer", "bias correction", "conv1", "conv2", "head", "agreement",
+        "regression BatchNorm adaptation, layer by layer", "bias correction", "conv1", "conv2", "head", "agreement",
         "output SQNR", "of float32",
     ):  # fmt: skip
         assert words in text, words
@@ -875,11 +876,16 @@ def test_ranges_are_judged():
     np.testing.assert_allclose(found.divergence, known[0], rtol=1e-3)
 
 
+def with_an_outlier(images):
+    """The first image, which is not held out, a thousand times as bright: ranges become as wide."""
+    return jnp.concatenate([1000 * images[:1], images[1:]])
+
+
 def test_no_worse_than_instant():
     case, recipe, images = judged()
     instant = quantized_on(case, None, RECIPES["instant"], "w4a4")
     ruined = recipe.replace(batch_norm=None, estimator="max", at_least_instant=True)
-    result = quantized_on(case, 100 * images, ruined, "w4a4")  # ranges a hundred times too wide
+    result = quantized_on(case, with_an_outlier(images), ruined, "w4a4")
     assert result.report.steps[-1].startswith("the result of the recipe instant in its place: kept")
     jax.tree.map(np.testing.assert_array_equal, result.variables, instant.variables)
 
@@ -887,8 +893,8 @@ def test_no_worse_than_instant():
 def test_a_result_that_falls_apart_is_told():
     case, recipe, images = judged()
     recipe = recipe.replace(batch_norm=None, held_out=0, estimator="max")
-    with pytest.warns(GraphWarning, match="the result has fallen apart: what it computes"):
-        broken = quantized_on(case, 1000 * images, recipe, "w2a2")
+    with pytest.warns(GraphWarning, match="the result has fallen apart: only [0-9]+ % of its images keep the class"):
+        broken = quantized_on(case, with_an_outlier(images), recipe, "w2a2")
     assert broken.report.table().startswith("WARNING") and "fallen apart" in broken.report.warnings[0]
     assert quantized_on(case, images, recipe, "w8a8").report.warnings == ()
 

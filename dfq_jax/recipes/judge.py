@@ -104,6 +104,7 @@ class Judge:
         change = math.prod(max(after, LEAST) / max(before, LEAST) for before, after in pairs) ** (1 / len(pairs))
         taken, verdict = (other, "kept") if change <= self._most else (current, "dropped")
         words = [f"{m} {b:.4g} -> {a:.4g}" for m, (b, a) in zip(self.measures, pairs, strict=True)]
+        taken = dataclasses.replace(taken, decisions=current.decisions)  # what was tried before, whatever came of it
         return taken.noting(f"{name}: {verdict}, {', '.join(words)}")
 
     @property

@@ -120,9 +120,10 @@ def quantize(
     with clock("compare"):
         judge = dataclasses.replace(work.judge, images=found.images)
         compared = (judge.on_noise if found.analytic else judge.on_images)(*result.networks)
-        if found.kind != THESE_IMAGES:
-            compared = dataclasses.replace(compared, agreement=None)  # noise is of no class
-        doubts += _warned(*doubtful_result(compared, found.kind))
+    if found.kind == THESE_IMAGES:
+        doubts += _warned(*doubtful_result(compared))
+    else:
+        compared = dataclasses.replace(compared, agreement=None)  # noise is of no class
     report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds)
     if checkpoint is not None and not keep_checkpoint:
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)

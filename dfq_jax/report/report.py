@@ -170,15 +170,15 @@ def doubtful_structure(graph: Graph) -> tuple[str, ...]:
     return tuple(doubts)
 
 
-def doubtful_result(compared: Comparison, where: str) -> tuple[str, ...]:
-    """What a comparison says against a result, in words: outputs that have little left of the float network's."""
+def doubtful_result(compared: Comparison) -> tuple[str, ...]:
+    """What a comparison on images says against a result, in words: little is left of the float network's outputs."""
     if compared.agreement is not None and compared.agreement < LEAST_AGREEMENT:
-        measured = f"is put in another class than by the float network, for {100 - compared.agreement:.0f} % of {where}"
-    elif compared.sqnr < LEAST_SQNR:
-        measured = f"has an output SQNR of {compared.sqnr:.1f} dB on {where}"
+        measured = f"only {compared.agreement:.0f} % of its images keep the class that the float network puts them in"
+    elif compared.agreement is None and compared.sqnr < LEAST_SQNR:
+        measured = f"the error of its outputs is larger than they are (SQNR {compared.sqnr:.1f} dB)"
     else:
         return ()
-    return (f"the result has fallen apart: what it computes {measured}. Take more bits or a recipe that does more.",)
+    return (f"the result has fallen apart: {measured}. Take more bits, or a recipe that does more.",)
 
 
 def _some(names: list[str], limit: int = 3) -> str:
