@@ -237,7 +237,7 @@ def test_weight_estimator_on_a_network(method, build):
 
 ROWS = [name for name in STEPS if name != "rounding"] + [f"rounding {name}" for name in ROUNDINGS]
 # Their loops run on the host, or so does the judge; all others can be traced.
-ON_THE_HOST = {"equalization", "reconstruction", "fine-tuning"}
+ON_THE_HOST = {"equalization", "range search", "reconstruction", "fine-tuning", "instant"}
 # All steps that a field asks for, with the settings that they have by default, as short as they go.
 ASKED = {step.field: NESTED.get(step.field, lambda: True)() for step in STEPS.values() if step.field}
 RECIPE = Recipe(name="conformance", estimator="max", weight_range="min_max", **ASKED | {"rounding": "nearest"})
@@ -254,7 +254,11 @@ RECIPE = RECIPE.replace(
 def work_on(net: Network, row: str, bits: str) -> Work:
     return Work(
         graph=net.graph,
-        recipe=RECIPE.replace(rounding=row.partition(" ")[2] or "nearest"),
+        variables=net.variables,
+        recipe=RECIPE.replace(
+            rounding=row.removeprefix("rounding ") if row not in STEPS else "nearest",
+            range_search=RECIPE.range_search if row == "range search" else None,
+        ),
         convention=Convention.parse(bits, weight_range="min_max"),
         images=Images(net.images, "noise"),
         keys={name: jax.random.key(i) for i, name in enumerate(STEPS)},
@@ -262,7 +266,7 @@ def work_on(net: Network, row: str, bits: str) -> Work:
 
 
 def step_of(row: str) -> Any:
-    return STEPS[row.partition(" ")[0]].run
+    return STEPS[row if row in STEPS else "rounding"].run
 
 
 def nearest(work: Work, start: Candidate) -> Candidate:
@@ -319,7 +323,7 @@ def test_step_keeps_the_tree(row, build):
 def test_step_gives_the_same_again(row):
     work, start, found = taken(row, model_grid.mlp)
     again = step_of(row)(work, start)
-    assert (again.decisions, again.divergence) == (found.decisions, found.divergence)
+    assert (again.decisions, again.divergences) == (found.decisions, found.divergences)
     for name in ("variables", "ranges", "quantized"):
         assert_equal(getattr(again, name), getattr(found, name))
 
@@ -368,7 +372,9 @@ def test_step_with_nothing_to_do(row):
 @pytest.mark.parametrize("row", FAST_ROWS)
 def test_step_at_eight_bits(row):
     work, _, found = taken(row, model_grid.mlp, "w8a8")
-    assert network(model_grid.mlp).worst_sqnr(nearest(work, found).quantized) > 25
+    # Ranges from BatchNorm parameters are narrower than these images, which do not have the moments of the statistics.
+    least = 20 if row in ("range search", "instant") else 25
+    assert network(model_grid.mlp).worst_sqnr(nearest(work, found).quantized) > least
 
 
 # --- exporters ---
