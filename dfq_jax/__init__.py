@@ -57,7 +57,7 @@ from dfq_jax.stages import (
     squant,
     summarize,
 )
-from dfq_jax.synthesis import Synthesis, SynthesisConfig, SynthesisError, synthesize
+from dfq_jax.synthesis import StatisticErrors, Synthesis, SynthesisConfig, SynthesisError, statistic_errors, synthesize
 
 __version__ = "0.1.0"
 
@@ -80,6 +80,7 @@ __all__ = [
     "Recipe",
     "ReconstructionConfig",
     "Report",
+    "StatisticErrors",
     "Synthesis",
     "SynthesisConfig",
     "SynthesisError",
@@ -110,6 +111,7 @@ __all__ = [
     "run",
     "run_block",
     "squant",
+    "statistic_errors",
     "summarize",
     "synthesize",
     "trace",

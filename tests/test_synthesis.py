@@ -135,7 +135,8 @@ def same_bits(a, b):
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-# What the same loop does with another source of images, and with everything that changes images on the way.
+# What the same loop does with other sources of images, and with everything that changes images on the way.
+FOURIER = {"source": "fourier", "spectrum_exponent": 0.8, "swing": True}
 GENERATOR = {"source": "generator", "learning_rate": 0.1, "schedule": "plateau", "swing": True}
 LARGER = {"extra_pixels": 3, "smoothing": 1.25, "flip": True, "pixel_range": ((-2.0,) * 3, (2.0,) * 3)}
 
@@ -362,9 +363,10 @@ def test_optimizers_and_schedules(name, schedule):
         {},
         {"statistics": "set"},
         {"response_weight": 0.1, "class_weight": 0.1, "flip": True, "jitter": 1, "crop": 1},
+        FOURIER,
         GENERATOR,
     ],
-    ids=["batch", "set", "everything", "generator"],
+    ids=["batch", "set", "everything", "fourier", "generator"],
 )
 def test_chunks_give_the_same_images_and_compile_once(fields):
     results, other_key = {}, jax.random.key(7)
@@ -486,8 +488,9 @@ def test_progress_reports():
 # --- batches side by side ---
 
 
-def test_lanes_change_nothing(finished, cores):
-    config = dataclasses.replace(CONFIG, num_images=12, chunk=6, response_weight=0.1, jitter=1)
+@pytest.mark.parametrize("fields", [{}, FOURIER], ids=["pixels", "fourier"])
+def test_lanes_change_nothing(cores, fields):
+    config = dataclasses.replace(CONFIG, num_images=12, chunk=6, response_weight=0.1, jitter=1, **fields)
     one, reports = make(config), []
     for count in (2, 3):
         cores(count)
@@ -720,6 +723,7 @@ def test_networks_without_statistics_or_classes_are_refused():
         {"low_pass": math.inf}, {"source": "noise"}, {"extra_pixels": -1}, {"smoothing": -1}, {"swing": 1},
         {"class_focus": -1}, {"distance_range": (0.8, 0.1)}, {"pixel_range": ((0.0,), (0.0, 1.0))},
         {"pixel_range": (1.0, -1.0)}, {"generator_learning_rate": 0}, {"b2": 1.0},
+        {"spectrum_exponent": -1},
     ],
     ids=str,
 )  # fmt: skip
@@ -790,8 +794,14 @@ def interrupted(path, config=CONFIG, at=(2, 10), **arguments):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"statistics": "set"}, {"response_weight": 0.1, "patience": 10, "jitter": 1}, GENERATOR | LARGER],
-    ids=["batch", "set", "everything", "generator"],
+    [
+        {},
+        {"statistics": "set"},
+        {"response_weight": 0.1, "patience": 10, "jitter": 1},
+        FOURIER | LARGER,
+        GENERATOR | LARGER,
+    ],
+    ids=["batch", "set", "everything", "fourier", "generator"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, fields):
     config = dataclasses.replace(CONFIG, num_images=12, **fields)

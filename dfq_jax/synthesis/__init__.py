@@ -1,24 +1,28 @@
 """Images from the network itself.
 
-What is asked of them (`objective`), where they come from (`source`: their pixels, or a `generator`), how they change
-from step to step (`augment`), one step of the optimizer (`step`), the loop around it (`loop`), and a second pass for
-one quantized network (`refine`).
+What is asked of them (`objective`), where they come from (`source`: their pixels, their waves (`fourier`), or a
+`generator`), how they change from step to step (`augment`), one step of the optimizer (`step`), the loop around it
+(`loop`), a second pass for one quantized network (`refine`), and how far any images are from the network's statistics
+(`statistics`).
 """
 
 from dfq_jax.synthesis.config import DGH, GENIE, SynthesisConfig
 from dfq_jax.synthesis.loop import Synthesis, SynthesisError, synthesize
 from dfq_jax.synthesis.refine import RefineConfig, refine
+from dfq_jax.synthesis.statistics import StatisticErrors, statistic_errors
 from dfq_jax.synthesis.step import advance_batch, init_batch
 
 __all__ = [
     "DGH",
     "GENIE",
     "RefineConfig",
+    "StatisticErrors",
     "Synthesis",
     "SynthesisConfig",
     "SynthesisError",
     "advance_batch",
     "init_batch",
     "refine",
+    "statistic_errors",
     "synthesize",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from dfq_jax.base import check_field, check_fields, check_precision, is_non_negative
 
-SOURCES = ("pixels", "generator")
+SOURCES = ("pixels", "fourier", "generator")
 STATISTICS = ("batch", "image", "set")
 OPTIMIZERS = ("adam", "radam", "sgd")
 SCHEDULES = ("cosine", "constant", "exponential", "plateau")
@@ -22,10 +22,13 @@ class SynthesisConfig:
     Attributes:
       num_images: images in all.
       batch_size: images optimized together; statistics are taken over them.
-      source: what is optimized: "pixels", or latents and a small "generator" of each batch (GENIE-D).
+      source: what is optimized: "pixels"; "fourier", amplitudes of the waves that add up to images (of inputs without
+        spatial axes the values themselves); or latents and a small "generator" of each batch (GENIE-D).
+      spectrum_exponent: amplitudes of the source "fourier" fall with frequency to this power; 1 as in natural images.
       steps: optimizer steps for each batch.
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
-      learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1), or of the latents.
+      learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1); of the waves, in
+        units of their amplitudes at the start; or of the latents.
       b2: decay of the second moment in Adam and RAdam, a step.
       schedule: of the learning rate: "cosine" to zero, "constant", "exponential" (to 5 %), or "plateau" (a tenth
         whenever the loss has not improved for 100 steps, down to 1e-4).
@@ -71,6 +74,7 @@ class SynthesisConfig:
     num_images: int = 128
     batch_size: int = 64
     source: str = "pixels"
+    spectrum_exponent: float = 1.0
     steps: int = 150
     optimizer: str = "adam"
     learning_rate: float = 0.2
@@ -108,7 +112,7 @@ class SynthesisConfig:
         check_fields(self, "an integer of at least 1", "num_images", "batch_size", "steps")
         check_fields(self, "an integer of at least 0", "extra_pixels", "jitter", "crop", "patience", "chunk")
         weights = (name for name in vars(self) if name.endswith("_weight"))
-        others = ("class_focus", "smoothing", "low_pass", "min_improvement")
+        others = ("spectrum_exponent", "class_focus", "smoothing", "low_pass", "min_improvement")
         check_fields(self, "a finite number of at least 0", *weights, *others)
         check_fields(self, "a positive number", "learning_rate", "generator_learning_rate")
         check_fields(self, "a number above 0 and below 1", "b2")

@@ -23,6 +23,7 @@ from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.objective import OffsetMoments, Targets
 from dfq_jax.synthesis.source import image_optimizer
+from dfq_jax.synthesis.statistics import StatisticErrors, relative_errors
 from dfq_jax.synthesis.step import advance_batch, batch_images, init_batch, response_targets
 
 # Optimizer steps in one compiled call. On accelerators dispatch is the cost of a call; on CPU it is memory, which each
@@ -43,6 +44,7 @@ class Synthesis:
         where classes play no part.
       losses: final loss of each batch.
       layer_losses: BatchNorm term of each layer, averaged over batches.
+      statistic_errors: of each BatchNorm, over all images as the last step saw them; see `statistic_errors`.
       completed: false if interrupted; images are then those finished so far and unfinished batches as they are.
       seconds: wall time, compilation included.
     """
@@ -51,6 +53,7 @@ class Synthesis:
     labels: Int[Array, " n"]
     losses: tuple[float, ...]
     layer_losses: dict[str, float]
+    statistic_errors: dict[str, StatisticErrors]
     completed: bool
     seconds: float
 
@@ -189,7 +192,7 @@ class _ImageLoop(Loop):
         layer_losses = np.asarray(losses.layer_losses)
         bad = [bn.name for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True) if not np.isfinite(v)]
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.parameters)):
-            what = "images themselves" if self.config.source == "pixels" else "generator or its latents"
+            what = "generator or its latents" if self.config.source == "generator" else "images themselves"
             where = f"in the {what}, by an update too large"
         elif bad:
             where = f"first at BatchNorm {bad[0]!r}"
@@ -212,11 +215,15 @@ class _ImageLoop(Loop):
         else:
             labels = np.zeros(len(images), np.int32)
         layer_losses = np.mean([np.asarray(e.layer_losses) for e in losses], axis=0)
+        # Of each batch, or of each image.
+        moments = jax.tree.map(lambda *m: np.stack(m).reshape(-1, m[0].shape[-1]).mean(0), *(e.moments for e in losses))
+        errors = relative_errors(self.graph, self.variables, moments)
         return Synthesis(
             images=jnp.asarray(images),
             labels=jnp.asarray(labels),
             losses=tuple(float(e.loss) for e in losses),
             layer_losses={bn.name: float(v) for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True)},
+            statistic_errors=jax.tree.map(float, errors),
             completed=completed,
             seconds=time.perf_counter() - self.started,
         )

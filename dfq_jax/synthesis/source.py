@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dfq_jax.synthesis.config import SynthesisConfig
+from dfq_jax.synthesis.fourier import init_coefficients, sum_of_waves
 from dfq_jax.synthesis.generator import generate, init_generator
 
 # ReduceLROnPlateau as GENIE uses it: a tenth after so many steps without progress, down to this learning rate.
@@ -36,6 +37,9 @@ def make_source(config: SynthesisConfig, input_shape: tuple[int, ...]) -> Source
     shape = (config.batch_size, *(size + config.extra_pixels for size in spatial), channels)
     if config.source == "generator":
         return Source(functools.partial(init_generator, shape=shape), functools.partial(generate, shape=shape))
+    if config.source == "fourier" and spatial:
+        images = functools.partial(sum_of_waves, shape=shape, exponent=config.spectrum_exponent)
+        return Source(functools.partial(init_coefficients, shape=shape), images)
     return Source(lambda key: jax.random.normal(key, shape, jnp.float32), lambda images: images)
 
 
@@ -60,7 +64,7 @@ def image_optimizer(config: SynthesisConfig) -> optax.GradientTransformation:
         lowest = min(PLATEAU_LOWEST / rate, 1.0)
         plateau = optax.contrib.reduce_on_plateau(PLATEAU_FACTOR, PLATEAU_PATIENCE, min_scale=lowest)
         optimizer = optax.chain(optimizer, plateau)
-    if config.source == "pixels":
+    if config.source != "generator":
         return optimizer
     weights = make(optax.exponential_decay(config.generator_learning_rate, 100, 0.95, staircase=True))
     return optax.partition({"latent": optimizer, "generator": weights}, {"latent": "latent", "generator": "generator"})
