@@ -154,7 +154,9 @@ def expected_loss(config, variables, x, labels, level=-np.inf):
         stored_mean, stored_std = (np.asarray(variables[name][k], np.float64) for k in ("mean", "var"))
         mean_term = np.square(tensor.mean(axes) - stored_mean)
         std_term = np.square(tensor.std(axes) - np.sqrt(stored_std))
-        layers.append((config.mean_weight * mean_term + config.std_weight * std_term).mean())
+        unit = {"none": 1, "layer": stored_std.mean(), "channel": np.maximum(stored_std, 0.1 * stored_std.mean())}
+        terms = config.mean_weight * mean_term + config.std_weight * std_term
+        layers.append((terms / unit[config.normalization]).mean())
     weights = {"uniform": [1, 1], "first": [10, 1], "deep": [0.2, 1], "shallow": [1, 0.2]}[config.layer_weighting]
     loss = np.dot(layers, weights)
     loss += config.input_weight * (np.square(x.mean((1, 2))) + np.square(x.std((1, 2)) - 1)).sum(-1).mean()
@@ -176,6 +178,8 @@ LOSSES = {
     "weights": {"mean_weight": 0.3, "std_weight": 2.0, "input_weight": 0.5, "layer_weighting": "first"},
     "classes": {"class_weight": 0.7, "total_variation_weight": 3.0, "layer_weighting": "shallow"},
     "response": {"response_weight": 0.2, "input_weight": 0.0},
+    "layers alike": {"normalization": "layer"},
+    "channels alike": {"normalization": "channel", "statistics": "image"},
 }
 
 
@@ -723,7 +727,7 @@ def test_networks_without_statistics_or_classes_are_refused():
         {"low_pass": math.inf}, {"source": "noise"}, {"extra_pixels": -1}, {"smoothing": -1}, {"swing": 1},
         {"class_focus": -1}, {"distance_range": (0.8, 0.1)}, {"pixel_range": ((0.0,), (0.0, 1.0))},
         {"pixel_range": (1.0, -1.0)}, {"generator_learning_rate": 0}, {"b2": 1.0},
-        {"spectrum_exponent": -1},
+        {"spectrum_exponent": -1}, {"normalization": "batch"},
     ],
     ids=str,
 )  # fmt: skip

@@ -12,6 +12,7 @@ SOURCES = ("pixels", "fourier", "generator")
 STATISTICS = ("batch", "image", "set")
 OPTIMIZERS = ("adam", "radam", "sgd")
 SCHEDULES = ("cosine", "constant", "exponential", "plateau")
+NORMALIZATIONS = ("none", "layer", "channel")
 WEIGHTINGS = ("uniform", "first", "deep", "shallow")
 
 
@@ -36,6 +37,8 @@ class SynthesisConfig:
       statistics: what is matched: "batch" statistics, those of each "image" (ZeroQ), or of the whole "set" (DGH),
         whose batches take turns after each chunk.
       mean_weight, std_weight: of the two BatchNorm terms.
+      normalization: of the squared errors in the BatchNorm terms: "none"; by the average of the "layer"'s stored
+        variances; or by each "channel"'s own, of at least a tenth of that average.
       layer_weighting: "uniform"; "first" (first BatchNorm tenfold); "deep" or "shallow" (from 0.2 to 1 with depth, or
         the reverse).
       input_weight: of the term that keeps each image at mean 0 and standard deviation 1.
@@ -84,6 +87,7 @@ class SynthesisConfig:
     statistics: str = "batch"
     mean_weight: float = 1.0
     std_weight: float = 1.0
+    normalization: str = "none"
     layer_weighting: str = "uniform"
     input_weight: float = 0.1
     class_weight: float = 0.0
@@ -127,6 +131,7 @@ class SynthesisConfig:
         check_fields(self, OPTIMIZERS, "optimizer")
         check_fields(self, SCHEDULES, "schedule")
         check_fields(self, STATISTICS, "statistics")
+        check_fields(self, NORMALIZATIONS, "normalization")
         check_fields(self, WEIGHTINGS, "layer_weighting")
 
     @property

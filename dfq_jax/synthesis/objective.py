@@ -33,6 +33,8 @@ STD_EPSILON = 1e-6
 # The same for the length of a vector (squared), and for a probability near 1.
 NORM_EPSILON = 1e-12
 PROBABILITY_EPSILON = 1e-6
+# The least variance that errors of a channel are divided by, as a share of its layer's average.
+LEAST_VARIANCE = 0.1
 
 
 class OffsetMoments(NamedTuple):
@@ -131,7 +133,7 @@ def observe(
         var = jnp.maximum(total.second - jnp.square(total.first), 0.0)
         std_error = jnp.sqrt(var + STD_EPSILON) - jnp.sqrt(parameters.var + STD_EPSILON)
         terms = config.mean_weight * jnp.square(mean_error) + config.std_weight * jnp.square(std_error)
-        losses[bn.name] = terms.sum(-1).mean() / bn.channels
+        losses[bn.name] = (terms * error_scale(config, parameters.var)).sum(-1).mean() / bn.channels
         return normalize(bn, x, parameters)
 
     rule = swing(key) if config.swing and key is not None else loop_friendly
@@ -139,6 +141,15 @@ def observe(
     outputs = run(graph, variables, images, layer=lambda call: features(call, rule(call)), batch_norm=match)
     layer_losses = jnp.stack([losses[bn.name] for bn in graph.batch_norms])
     return Observation(layer_losses, moments, features.value, graph.logits(outputs).astype(jnp.float32))
+
+
+def error_scale(config: SynthesisConfig, var: Float[Array, " c"]) -> Float[Array, " c"] | float:
+    """What the squared errors of a BatchNorm's channels are multiplied by."""
+    if config.normalization == "none":
+        return 1.0
+    average = var.mean()
+    unit = average if config.normalization == "layer" else jnp.maximum(var, LEAST_VARIANCE * average)
+    return 1 / (unit + STD_EPSILON)
 
 
 class FeatureReader:
