@@ -6,8 +6,8 @@
 Chosen by the synthetic loss and the errors of BatchNorm statistics alone: no image of a data set and no accuracy is
 looked at. Each network is a name of the zoo, with a file of weights behind "=" where the zoo has none itself. A setting
 is fields of `SynthesisConfig`, the empty one the defaults. Each row is a network and a setting: over keys the mean and
-spread of the final loss, the errors of means and of standard deviations (`statistic_errors`: median over layers, and the
-worst), and the seconds of the last key, for which earlier ones have compiled. `--data` adds what real images show.
+spread of the final loss, the errors of means and deviations (`statistic_errors`: the layers' median, and the worst),
+and the seconds of the last key, for which earlier ones have compiled. `--data` adds what real images show.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ sum_of_waves = jax.jit(fourier.sum_of_waves, static_argnums=(1, 2))
 
 def reference(coefficients, shape, exponent):
     """The images, summed wave by wave, up to one factor for all."""
-    real, imaginary = np.asarray(coefficients, np.float64)
+    real, imaginary = np.moveaxis(np.asarray(coefficients, np.float64), 1, 0)
     spatial, found = shape[1:-1], 0.0
     places = np.meshgrid(*map(np.arange, spatial), indexing="ij")
     for wave in np.ndindex(real.shape[2:]):
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_real_numbers():
     gradient = np.asarray(jax.jit(jax.grad(loss))(coefficients), np.float64)
     for part in range(2):
         step = np.zeros_like(gradient)
-        step[part] = 0.05 * gradient[part] / np.linalg.norm(gradient[part])
+        step[:, part] = 0.05 * gradient[:, part] / np.linalg.norm(gradient[:, part])
         change = loss(coefficients + step) - loss(coefficients - step)
         np.testing.assert_allclose(change, 2 * (step * gradient).sum(), rtol=0.02)
 

@@ -15,20 +15,20 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 
-def init_coefficients(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "2 n c *h"]:
+def init_coefficients(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "n 2 c *h"]:
     """Standard Gaussian real and imaginary parts for images of `shape` `[N, *spatial, C]`; the key is consumed."""
     count, *spatial, channels = shape
-    return jax.random.normal(key, (2, count, channels, *spatial[:-1], spatial[-1] // 2 + 1), jnp.float32)
+    return jax.random.normal(key, (count, 2, channels, *spatial[:-1], spatial[-1] // 2 + 1), jnp.float32)
 
 
 def sum_of_waves(
-    coefficients: Float[Array, "2 n c *h"], shape: tuple[int, ...], exponent: float
+    coefficients: Float[Array, "n 2 c *h"], shape: tuple[int, ...], exponent: float
 ) -> Float[Array, "n *s c"]:
     """The images of `init_coefficients`'s array, at first of mean 0 and standard deviation 1 over many of them."""
     spatial = shape[1:-1]
-    real, imaginary = coefficients * jnp.asarray(amplitudes(spatial, exponent), jnp.float32)
-    axes = tuple(range(2, real.ndim))
-    images = jnp.fft.irfftn(lax.complex(real, imaginary), spatial, axes, norm="forward")
+    parts = coefficients * jnp.asarray(amplitudes(spatial, exponent), jnp.float32)
+    waves = lax.complex(parts[:, 0], parts[:, 1])
+    images = jnp.fft.irfftn(waves, spatial, tuple(range(2, waves.ndim)), norm="forward")
     return jnp.moveaxis(images, 1, -1)
 
 
