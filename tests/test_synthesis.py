@@ -40,6 +40,7 @@ SHAPE = (4, 12, 12, 3)
 CONFIG = SynthesisConfig(
     num_images=8,
     batch_size=4,
+    source="pixels",
     steps=20,
     optimizer="adam",
     learning_rate=0.1,

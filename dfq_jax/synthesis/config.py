@@ -25,7 +25,8 @@ class SynthesisConfig:
       batch_size: images optimized together; statistics are taken over them.
       source: what is optimized: "pixels"; "fourier", amplitudes of the waves that add up to images (of inputs without
         spatial axes the values themselves); or latents and a small "generator" of each batch (GENIE-D).
-      spectrum_exponent: amplitudes of the source "fourier" fall with frequency to this power; 1 as in natural images.
+      spectrum_exponent: amplitudes of the source "fourier" fall with frequency to this power (in natural images about
+        1).
       steps: optimizer steps for each batch.
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
       learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1); of the waves, in
@@ -77,7 +78,7 @@ class SynthesisConfig:
     num_images: int = 128
     batch_size: int = 64
     source: str = "pixels"
-    spectrum_exponent: float = 1.0
+    spectrum_exponent: float = 1.5
     steps: int = 150
     optimizer: str = "adam"
     learning_rate: float = 0.2
@@ -188,6 +189,7 @@ GENIE = SynthesisConfig(
 DGH = SynthesisConfig(
     num_images=1024,
     batch_size=32,
+    source="pixels",
     steps=500,
     learning_rate=0.3,
     b2=0.999,
