@@ -77,11 +77,11 @@ class SynthesisConfig:
 
     num_images: int = 128
     batch_size: int = 64
-    source: str = "pixels"
+    source: str = "pyramid"
     spectrum_exponent: float = 1.5
-    steps: int = 150
+    steps: int = 60
     optimizer: str = "adam"
-    learning_rate: float = 0.2
+    learning_rate: float = 0.3
     b2: float = 0.9
     schedule: str = "cosine"
     generator_learning_rate: float = 0.01
