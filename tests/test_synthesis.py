@@ -137,6 +137,7 @@ def same_bits(a, b):
 
 
 # What the same loop does with other sources of images, and with everything that changes images on the way.
+PYRAMID = {"source": "pyramid", "learning_rate": 0.2}
 FOURIER = {"source": "fourier", "spectrum_exponent": 0.8, "swing": True}
 GENERATOR = {"source": "generator", "learning_rate": 0.1, "schedule": "plateau", "swing": True}
 LARGER = {"extra_pixels": 3, "smoothing": 1.25, "flip": True, "pixel_range": ((-2.0,) * 3, (2.0,) * 3)}
@@ -368,10 +369,11 @@ def test_optimizers_and_schedules(name, schedule):
         {},
         {"statistics": "set"},
         {"response_weight": 0.1, "class_weight": 0.1, "flip": True, "jitter": 1, "crop": 1},
+        PYRAMID,
         FOURIER,
         GENERATOR,
     ],
-    ids=["batch", "set", "everything", "fourier", "generator"],
+    ids=["batch", "set", "everything", "pyramid", "fourier", "generator"],
 )
 def test_chunks_give_the_same_images_and_compile_once(fields):
     results, other_key = {}, jax.random.key(7)
@@ -493,7 +495,7 @@ def test_progress_reports():
 # --- batches side by side ---
 
 
-@pytest.mark.parametrize("fields", [{}, FOURIER], ids=["pixels", "fourier"])
+@pytest.mark.parametrize("fields", [{}, PYRAMID, FOURIER], ids=["pixels", "pyramid", "fourier"])
 def test_lanes_change_nothing(cores, fields):
     config = dataclasses.replace(CONFIG, num_images=12, chunk=6, response_weight=0.1, jitter=1, **fields)
     one, reports = make(config), []
@@ -803,10 +805,11 @@ def interrupted(path, config=CONFIG, at=(2, 10), **arguments):
         {},
         {"statistics": "set"},
         {"response_weight": 0.1, "patience": 10, "jitter": 1},
+        PYRAMID | LARGER,
         FOURIER | LARGER,
         GENERATOR | LARGER,
     ],
-    ids=["batch", "set", "everything", "fourier", "generator"],
+    ids=["batch", "set", "everything", "pyramid", "fourier", "generator"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, fields):
     config = dataclasses.replace(CONFIG, num_images=12, **fields)

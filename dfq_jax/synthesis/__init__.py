@@ -1,6 +1,6 @@
 """Images from the network itself.
 
-What is asked of them (`objective`), where they come from (`source`: their pixels, their waves (`fourier`), or a
+What is asked of them (`objective`), where they come from (`source`: their pixels, a `pyramid`, waves (`fourier`) or a
 `generator`), how they change from step to step (`augment`), one step of the optimizer (`step`), the loop around it
 (`loop`), a second pass for one quantized network (`refine`), and how far any images are from the network's statistics
 (`statistics`).

@@ -8,7 +8,7 @@ from typing import Any
 
 from dfq_jax.base import check_field, check_fields, check_precision, is_non_negative
 
-SOURCES = ("pixels", "fourier", "generator")
+SOURCES = ("pixels", "pyramid", "fourier", "generator")
 STATISTICS = ("batch", "image", "set")
 OPTIMIZERS = ("adam", "radam", "sgd")
 SCHEDULES = ("cosine", "constant", "exponential", "plateau")
@@ -23,14 +23,14 @@ class SynthesisConfig:
     Attributes:
       num_images: images in all.
       batch_size: images optimized together; statistics are taken over them.
-      source: what is optimized: "pixels"; "fourier", amplitudes of the waves that add up to images (of inputs without
-        spatial axes the values themselves); or latents and a small "generator" of each batch (GENIE-D).
-      spectrum_exponent: amplitudes of the source "fourier" fall with frequency to this power; those of natural
-        images do so to about 1.
+      source: what is optimized: "pixels"; "pyramid", values at every resolution, or "fourier", amplitudes of waves,
+        which add up to images (both "pixels" for inputs without spatial axes); or latents and a small "generator" of
+        each batch (GENIE-D).
+      spectrum_exponent: amplitudes of pyramid and waves fall with frequency to this power (in natural images about 1).
       steps: optimizer steps for each batch.
       optimizer: "adam", "radam" or "sgd" (momentum 0.9); `synthesize` also takes any optax transformation instead.
-      learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1); of the waves, in
-        units of their amplitudes at the start; or of the latents.
+      learning_rate: of the pixels, in units of the preprocessed image (standard deviation about 1); of levels and
+        waves, in units of their deviation at the start; or of the latents.
       b2: decay of the second moment in Adam and RAdam, a step.
       schedule: of the learning rate: "cosine" to zero, "constant", "exponential" (to 5 %), or "plateau" (a tenth
         whenever the loss has not improved for 100 steps, down to 1e-4).
@@ -77,7 +77,7 @@ class SynthesisConfig:
 
     num_images: int = 128
     batch_size: int = 64
-    source: str = "fourier"
+    source: str = "pyramid"
     spectrum_exponent: float = 1.5
     steps: int = 60
     optimizer: str = "adam"

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.fourier import init_coefficients, sum_of_waves
 from dfq_jax.synthesis.generator import generate, init_generator
+from dfq_jax.synthesis.pyramid import init_levels, sum_of_levels
 
 # ReduceLROnPlateau as GENIE uses it: a tenth after so many steps without progress, down to this learning rate.
 PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_LOWEST = 100, 0.1, 1e-4
@@ -40,6 +41,11 @@ def make_source(config: SynthesisConfig, input_shape: tuple[int, ...]) -> Source
     if config.source == "fourier" and spatial:
         images = functools.partial(sum_of_waves, shape=shape, exponent=config.spectrum_exponent)
         return Source(functools.partial(init_coefficients, shape=shape), images)
+    if config.source == "pyramid" and spatial:
+        return Source(
+            functools.partial(init_levels, shape=shape),
+            functools.partial(sum_of_levels, exponent=config.spectrum_exponent),
+        )
     return Source(lambda key: jax.random.normal(key, shape, jnp.float32), lambda images: images)
 
 

@@ -34,8 +34,8 @@ def statistic_errors(
 ) -> dict[str, StatisticErrors]:
     """Measure how far images are from the network's BatchNorm statistics, layer by layer.
 
-    Images like those that the network was trained on have small errors in all layers: 500 photographs 0.01 to 0.2.
-    Where an error is near 1 or above, what a layer computes on the images tells little of what it computes in use.
+    Images like those that the network was trained on have small errors in all layers, the smaller the more images
+    there are. Where an error is near 1 or above, what a layer computes on them tells little of what it computes in use.
     Channels count as their deviations do, so that those without any, which no image need match, do not hide the others.
 
     >>> errors = statistic_errors(graph, variables, images)["bn1"]
