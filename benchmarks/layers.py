@@ -75,9 +75,10 @@ def main() -> None:
     print("\nalone  | without | part    | kind       | range             | layer")
     for place in sorted(bench.places, key=lambda p: -alone[p]):
         name, part = place
-        lo, hi = bench.ranges[bench.graph.layer(name).tensor] if part == "input" else (np.nan, np.nan)
+        lo_hi = bench.ranges[bench.graph.layer(name).tensor] if part == "input" else ()
+        limits = " ".join(f"{float(limit):8.3f}" for limit in lo_hi)
         row = f"{alone[place]:6.4f} | {saved[place]:7.4f} | {part.ljust(7)} | {bench.kinds[name].ljust(10)}"
-        print(f"{row} | {float(lo):8.3f} {float(hi):8.3f} | {name}")
+        print(f"{row} | {limits.ljust(17)} | {name}")
 
 
 class Bench(Network):
