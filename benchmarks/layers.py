@@ -5,8 +5,9 @@
 Prints the divergence from the float network, by default on noise of the moments that BatchNorms promise, for the
 quantizers of the nearest codes and of ranges from these moments: of each weight and each input "alone" (everything else
 in float), and how much it falls ("without") when it alone is in float; then both for all of a kind, and the sums of the
-divergences alone. What errors do together shows in the difference. `--data` serves to find the network's float
-predictions, `--real` to measure on some of these images in place of noise: to see whether noise misleads.
+divergences alone. What errors do together shows in the difference. Each BatchNorm is adapted by least squares first,
+since what that mends is no loss; `--raw` leaves them. With `--real` it is measured on some of the images of `--data`
+in place of noise, to see whether noise misleads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ import numpy as np
 from network import EDGES, Network, add_arguments
 
 from dfq_jax import Convention, Graph, analytic_summaries, quantize_params
-from dfq_jax.graph import Layer, LayerCall, normalize, run
+from dfq_jax.graph import (
+    BatchNorm,
+    Layer,
+    LayerCall,
+    along_channels,
+    channel_covariance,
+    channel_moments,
+    normalize,
+    run,
+)
 from dfq_jax.quantizers import fake_quant, quantization
 from dfq_jax.stages import equalize
 from dfq_jax.stages.analytic import _noise
@@ -41,6 +51,7 @@ def main() -> None:
     parser.add_argument("--edges", default="brecq", choices=EDGES, help="first and last layer")
     parser.add_argument("--estimator", default="lp", choices=sorted(ESTIMATORS))
     parser.add_argument("--equalize", action="store_true", help="weight ranges first")
+    parser.add_argument("--raw", action="store_true", help="leave BatchNorms as they are")
     parser.add_argument("--samples", type=int, default=16, help="of noise")
     parser.add_argument("--images", type=Path, help="preprocessed images in place of noise, a .npy file")
     parser.add_argument("--real", type=int, default=0, help="so many images of --data in place of noise")
@@ -64,9 +75,10 @@ def main() -> None:
     print("\nalone  | without | part    | kind       | range             | layer")
     for place in sorted(bench.places, key=lambda p: -alone[p]):
         name, part = place
-        lo, hi = bench.ranges[bench.graph.layer(name).tensor] if part == "input" else (np.nan, np.nan)
+        lo_hi = bench.ranges[bench.graph.layer(name).tensor] if part == "input" else ()
+        limits = " ".join(f"{float(limit):8.3f}" for limit in lo_hi)
         row = f"{alone[place]:6.4f} | {saved[place]:7.4f} | {part.ljust(7)} | {bench.kinds[name].ljust(10)}"
-        print(f"{row} | {float(lo):8.3f} {float(hi):8.3f} | {name}")
+        print(f"{row} | {limits.ljust(17)} | {name}")
 
 
 class Bench(Network):
@@ -94,7 +106,9 @@ class Bench(Network):
         self.reference, seen = jax.block_until_ready(_reference(graph, variables, self.x, rule))
         self.places = [(layer.name, part) for layer in graph.layers for part in PARTS]
         self.kinds = {layer.name: kind_of(graph, layer) for layer in graph.layers}
-        self.outputs = functools.partial(_switched, graph, variables, kernels, quantizers, seen, rule, self.x)
+        self.outputs = functools.partial(
+            _switched, graph, not arguments.raw, variables, kernels, quantizers, seen, rule, self.x
+        )
 
     def divergence(self, quantized: Iterable[tuple[str, str]]) -> float:
         """Of the network in which these weights and inputs alone are quantized."""
@@ -116,19 +130,20 @@ def kind_of(graph: Graph, layer: Layer) -> str:
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _reference(graph: Graph, variables: Any, x: jax.Array, noise: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Outputs of the float network, and what its BatchNorms would give behind noise."""
+    """Outputs of the float network, and what its BatchNorms give where no noise takes their place."""
     seen: dict[str, jax.Array] = {}
 
-    def rule(bn: Any, x: jax.Array, parameters: Any) -> jax.Array:
+    def rule(bn: BatchNorm, x: jax.Array, parameters: Any) -> jax.Array:
         seen[bn.name] = normalize(bn, x, parameters)
-        return noise(bn, x, parameters)
+        return seen[bn.name] if noise is None else noise(bn, x, parameters)
 
-    return run(graph, variables, x, batch_norm=None if noise is None else rule), seen
+    return run(graph, variables, x, batch_norm=rule), seen
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _switched(
     graph: Graph,
+    adapted: bool,
     variables: Any,
     kernels: dict[str, jax.Array],
     quantizers: Any,
@@ -146,10 +161,16 @@ def _switched(
         kernel = jnp.where(switches[name, "weights"], kernels[name], call.kernel)
         return dataclasses.replace(call, kernel=kernel).default()
 
-    def with_error(bn: Any, x: jax.Array, parameters: Any) -> jax.Array:
-        return noise(bn, x, parameters) + normalize(bn, x, parameters) - seen[bn.name]
+    def rule(bn: BatchNorm, x: jax.Array, parameters: Any) -> jax.Array:
+        found, wanted = normalize(bn, x, parameters), seen[bn.name]
+        if adapted:  # to the line that comes nearest, as a regression puts it into the statistics
+            (mean, var), (wanted_mean, _) = channel_moments(bn, found), channel_moments(bn, wanted)
+            slope = (channel_covariance(bn, found, wanted) + 1e-6) / (var + 1e-6)
+            mean, wanted_mean, slope = (along_channels(bn, x, vector) for vector in (mean, wanted_mean, slope))
+            found = slope * (found - mean) + wanted_mean
+        return found if noise is None else noise(bn, x, parameters) + found - wanted
 
-    return run(graph, variables, x, layer=layer, batch_norm=None if noise is None else with_error)
+    return run(graph, variables, x, layer=layer, batch_norm=rule)
 
 
 if __name__ == "__main__":
