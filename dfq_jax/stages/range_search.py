@@ -34,12 +34,14 @@ class RangeSearchConfig:
       estimators: of the sets of ranges to try, names in `ESTIMATORS`; see `candidate_ranges`.
       factors: narrower and wider ranges of each tensor to try, as factors on the one it has.
       least_gain: share of the divergence that another range of one tensor has to take away; less is noise.
+      max_images: the first of the images, at most so many, are looked at: time is in proportion.
       batch_size: images in one pass; as many passes at once as a CPU has cores.
     """
 
     estimators: tuple[str, ...] = ("lp", "mse", "l1.5")
     factors: tuple[float, ...] = (0.8, 1.25)
     least_gain: float = 0.005
+    max_images: int = 32
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class RangeSearchConfig:
         check_field("estimators", self.estimators, f"some of {known}", lambda v: v and all(e in known for e in v))
         check_field("factors", self.factors, "positive numbers", lambda v: all(0 < f < float("inf") for f in v))
         check_field("least_gain", self.least_gain, "a share of at least 0 and below 1", lambda v: 0 <= v < 1)
-        check_fields(self, "an integer of at least 1", "batch_size")
+        check_fields(self, "an integer of at least 1", "max_images", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,7 +149,7 @@ class _Search:
 
     def __init__(self, graph: Graph, variables: Any, images: Any, config: RangeSearchConfig):
         self.graph, self.config = graph, config
-        self.inputs = list(batches(jnp.asarray(images), config.batch_size))
+        self.inputs = list(batches(jnp.asarray(images[: config.max_images]), config.batch_size))
         self.blocks = [subnetwork(graph, block, len(self.inputs[0])) for block in graph.blocks]
         self.reference = [self.outputs(variables, 0, x) for x in self.inputs]
 
