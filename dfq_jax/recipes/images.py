@@ -17,7 +17,7 @@ from dfq_jax.graph import Graph, GraphWarning, check_images
 from dfq_jax.recipes.judge import MOMENT_NOISE
 from dfq_jax.recipes.recipe import Recipe
 from dfq_jax.stages import Convention
-from dfq_jax.synthesis import synthesize
+from dfq_jax.synthesis import Synthesis, synthesize
 
 ANALYTIC_IMAGES = 32
 THESE_IMAGES = "these images"
@@ -71,5 +71,14 @@ def find_images(
         made = synthesize(graph, variables, key, recipe.synthesis, keep_checkpoint=True, **options)
     if not made.completed:
         raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
-    origin = f"{count} synthesized in {recipe.synthesis.steps} steps (final loss {np.mean(made.losses):.3g})"
-    return Images(made.images, origin, checkpoint=options["checkpoint"])
+    return Images(made.images, _origin(made, recipe.synthesis.steps), checkpoint=options["checkpoint"])
+
+
+def _origin(made: Synthesis, steps: int) -> str:
+    """How images were made, and how far they are from what the network was trained on."""
+    errors = {name: 100 * error.std for name, error in made.statistic_errors.items()}
+    worst = max(errors, key=errors.__getitem__)
+    return (
+        f"{len(made.images)} synthesized in {steps} steps (final loss {np.mean(made.losses):.3g}; BatchNorm deviations "
+        f"are off by {np.median(list(errors.values())):.2g} % in the median, by {errors[worst]:.2g} % in {worst})"
+    )
