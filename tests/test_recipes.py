@@ -308,7 +308,7 @@ def test_every_stage_has_a_key_of_its_own(monkeypatch):
 
     recording(loop, "_init", 3)  # of each batch, its first half
     recording(loop, "advance_batch", 7)  # and its second
-    recording(learned, "advance_block", 11)  # of each block
+    recording(learned, "draw", 0)  # of each block
     recording(finetuning_loop, "advance_student", 8)
     q = run(recipe=recipe)
     distinct = set(keys)

@@ -47,7 +47,7 @@ def test_the_regularizer_is_zero_where_all_is_decided():
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.3, 1.0])
 def test_random_mask_has_the_share_asked_for(share):
-    mask = np.asarray(random_mask(jax.random.key(0), (41, 31, 33), share))
+    mask = np.asarray(random_mask(jnp.uint32(123456789), (41, 31, 33), share))
     assert mask.shape == (41, 31, 33) and abs(mask.mean() - share) < 0.01
 
 
@@ -118,7 +118,9 @@ def test_bad_input_is_refused():
 
 
 class EqualBlocks(nn.Module):
-    """A stem, three equal residual blocks, a head."""
+    """A stem, equal residual blocks, a head."""
+
+    blocks: int = 3
 
     @nn.compact
     def __call__(self, x):
@@ -127,14 +129,14 @@ class EqualBlocks(nn.Module):
             return nn.BatchNorm(use_running_average=True)(x)
 
         x = nn.relu(layer(x))
-        for _ in range(3):
+        for _ in range(self.blocks):
             x = nn.relu(x + layer(nn.relu(layer(x))))
         return nn.Dense(5)(x.mean((1, 2)))
 
 
 @functools.cache
-def quantized_network(bits: str = "w3a4", count: int = 16, **fields: str):
-    module = EqualBlocks()
+def quantized_network(bits: str = "w3a4", count: int = 16, blocks: int = 3, **fields: str):
+    module = EqualBlocks(blocks)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(count, 8, 8, 3)), jnp.float32)
     variables = jax.jit(module.init)(jax.random.key(0), images)
     graph = trace(module.apply, variables, images.shape)
@@ -152,6 +154,17 @@ def test_equal_blocks_compile_once():
     with Compilations() as compiled:
         reconstruct(graph, variables, qvariables, images, jax.random.key(1), config)
     assert compiled["advance_block"] == 0
+
+
+def test_more_equal_blocks_compile_nothing_more():
+    """Not even in another network."""
+    config = ReconstructionConfig(steps=2, batch_size=4)
+    for blocks in (2, 4):
+        graph, variables, qvariables, images = quantized_network("w3a4", blocks=blocks)
+        with Compilations() as compiled:
+            _, info = reconstruct(graph, variables, qvariables, images, jax.random.key(0), config)
+        assert len(info.blocks) == blocks + 2
+    assert not compiled
 
 
 def test_prediction_difference_is_the_divergence_of_class_probabilities():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from dfq_jax.base import NO_YNN, RUN_ONCE, State, cpu_jit, descend, init_state, largest_divisor, mean_of_parts, repeat
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
@@ -50,11 +50,29 @@ class Cache(NamedTuple):
     logits: Float[Array, "n k"] | None = None
 
 
+class Draws(NamedTuple):
+    """Random numbers of all steps, of one, or of a part of its minibatch.
+
+    They are made at once: in a step they would take a third of the time to compile it.
+    """
+
+    images: UInt32[Array, "*steps size"]  # which ones are drawn
+    seeds: UInt32[Array, "*steps n"]  # of the masks of the block's input and of each layer's
+
+
 class BlockLosses(NamedTuple):
     """Terms of the loss, unweighted."""
 
     reconstruction: Float[Array, ""]
     undecided: Float[Array, ""]
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnames=("config", "parts", "layers"))
+def draw(key: Key[Array, ""], config: ReconstructionConfig, parts: int, layers: int) -> Draws:
+    """The random numbers of a block's steps; the key is consumed."""
+    size = config.batch_size // parts
+    bits = jax.random.bits(key, (config.steps, parts, size + 1 + layers), jnp.uint32)
+    return Draws(bits[..., :size], bits[..., size:])
 
 
 @functools.partial(cpu_jit, options=RUN_ONCE, static_argnames=("graph", "config", "frozen"))
@@ -99,18 +117,18 @@ def apply_soft(
     graph: Graph,
     variables: Variables,
     x: Float[Array, "n ..."],
-    key: Key[Array, ""],
+    seeds: UInt32[Array, " layers"],
     drop: float,
     soft: frozenset[str],
 ) -> Any:
-    """Run a block with soft kernels, each activation quantized with probability 1 - `drop`; the key is consumed.
+    """Run a block with soft kernels, each activation quantized with probability 1 - `drop`; each layer has its seed.
 
     `soft` are the kernels that are soft; others are float, or quantized and fixed.
     """
     place = {layer.name: i for i, layer in enumerate(graph.layers)}
 
     def dropped(layer: str, value: jax.Array, params: QuantizerParams) -> jax.Array:
-        return mix(jax.random.fold_in(key, place[layer]), value, fake_quant(value, params), drop)
+        return mix(seeds[place[layer]], value, fake_quant(value, params), drop)
 
     rules = quantized_rules(
         variables, product=learned_product, in_float=loop_friendly, fake_quantize=dropped, soft=soft
@@ -118,21 +136,21 @@ def apply_soft(
     return run(graph, variables, x, layer=rules.layer, tensor=rules.tensor, batch_norm=learned_batch_norm)
 
 
-def mix(key: Key[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
-    """Each element from `first` with probability `share`, else from `second`; the key is consumed."""
-    return second if share == 0 else jnp.where(random_mask(key, first.shape, share), first, second)
+def mix(seed: UInt32[Array, ""], first: jax.Array, second: jax.Array, share: float) -> jax.Array:
+    """Each element from `first` with probability `share`, else from `second`."""
+    return second if share == 0 else jnp.where(random_mask(seed, first.shape, share), first, second)
 
 
-def random_mask(key: Key[Array, ""], shape: tuple[int, ...], share: float) -> Bool[Array, "..."]:
-    """True with probability `share`, to 2^-24; the key is consumed.
+def random_mask(seed: UInt32[Array, ""], shape: tuple[int, ...], share: float) -> Bool[Array, "..."]:
+    """True with probability `share`, to 2^-24, differently for each seed.
 
-    One number is drawn; with it the place of each element is hashed (by the last steps of MurmurHash3). So masks are
-    made where they are used, in the backward pass again, and never stored: on CPU random bits of `jax.random` for each
-    element cost as much as the products.
+    With the seed the place of each element is hashed (by the last steps of MurmurHash3). So masks are made where they
+    are used, in the backward pass again, and never stored: on CPU random bits of `jax.random` for each element cost as
+    much as the products.
     """
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     places = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(s) for axis, s in enumerate(strides))
-    mixed = sum(places, start=jnp.zeros((), jnp.uint32)) ^ jax.random.bits(key, (), jnp.uint32)
+    mixed = sum(places, start=jnp.zeros((), jnp.uint32)) ^ seed
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
     mixed = mixed ^ (mixed >> 16)
@@ -160,16 +178,16 @@ def parts_on_cpu(graph: Graph, batch_size: int) -> int:
 
 @functools.cache
 def block_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
-    """Adam for each kind of parameter; cached, since compilation is keyed on it."""
+    """Adam with a rate for each kind of parameter; cached, since compilation is keyed on it."""
 
-    def decayed(rate: float) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(rate, config.steps))
+    def descent(rate: float, *, decay: bool = True) -> optax.GradientTransformation:
+        return optax.scale_by_learning_rate(optax.cosine_decay_schedule(rate, config.steps) if decay else rate)
 
-    makers = {
-        "rounding": optax.adam(config.rounding_rate),
-        "scale": decayed(config.scale_rate),
-        "step": decayed(config.step_rate),
-        "bias": decayed(config.bias_rate),
+    rates = {
+        "rounding": descent(config.rounding_rate, decay=False),
+        "scale": descent(config.scale_rate),
+        "step": descent(config.step_rate),
+        "bias": descent(config.bias_rate),
     }
 
     def labels(parameters: BlockParameters) -> BlockParameters:
@@ -179,7 +197,7 @@ def block_optimizer(config: ReconstructionConfig) -> optax.GradientTransformatio
             biases=dict.fromkeys(parameters.biases, "bias"),
         )
 
-    return optax.multi_transform(makers, labels)
+    return optax.chain(optax.scale_by_adam(), optax.multi_transform(rates, labels))
 
 
 def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
@@ -193,14 +211,13 @@ def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tup
 @functools.partial(
     cpu_jit,
     options=NO_YNN,
-    static_argnames=("graph", "config", "parts", "rest_graph"),
+    static_argnames=("graph", "config", "rest_graph"),
     donate_argnames="state",
 )
 def advance_block(
     graph: Graph,
     config: ReconstructionConfig,
     steps: int | Int[Array, ""],
-    parts: int,
     rest_graph: Graph | None,
     rest: Variables | None,
     own: Variables,
@@ -208,7 +225,7 @@ def advance_block(
     cache: Cache,
     count: int | Int[Array, ""],
     state: State,
-    key: Key[Array, ""],
+    draws: Draws,
 ) -> tuple[State, BlockLosses]:
     """Optimize a block for `steps` steps.
 
@@ -216,7 +233,6 @@ def advance_block(
       graph: of the block alone (`subnetwork`), static, as are all settings: equal blocks compile once.
       config: rates, and weights of the terms.
       steps: how many; an argument: one program serves any number.
-      parts: of a minibatch that are worked on one after the other (`parts_on_cpu`).
       rest_graph: the network behind the block, for the prediction difference; static. None where the block's output
         holds the class scores, or the difference is not asked for.
       rest: its float variables.
@@ -225,20 +241,19 @@ def advance_block(
       cache: what the minibatches are drawn from.
       count: of images in the cache that are, the first.
       state: donated.
-      key: of the block; the step number is folded in.
+      draws: of all steps, each in parts that are worked on one after the other.
 
     Returns:
       The new state, and the losses of the last step.
     """
     optimizer = block_optimizer(config)
 
-    def error(learned: BlockParameters, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def error(learned: BlockParameters, part: Draws) -> tuple[jax.Array, jax.Array]:
         """What the outputs of some images are off, by all terms and by the first."""
-        batch = jax.tree.map(lambda a: a[part[0]], cache)
-        input_key, drop_key = jax.random.split(part[1])
-        x = mix(input_key, batch.float_inputs, batch.inputs, config.drop)
+        batch = jax.tree.map(lambda a: a[part.images % jnp.asarray(count, jnp.uint32)], cache)
+        x = mix(part.seeds[0], batch.float_inputs, batch.inputs, config.drop)
         variables, soft = _learned(own, learned.kernels, learned), frozenset(learned.kernels)
-        found = apply_soft(graph, variables, x, drop_key, config.drop, soft)
+        found = apply_soft(graph, variables, x, part.seeds[1:], config.drop, soft)
         reconstruction = reconstruction_error(found, batch.targets)
         if not config.prediction_weight:
             return reconstruction, reconstruction
@@ -248,9 +263,7 @@ def advance_block(
         return reconstruction + config.prediction_weight * difference, reconstruction
 
     def step(state: State) -> tuple[State, BlockLosses]:
-        draw_key, part_key = jax.random.split(jax.random.fold_in(key, state.step))
-        chosen = jax.random.randint(draw_key, (parts, config.batch_size // parts), 0, count)
-        drawn = chosen, jax.random.split(part_key, parts)
+        drawn = jax.tree.map(lambda a: a[state.step], draws)
         weight, beta = rounding_pressure(config, state.step)
 
         def loss(parameters: BlockParameters) -> tuple[jax.Array, BlockLosses]:

@@ -19,17 +19,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, platform_of
-from dfq_jax.graph import Graph, Subnetwork, merge_blocks, subnetwork
+from dfq_jax.graph import Graph, Subnetwork, apply_quantized, merge_blocks, subnetwork
 from dfq_jax.quantizers import changed_codes
-from dfq_jax.stages.comparison import apply_jitted
 from dfq_jax.stages.learning import check_learning, held_out_count
 from dfq_jax.stages.rounding.block import (
     Cache,
+    Draws,
     Variables,
     advance_block,
+    draw,
     hard_block,
     init_block,
     parts_on_cpu,
@@ -133,8 +135,7 @@ class _Block(NamedTuple):
     start: State
     bases: dict[str, jax.Array]
     rest: tuple[Graph, Variables] | tuple[None, None]
-    parts: int  # of its minibatches
-    key: jax.Array
+    draws: Draws
     started: float
 
 
@@ -179,9 +180,9 @@ class _BlockLoop(Loop):
 
     def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
         block = self.enter(turn.batch)
-        static = block.sub.graph, self.config, turn.end - turn.begin, block.parts
+        static = block.sub.graph, self.config, turn.end - turn.begin
         given = *block.rest, block.own, block.bases, block.cache, self.train
-        state, losses = advance_block(*static, *given, work, block.key)
+        state, losses = advance_block(*static, *given, work, block.draws)
         finished = turn.end == self.config.steps
         return self.finish(block, state) if finished else state, losses.reconstruction
 
@@ -194,7 +195,8 @@ class _BlockLoop(Loop):
             own, key = sub.select(self.graph, self.qvariables), jax.random.fold_in(self.key, index)
             state, bases = self.start(index)
             parts = parts_on_cpu(sub.graph, self.batch_size) if self.on_cpu else 1
-            self.block = _Block(index, sub, own, cache, state, bases, self.rest(index), parts, key, started)
+            draws = draw(key, self.config, parts, len(sub.layers))
+            self.block = _Block(index, sub, own, cache, state, bases, self.rest(index), draws, started)
         return self.block
 
     def start(self, index: int) -> tuple[State, dict[str, jax.Array]]:
@@ -265,8 +267,8 @@ class _BlockLoop(Loop):
         for start in range(first, count, size):
             # The last batch reaches back; what it computes again is cut off.
             begin = min(start, count - size)
-            result = apply_jitted(sub.graph, own, inputs[begin : begin + size])
-            results.append(jax.tree.map(lambda a, n=start - begin: a[n:], result))
+            result = _batch_outputs(sub.graph, own, inputs, np.int32(begin), size)
+            results.append(result if begin == start else jax.tree.map(lambda a, n=start - begin: a[n:], result))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
     # --- checkpoints ---
@@ -282,3 +284,9 @@ class _BlockLoop(Loop):
         if batch < len(facts["results"]):
             return self.sub(batch).select(self.graph, self.qvariables)
         return jax.eval_shape(lambda: self.start(batch)[0])
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "size"))
+def _batch_outputs(graph: Graph, own: Variables, inputs: jax.Array, begin: Int[Array, ""], size: int) -> Any:
+    """Of a block, on `size` of the images."""
+    return apply_quantized(graph, own, jax.lax.dynamic_slice_in_dim(inputs, begin, size))
