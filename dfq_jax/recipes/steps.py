@@ -247,7 +247,7 @@ LONG_STEPS = ("reconstruction", "fine-tuning")
 
 
 def run_steps(
-    work: Work, candidate: Candidate, around: Callable[[str], AbstractContextManager[None]] = nullcontext
+    work: Work, candidate: Candidate, around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext()
 ) -> Candidate:
     """Fold a candidate through the steps of the work's recipe, each in a context by its name."""
     for name, step in STEPS.items():

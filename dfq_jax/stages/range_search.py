@@ -188,6 +188,6 @@ class _Search:
         params = quantization(qvariables).by_tensor.get(tensor)
         if params is None:
             return {}
-        ranges = {name: ranges[tensor] for name, ranges in candidates.items()}
+        ranges: dict[str, Any] = {name: ranges[tensor] for name, ranges in candidates.items()}
         ranges |= {f"{factor:g} times": (factor * params.lo, factor * params.hi) for factor in self.config.factors}
         return {name: with_ranges(qvariables, {tensor: range_}) for name, range_ in ranges.items()}
