@@ -52,7 +52,7 @@ def compare(
     """
     check_images(graph, images)
     outputs = (
-        (_apply_float(graph, variables, x), apply_jitted(graph, qvariables, x)) for x in batches(images, batch_size)
+        (apply_float(graph, variables, x), apply_jitted(graph, qvariables, x)) for x in batches(images, batch_size)
     )
     return compare_outputs(graph, outputs)
 
@@ -97,8 +97,9 @@ def apply_jitted(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _apply_float(graph: Graph, variables: Any, x: jax.Array) -> Any:
-    return run(graph, variables, x)  # depthwise layers have a faster way than the function's own
+def apply_float(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Any:
+    """The float network, compiled so; depthwise layers have a faster way than the function's own."""
+    return run(graph, variables, x)
 
 
 def sqnr(reference: Float[ArrayLike, "..."], other: Float[ArrayLike, "..."]) -> float:

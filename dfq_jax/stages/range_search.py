@@ -21,7 +21,7 @@ from dfq_jax.base import batches, check_field, check_fields, full_precision, sid
 from dfq_jax.graph import Graph, check_images, subnetwork
 from dfq_jax.quantizers import check_quantized, quantization
 from dfq_jax.stages.analytic import analytic_summaries
-from dfq_jax.stages.comparison import apply_jitted, compare_outputs
+from dfq_jax.stages.comparison import apply_float, apply_jitted, compare_outputs
 from dfq_jax.stages.convention import Convention, Ranges, with_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, summarize
 
@@ -42,7 +42,7 @@ class RangeSearchConfig:
     factors: tuple[float, ...] = (0.8, 1.25)
     least_gain: float = 0.005
     max_images: int = 32
-    batch_size: int = 16
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         for name in ("estimators", "factors"):  # lists, as read from a file
@@ -151,7 +151,7 @@ class _Search:
         self.graph, self.config = graph, config
         self.inputs = list(batches(jnp.asarray(images[: config.max_images]), config.batch_size))
         self.blocks = [subnetwork(graph, block, len(self.inputs[0])) for block in graph.blocks]
-        self.reference = [self.outputs(variables, 0, x) for x in self.inputs]
+        self.reference = [apply_float(graph, variables, x) for x in self.inputs]
 
     def outputs(self, variables: Any, first: int, x: Any) -> Any:
         """Of the network, from the input of a block."""
