@@ -1,15 +1,18 @@
 """Who decides between two candidates: their divergence from the float network, on what neither was fitted to.
 
-There are two judges, and each is fooled by its own kind: images held out flatter what was fitted to images of the same
-synthesis, and noise of the moments that BatchNorms promise flatters what was derived from those moments. So both are
-asked where there are both, and what lowers one divergence by a share may raise the other by no more than that.
+There are two measures, and each is fooled by its own kind. Images held out flatter what was fitted to images of the
+same synthesis. Noise of the moments that BatchNorms promise flatters what was derived from those moments, and knows
+nothing of how channels and pixels go together, which adaptation to images makes use of. So of what is not fitted to
+outputs on images (equalization, rounding, ranges) both are asked: what lowers one divergence by a share may raise the
+other by no more than that. Of what is, images held out alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from dfq_jax.graph import Graph
@@ -30,14 +33,14 @@ class Candidate:
       ranges: of activations, once they are known.
       quantized: quantized variables, once there are any.
       decisions: on the way, in the report's words.
-      divergences: from the float network, once the judges have found them: in the order of `Judge.measures`.
+      divergences: from the float network, as far as they are known, by the names of `Judge.measures`.
     """
 
     variables: Any
     ranges: Ranges | None = None
     quantized: Any = None
     decisions: tuple[str, ...] = ()
-    divergences: tuple[float, ...] | None = None
+    divergences: Mapping[str, float] = MappingProxyType({})
 
     @property
     def networks(self) -> tuple[Any, Any]:
@@ -46,7 +49,7 @@ class Candidate:
 
     def moved(self, quantized: Any) -> Candidate:
         """With other quantized variables, not judged yet."""
-        return dataclasses.replace(self, quantized=quantized, divergences=None)
+        return dataclasses.replace(self, quantized=quantized, divergences=MappingProxyType({}))
 
     def noting(self, decision: str) -> Candidate:
         """With one more decision."""
@@ -62,12 +65,14 @@ class Judge:
       images: held out of those that steps are fitted to; maybe none.
       analytic: BatchNorm parameters take the place of images.
       batch_size: images in one pass of the network.
+      noise: whether noise is asked, too, where there are images.
     """
 
     graph: Graph
     images: Any
     analytic: bool
     batch_size: int
+    noise: bool = True
 
     @property
     def has_images(self) -> bool:
@@ -80,7 +85,7 @@ class Judge:
         known: dict[str, Callable[[Any, Any], Comparison]] = {}
         if self.has_images and not self.analytic:
             known["held-out divergence"] = self.on_images
-        if self.graph.batch_norms:
+        if self.graph.batch_norms and (self.noise or not known):
             known[f"divergence on {MOMENT_NOISE}"] = self.on_noise
         return known
 
@@ -100,7 +105,7 @@ class Judge:
     def choose(self, name: str, current: Candidate, other: Candidate) -> Candidate:
         """The one of less divergence."""
         current, other = self._seen(current), self._seen(other)
-        pairs = list(zip(current.divergences, other.divergences, strict=True))
+        pairs = [(current.divergences[measure], other.divergences[measure]) for measure in self.measures]
         change = math.prod(max(after, LEAST) / max(before, LEAST) for before, after in pairs) ** (1 / len(pairs))
         taken, verdict = (other, "kept") if change <= self._most else (current, "dropped")
         words = [f"{m} {b:.4g} -> {a:.4g}" for m, (b, a) in zip(self.measures, pairs, strict=True)]
@@ -113,7 +118,9 @@ class Judge:
         return 1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE
 
     def _seen(self, candidate: Candidate) -> Candidate:
-        if candidate.divergences is not None:
-            return candidate
-        found = (measure(*candidate.networks).divergence for measure in self.measures.values())
-        return dataclasses.replace(candidate, divergences=tuple(found))
+        """With the divergences by all measures."""
+        found = dict(candidate.divergences)
+        for name, measure in self.measures.items():
+            if name not in found:
+                found[name] = measure(*candidate.networks).divergence
+        return dataclasses.replace(candidate, divergences=found)

@@ -75,13 +75,18 @@ class Work:
 
     @functools.cached_property
     def judge(self) -> Judge:
-        """Who decides what is kept."""
+        """Who decides what is kept of what is not fitted to images."""
         return Judge(
             graph=self.graph,
             images=self.images.images[self._num_fitted :],
             analytic=self.images.analytic,
             batch_size=self.recipe.batch_size,
         )
+
+    @functools.cached_property
+    def image_judge(self) -> Judge:
+        """Who decides what is kept of what is fitted to images."""
+        return dataclasses.replace(self.judge, noise=False)
 
     def long(self, step: str) -> dict[str, Any]:
         """The options of a step that shows its progress and can be resumed."""
@@ -169,13 +174,13 @@ def _adapt(work: Work, candidate: Candidate) -> Candidate:
     """BatchNorm statistics and biases."""
     graph, config = work.graph, work.recipe.batch_norm
     if work.images.analytic and config is not None:
-        return work.judge.consider(ANALYTIC, candidate, analytic_correction(graph, *candidate.networks, config))
+        return work.image_judge.consider(ANALYTIC, candidate, analytic_correction(graph, *candidate.networks, config))
     if config is not None and graph.batch_norms:
         candidate = _adapt_statistics(work, candidate, config)
     if work.recipe.bias_correction:
         # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
         corrected = correct_bias(graph, *candidate.networks, work.fitted, normalized=config is None)
-        candidate = work.judge.consider("bias correction", candidate, corrected)
+        candidate = work.image_judge.consider("bias correction", candidate, corrected)
     return candidate
 
 
@@ -186,13 +191,13 @@ def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> 
         return adapt_batch_norm(work.graph, *start.networks, work.fitted, config, batch_size=work.recipe.batch_size)
 
     name = f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}"
-    result = work.judge.consider(name, start, adapted(config))
-    if not work.judge.has_images:
+    result = work.image_judge.consider(name, start, adapted(config))
+    if not work.image_judge.has_images:
         return result
     half = dataclasses.replace(config, prior_images=2 * config.prior_images + len(work.fitted))
-    result = work.judge.consider("half of it", result, adapted(half))
+    result = work.image_judge.consider("half of it", result, adapted(half))
     other = start.moved(analytic_correction(work.graph, *start.networks))
-    return work.judge.choose(f"{ANALYTIC} in its place", result, other)
+    return work.image_judge.choose(f"{ANALYTIC} in its place", result, other)
 
 
 def _finetune(work: Work, candidate: Candidate) -> Candidate:
@@ -201,7 +206,7 @@ def _finetune(work: Work, candidate: Candidate) -> Candidate:
     tuned, info = finetune(work.graph, *candidate.networks, *settings, **work.long("fine-tuning"))
     if not info.completed:
         raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")
-    return work.judge.consider("fine-tuning", candidate, tuned)
+    return work.image_judge.consider("fine-tuning", candidate, tuned)
 
 
 def _compare_with_instant(work: Work, result: Candidate) -> Candidate:
@@ -212,7 +217,7 @@ def _compare_with_instant(work: Work, result: Candidate) -> Candidate:
     other = run_steps(
         dataclasses.replace(work, recipe=RECIPES["instant"], images=images), Candidate(variables=work.variables)
     )
-    return work.judge.choose("the result of the recipe instant in its place", result, other)
+    return work.image_judge.choose("the result of the recipe instant in its place", result, other)
 
 
 # --- the table ---
