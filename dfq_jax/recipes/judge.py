@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from dfq_jax.graph import Graph
@@ -40,7 +39,7 @@ class Candidate:
     ranges: Ranges | None = None
     quantized: Any = None
     decisions: tuple[str, ...] = ()
-    divergences: Mapping[str, float] = MappingProxyType({})
+    divergences: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def networks(self) -> tuple[Any, Any]:
@@ -49,7 +48,7 @@ class Candidate:
 
     def moved(self, quantized: Any) -> Candidate:
         """With other quantized variables, not judged yet."""
-        return dataclasses.replace(self, quantized=quantized, divergences=MappingProxyType({}))
+        return dataclasses.replace(self, quantized=quantized, divergences={})
 
     def noting(self, decision: str) -> Candidate:
         """With one more decision."""
