@@ -592,8 +592,8 @@ def test_the_recipe_fine_tunes_from_fast():
         on_stage=stages.append,
         on_progress=reports.append,
     )
-    assert stages[-3:] == ["adapt", "fine-tuning", "compare"] and reports[-1].step == CONFIG.steps
-    assert q.report.steps[-1].startswith("fine-tuning: kept, held-out divergence")
+    assert stages[-4:] == ["adapt", "fine-tuning", "instant", "compare"] and reports[-1].step == CONFIG.steps
+    assert q.report.steps[-2].startswith("fine-tuning: kept, held-out divergence")
     assert recipe_from(q.report.settings) == recipe
 
 

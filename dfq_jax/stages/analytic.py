@@ -9,6 +9,7 @@ and the compiler drops them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -187,7 +188,7 @@ def _noise(graph: Graph, variables: Any, num_samples: int | None) -> tuple[jax.A
     paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
     pool, images = _pool((num_samples, *graph.input.shape[1:]))
     statistics = [leaf if path in paths else None for path, leaf in leaves.items()]
-    return images, Partial(_noise_of_moments, pool, statistics)
+    return images, Partial(_NoiseOfMoments(tuple(bn.name for bn in graph.batch_norms)), pool, statistics)
 
 
 @functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=0)
@@ -197,22 +198,33 @@ def _pool(shape: tuple[int, ...]) -> tuple[Float[Array, " n"], Float[Array, "...
     return pool, _take(pool, 0, shape)
 
 
-def _noise_of_moments(
-    pool: Float[Array, " n"],
-    statistics: list[Any],
-    bn: BatchNorm,
-    x: Float[Array, "..."],
-    parameters: BatchNormParameters,
-) -> Float[Array, "..."]:
-    """Noise of the moments by the float network's leaves, in the float and the quantized network alike."""
-    # The places follow from the name: independent between BatchNorms, the same in every run and for every batch.
-    place = zlib.crc32(bn.name.encode())
-    per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
-    common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
-    noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
-    moments = output_moments(bn, batch_norm_parameters(bn, statistics))
-    center, spread = (along_channels(bn, x, moment) for moment in moments)
-    return center + spread * noise
+@dataclasses.dataclass(frozen=True)
+class _NoiseOfMoments:
+    """A rule: noise of the moments by the float network's leaves, in the float and the quantized network alike.
+
+    Attributes:
+      order: names of the BatchNorms as they are executed.
+    """
+
+    order: tuple[str, ...]
+
+    def __call__(
+        self,
+        pool: Float[Array, " n"],
+        statistics: list[Any],
+        bn: BatchNorm,
+        x: Float[Array, "..."],
+        parameters: BatchNormParameters,
+    ) -> Float[Array, "..."]:
+        # The places follow from the order: independent between BatchNorms, the same in every run, for every batch, and
+        # whatever the user's tree calls them.
+        place = zlib.crc32(str(self.order.index(bn.name)).encode())
+        per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
+        common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
+        noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
+        moments = output_moments(bn, batch_norm_parameters(bn, statistics))
+        center, spread = (along_channels(bn, x, moment) for moment in moments)
+        return center + spread * noise
 
 
 def _take(pool: Float[Array, " n"], place: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
