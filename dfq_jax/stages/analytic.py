@@ -218,7 +218,7 @@ class _NoiseOfMoments:
     ) -> Float[Array, "..."]:
         # The places follow from the order: independent between BatchNorms, the same in every run, for every batch, and
         # whatever the user's tree calls them.
-        place = zlib.crc32(str(self.order.index(bn.name)).encode())
+        place = zlib.crc32(f"batch_norm {self.order.index(bn.name)}".encode())
         per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
         common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
         noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
