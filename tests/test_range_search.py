@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def parts(build, shortcuts="float"):
     model = case.apply_fn if hasattr(case, "apply_fn") else case.model
     apply_fn, variables = as_function(model, case.variables)
     graph = trace(apply_fn, variables, (1, *case.input_shape[1:]))
-    images = np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])).astype(np.float32)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])), jnp.float32)
     convention = Convention.parse("w4a3", edge_bits=None, shortcuts=shortcuts)
     sets = candidate_ranges(graph, variables, images, convention, CONFIG)
     return graph, variables, images, sets, quantize_params(graph, variables, next(iter(sets.values())), convention)

@@ -220,7 +220,7 @@ def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention)
 def with_ranges(qvariables: Any, ranges: Ranges) -> Any:
     """Give quantized variables other ranges of activations, at the same bits.
 
-    >>> narrow = with_ranges(qvariables, {"dense2": (0.0, 1.0)})
+    >>> narrow = with_ranges(qvariables, {"dense2": (jnp.float32(0), jnp.float32(1))})
     >>> round(float(dfq_jax.quantizers.quantization(narrow).by_tensor["dense2"].hi), 6)
     1.0
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from dfq_jax.base import batches, check_field, check_fields, full_precision, side_by_side
@@ -157,7 +156,7 @@ class _Search:
         """Of the network, from the input of a block."""
         for block in self.blocks[first:]:
             x = apply_jitted(block.graph, block.select(self.graph, variables), x)
-        return jax.tree.map(np.asarray, x)
+        return jax.block_until_ready(x)
 
     def divergences(self, networks: Mapping[str, Any], first: int, inputs: list[Any]) -> dict[str, float]:
         """Of quantized networks from the float one, from the inputs of a block, which they share."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import Loop, Plan, Progress, State, Turn, memory_size, platform_of, usable_cores
@@ -252,7 +253,7 @@ def default_lanes(graph: Graph, platform: str, num_batches: int) -> int:
 
 
 @jax.jit
-def _scaled_sum(share: float, *trees: Any) -> Any:
+def _scaled_sum(share: Float[ArrayLike, ""], *trees: Any) -> Any:
     return jax.tree.map(lambda *leaves: share * sum(leaves), *trees)
 
 

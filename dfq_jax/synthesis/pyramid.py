@@ -23,7 +23,7 @@ def level_sizes(spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
     return sizes
 
 
-def init_levels(key: Key[Array, ""], shape: tuple[int, ...]) -> list[Float[Array, "n *s c"]]:
+def init_levels(key: Key[Array, ""], shape: tuple[int, ...]) -> list[Float[Array, "n ..."]]:
     """Standard Gaussian values of each level for images of `shape` `[N, *spatial, C]`; the key is consumed."""
     count, *spatial, channels = shape
     sizes = level_sizes(tuple(spatial))
@@ -31,7 +31,7 @@ def init_levels(key: Key[Array, ""], shape: tuple[int, ...]) -> list[Float[Array
     return [jax.random.normal(k, (count, *s, channels), jnp.float32) for k, s in zip(keys, sizes, strict=True)]
 
 
-def sum_of_levels(levels: list[Float[Array, "n *s c"]], exponent: float) -> Float[Array, "n *t c"]:
+def sum_of_levels(levels: list[Float[Array, "n ..."]], exponent: float) -> Float[Array, "n ..."]:
     """The images of `init_levels`'s values, at first of mean 0 and a standard deviation of about 1."""
     weights = [jnp.float32(weight) for weight in level_weights(len(levels), levels[0].ndim - 2, exponent)]
     images = weights[-1] * levels[-1]
