@@ -4,13 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import model_grid
 import numpy as np
 import pytest
 import test_synthesis
-from test_synthesis import CONFIG, GRAPH, KEY, VARIABLES, same_bits
+from test_synthesis import CONFIG, GRAPH, KEY, VARIABLES
 
-from dfq_jax.graph.graph import trace
 from dfq_jax.synthesis import fourier, source, synthesize
 
 FOURIER = dataclasses.replace(CONFIG, num_images=4, source="fourier")
@@ -95,15 +93,3 @@ def test_images_come_to_match_the_statistics():
     )
     assert after < 0.1 * before
     np.testing.assert_allclose(result.losses[0], after, rtol=0.2)
-
-
-def test_sequences_and_vectors():
-    for build_case in (model_grid.conv_1d, model_grid.mlp):
-        case = build_case()
-        graph = trace(*case.function(), case.input_shape)
-        images = synthesize(graph, case.variables, KEY, dataclasses.replace(FOURIER, steps=2)).images
-        assert images.shape == (4, *case.input_shape[1:])
-        assert np.isfinite(images).all()
-    # Vectors have no waves: their values themselves are optimized.
-    pixels = synthesize(graph, case.variables, KEY, dataclasses.replace(FOURIER, steps=2, source="pixels")).images
-    assert same_bits(images, pixels)

@@ -136,6 +136,20 @@ def same_bits(a, b):
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.parametrize("source", ["fourier", "pyramid"])
+def test_sources_of_sequences_and_vectors(source):
+    config = dataclasses.replace(CONFIG, num_images=4, source=source, steps=2)
+    for build_case in (model_grid.conv_1d, model_grid.mlp):
+        case = build_case()
+        graph = trace(*case.function(), case.input_shape)
+        images = synthesize(graph, case.variables, KEY, config).images
+        assert images.shape == (4, *case.input_shape[1:])
+        assert np.isfinite(images).all()
+    # Vectors have no waves and one resolution: their values themselves are optimized.
+    pixels = synthesize(graph, case.variables, KEY, dataclasses.replace(config, source="pixels")).images
+    assert same_bits(images, pixels)
+
+
 # What the same loop does with other sources of images, and with everything that changes images on the way.
 PYRAMID = {"source": "pyramid", "learning_rate": 0.2}
 FOURIER = {"source": "fourier", "spectrum_exponent": 0.8, "swing": True}
