@@ -108,3 +108,19 @@ def test_what_cannot_be_searched():
         RangeSearchConfig(factors=(0,))
     with pytest.raises(ValueError, match="estimators: expected some of"):
         RangeSearchConfig(estimators=("median",))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"nowhere": (0.0, 1.0)}, "ranges: tensor 'nowhere' has no quantizer; expected some of"),
+        ({"dense1": (0.0, np.nan)}, r"ranges: expected finite ends, found \(0.0, nan\) for tensor 'dense1'"),
+    ],
+)
+def test_ranges_that_cannot_be_taken(ranges, message):
+    _, variables, _, sets, qvariables = parts(model_grid.mlp)
+    ranges = {name: tuple(map(jnp.float32, ends)) for name, ends in ranges.items()}
+    with pytest.raises(ValueError, match=message):
+        with_ranges(qvariables, ranges)
+    with pytest.raises(ValueError, match="qvariables: expected quantized variables"):
+        with_ranges(variables, sets["image lp"])

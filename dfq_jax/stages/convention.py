@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from dfq_jax.base import check_field, check_fields, may_transfer, move_near, on_host
@@ -21,6 +22,7 @@ from dfq_jax.quantizers import (
     WEIGHT_RANGES,
     ActivationQuantizers,
     QuantizerParams,
+    check_quantized,
     params_from_range,
     quantization,
     quantize_kernel,
@@ -230,12 +232,24 @@ def with_ranges(qvariables: Any, ranges: Ranges) -> Any:
 
     Returns:
       `qvariables` with other activation quantizers.
+
+    Raises:
+      ValueError: `qvariables` are not quantized, a tensor has no quantizer, or an end is not finite.
     """
+    check_quantized(qvariables)
+    quantizers = quantization(qvariables)
+    if unknown := sorted(set(ranges) - set(quantizers.by_tensor)):
+        raise ValueError(
+            f"ranges: tensor {unknown[0]!r} has no quantizer; expected some of {list(quantizers.by_tensor)}."
+        )
+    for name, (lo, hi) in (on_host(dict(ranges)) or {}).items():
+        if not (np.isfinite(lo) and np.isfinite(hi)):
+            raise ValueError(f"ranges: expected finite ends, found ({lo}, {hi}) for tensor {name!r}.")
 
     def change(name: str, params: QuantizerParams) -> QuantizerParams:
         return _quantizer(ranges[name], params.bits) if name in ranges else params
 
-    return with_quantization(qvariables, quantization(qvariables).map(change))
+    return with_quantization(qvariables, quantizers.map(change))
 
 
 def _quantizer(range_: tuple[Any, Any], bits: int) -> QuantizerParams:

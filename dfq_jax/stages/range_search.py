@@ -71,7 +71,7 @@ class RangeSearch:
 def candidate_ranges(
     graph: Graph,
     variables: Any,
-    images: Float[Array, "n ..."] | None,
+    images: Float[Array, "n ..."],
     convention: Convention,
     config: RangeSearchConfig = RangeSearchConfig(),
     *,
@@ -86,14 +86,19 @@ def candidate_ranges(
     Args:
       graph: from `trace`. Without BatchNorms there are ranges from images alone.
       variables: float variables.
-      images: `[N, H, W, C]`, preprocessed; None for ranges from BatchNorm parameters alone.
+      images: `[N, H, W, C]`, preprocessed.
       convention: gives the bits that an estimator optimizes for.
       config: which estimators.
       batch_size: images in one pass of the network.
+
+    Returns:
+      `{"analytic lp": {tensor name: (lo, hi)}, ..., "image lp": ...}`.
+
+    Raises:
+      ValueError: no images, or images with NaN or infinity.
     """
     known = {"analytic": analytic_summaries(graph, variables)} if graph.batch_norms else {}
-    if images is not None:
-        known["image"] = summarize(graph, variables, images, batch_size=batch_size)
+    known["image"] = summarize(graph, variables, images, batch_size=batch_size)
     return {
         f"{source} {name}": apply_estimator(graph, summaries, convention, ESTIMATORS[name])
         for source, summaries in known.items()
