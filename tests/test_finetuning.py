@@ -452,11 +452,11 @@ def test_the_best_of_what_was_seen_is_taken(divergences, best, monkeypatch):
     graph, variables, qvariables, images = start_of(small)
     seen, found = [], iter(divergences)
 
-    def fake(graph, variables, qvariables, images, *, batch_size):
+    def fake(qvariables):
         seen.append(qvariables)
         return Comparison(agreement=0.0, sqnr=0.0, divergence=next(found))
 
-    monkeypatch.setattr(loop, "compare", fake)
+    monkeypatch.setattr(loop, "comparer", lambda *_, **__: fake)
     arguments = graph, variables, qvariables, images, jax.random.key(0), CONFIG
     if best is None:
         with pytest.raises(FloatingPointError, match=r"by step 28 of fine-tuning\. Try a lower weight_rate"):

@@ -10,12 +10,13 @@ other by no more than that. Of what is, images held out alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dfq_jax.graph import Graph
-from dfq_jax.stages import Comparison, Ranges, analytic_comparison, compare
+from dfq_jax.stages import Comparison, Ranges, analytic_comparison, comparer
 
 # Noise is not data: where it is the judge, a smaller gain than this share of the divergence decides nothing.
 LEAST_GAIN_ON_NOISE = 0.1
@@ -61,6 +62,7 @@ class Judge:
 
     Attributes:
       graph: of the network.
+      variables: float ones.
       images: held out of those that steps are fitted to; maybe none.
       analytic: BatchNorm parameters take the place of images.
       batch_size: images in one pass of the network.
@@ -68,6 +70,7 @@ class Judge:
     """
 
     graph: Graph
+    variables: Any
     images: Any
     analytic: bool
     batch_size: int
@@ -79,22 +82,22 @@ class Judge:
         return len(self.images) > 0
 
     @property
-    def measures(self) -> dict[str, Callable[[Any, Any], Comparison]]:
-        """How float and quantized variables are compared, by what it is called in reports."""
-        known: dict[str, Callable[[Any, Any], Comparison]] = {}
+    def measures(self) -> dict[str, Callable[[Candidate], Comparison]]:
+        """How a candidate is compared with the float network, by what it is called in reports."""
+        known: dict[str, Callable[[Candidate], Comparison]] = {}
         if self.has_images and not self.analytic:
             known["held-out divergence"] = self.on_images
         if self.graph.batch_norms and (self.noise or not known):
             known[f"divergence on {MOMENT_NOISE}"] = self.on_noise
         return known
 
-    def on_images(self, variables: Any, qvariables: Any) -> Comparison:
+    def on_images(self, candidate: Candidate) -> Comparison:
         """On the images held out."""
-        return compare(self.graph, variables, qvariables, self.images, batch_size=self.batch_size)
+        return self._images(candidate.quantized)
 
-    def on_noise(self, variables: Any, qvariables: Any) -> Comparison:
+    def on_noise(self, candidate: Candidate) -> Comparison:
         """On noise behind each BatchNorm."""
-        return analytic_comparison(self.graph, variables, qvariables)
+        return analytic_comparison(self.graph, *candidate.networks)
 
     def consider(self, name: str, current: Candidate, quantized: Any) -> Candidate:
         """The candidate with other quantized variables, unless they are worse; without images they are taken."""
@@ -116,10 +119,14 @@ class Judge:
         """The change of divergence that a candidate is taken with."""
         return 1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE
 
+    @functools.cached_property
+    def _images(self) -> Callable[[Any], Comparison]:
+        return comparer(self.graph, self.variables, self.images, batch_size=self.batch_size)
+
     def _seen(self, candidate: Candidate) -> Candidate:
         """With the divergences by all measures."""
         found = dict(candidate.divergences)
         for name, measure in self.measures.items():
             if name not in found:
-                found[name] = measure(*candidate.networks).divergence
+                found[name] = measure(candidate).divergence
         return dataclasses.replace(candidate, divergences=found)

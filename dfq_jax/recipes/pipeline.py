@@ -119,7 +119,7 @@ def quantize(
     result = run_steps(work, Candidate(variables=variables), clock)
     with clock("compare"):
         judge = dataclasses.replace(work.judge, images=found.images)
-        compared = (judge.on_noise if found.analytic else judge.on_images)(*result.networks)
+        compared = (judge.on_noise if found.analytic else judge.on_images)(result)
     if found.kind == THESE_IMAGES:
         doubts += _warned(*doubtful_result(compared))
     else:

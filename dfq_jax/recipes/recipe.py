@@ -82,7 +82,7 @@ class Recipe:
     finetune: FinetuneConfig | None = None
     at_least_instant: bool = False
     held_out: float = 0.0
-    batch_size: int = 64
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         names: dict[str, Sequence[str]] = {

@@ -78,6 +78,7 @@ class Work:
         """Who decides what is kept of what is not fitted to images."""
         return Judge(
             graph=self.graph,
+            variables=self.variables,
             images=self.images.images[self._num_fitted :],
             analytic=self.images.analytic,
             batch_size=self.recipe.batch_size,
@@ -154,6 +155,8 @@ def _search(work: Work, start: Candidate) -> Candidate:
     sets = candidate_ranges(graph, start.variables, *settings, batch_size=work.recipe.batch_size)
     result = start
     for name, ranges in sets.items():
+        if ranges == start.ranges:
+            continue  # judged already
         result = judge.choose(f"ranges by {name}", result, start.moved(with_ranges(start.quantized, ranges)))
     searched, found = search_ranges(graph, *result.networks, work.fitted, sets, config)
     return judge.choose(f"other ranges of {len(found.changed)} tensors", result, result.moved(searched))

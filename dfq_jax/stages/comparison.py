@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -50,11 +50,40 @@ def compare(
     Raises:
       ValueError: no images, images that the network does not take, or outputs that are not finite.
     """
+    return comparer(graph, variables, images, batch_size=batch_size)(qvariables)
+
+
+@full_precision
+def comparer(
+    graph: Graph, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64
+) -> Callable[[Any], Comparison]:
+    """`compare` for many quantized networks and one float network, whose outputs are found once.
+
+    >>> found = comparer(graph, variables, images)
+    >>> found(qvariables) == dfq_jax.compare(graph, variables, qvariables, images)
+    True
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      images: `[N, H, W, C]`, preprocessed.
+      batch_size: images in one pass.
+
+    Returns:
+      A function of quantized variables.
+
+    Raises:
+      ValueError: no images, or images that the network does not take; the function, if outputs are not finite.
+    """
     check_images(graph, images)
-    outputs = (
-        (apply_float(graph, variables, x), apply_jitted(graph, qvariables, x)) for x in batches(images, batch_size)
-    )
-    return compare_outputs(graph, outputs)
+    reference = [apply_float(graph, variables, x) for x in batches(images, batch_size)]
+
+    @full_precision
+    def found(qvariables: Any) -> Comparison:
+        others = (apply_jitted(graph, qvariables, x) for x in batches(images, batch_size))
+        return compare_outputs(graph, zip(reference, others, strict=True))
+
+    return found
 
 
 def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Comparison:

@@ -89,24 +89,26 @@ def lp(summary: Summary, *, bits: int, p: float = 2.4) -> Range:
     p = 2.4 as in the code line of BRECQ and QDrop (arXiv 2102.05426, 2203.05740). Both ends shrink together first;
     then each end is searched by itself, which matters where the two tails differ (swish).
     """
-    return _search(summary, bits, p)
+    # The power is an argument, and peaks, as many as there are images, are none: one program for every estimator.
+    return _search(dataclasses.replace(summary, peak_lo=None, peak_hi=None), jnp.float32(p), bits)
 
 
 def mse(summary: Summary, *, bits: int) -> Range:
     """The range of least mean squared quantization error."""
-    return _search(summary, bits, 2.0)
+    return lp(summary, bits=bits, p=2.0)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "p"))
-def _search(summary: Summary, bits: int, p: float) -> Range:
-    x, weight = summary.centers, summary.counts / jnp.maximum(summary.counts.sum(), 1e-30)
+@functools.partial(jax.jit, static_argnames="bits")
+def _search(summary: Summary, p: Float[Array, ""], bits: int) -> Range:
+    lo, hi, x = summary.lo, summary.hi, summary.centers
+    weight = summary.counts / jnp.maximum(summary.counts.sum(), 1e-30)
     fractions = jnp.linspace(0.01, 1.0, 100, dtype=jnp.float32)
     # Errors relative to the peak, lest the p-th power of a large one overflow, or of a small one underflow.
-    peak = jnp.maximum(-summary.lo, summary.hi)
+    peak = jnp.maximum(-lo, hi)
     unit = 1.0 / jnp.where(peak > 0, peak, 1.0)
 
     def error(pair: jax.Array) -> jax.Array:
-        params = params_from_range(summary.lo * pair[0], summary.hi * pair[1], bits=bits)
+        params = params_from_range(lo * pair[0], hi * pair[1], bits=bits)
         return jnp.sum(weight * jnp.abs((x - fake_quant(x, params)) * unit) ** p)
 
     def best(candidates: jax.Array) -> jax.Array:
@@ -116,7 +118,7 @@ def _search(summary: Summary, bits: int, p: float) -> Range:
     for _ in range(2):
         for end in (0, 1):
             chosen = best(jnp.concatenate([chosen[None], jnp.tile(chosen, (100, 1)).at[:, end].set(fractions)]))
-    return summary.lo * chosen[0], summary.hi * chosen[1]
+    return lo * chosen[0], hi * chosen[1]
 
 
 def aciq_gaussian(summary: Summary, *, bits: int) -> Range:

@@ -26,9 +26,11 @@ def level_sizes(spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
 def init_levels(key: Key[Array, ""], shape: tuple[int, ...]) -> list[Float[Array, "n ..."]]:
     """Standard Gaussian values of each level for images of `shape` `[N, *spatial, C]`; the key is consumed."""
     count, *spatial, channels = shape
-    sizes = level_sizes(tuple(spatial))
-    keys = jax.random.split(key, len(sizes))
-    return [jax.random.normal(k, (count, *s, channels), jnp.float32) for k, s in zip(keys, sizes, strict=True)]
+    shapes = [(count, *size, channels) for size in level_sizes(tuple(spatial))]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    # Drawn in one piece: the compiler takes its time for each drawing.
+    parts = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def sum_of_levels(levels: list[Float[Array, "n ..."]], exponent: float) -> Float[Array, "n ..."]:

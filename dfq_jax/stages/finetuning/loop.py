@@ -9,6 +9,7 @@ judged by the divergence from the float network on images held out; labels of re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 from dfq_jax.base import Loop, Plan, Progress, State, Turn, init_state, platform_of
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import changed_codes
-from dfq_jax.stages.comparison import compare
+from dfq_jax.stages.comparison import Comparison, comparer
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.step import advance_student, student_optimizer
 from dfq_jax.stages.finetuning.student import hard_student, init_student
@@ -174,8 +175,13 @@ class _StudentLoop(Loop):
         candidate = hard_student(self.graph, self.start, state.parameters)
         return candidate if self.evaluate(candidate, step, float(self.latest)).divergence < lowest else best
 
+    @functools.cached_property
+    def compared(self) -> Callable[[Any], Comparison]:
+        """A student with the teacher, on images held out."""
+        return comparer(self.graph, self.variables, self.held_out, batch_size=self.config.batch_size)
+
     def evaluate(self, candidate: Any, step: int, loss: float | None) -> Evaluation:
-        compared = compare(self.graph, self.variables, candidate, self.held_out, batch_size=self.config.batch_size)
+        compared = self.compared(candidate)
         if not math.isfinite(compared.divergence):
             raise FloatingPointError(
                 f"the student's outputs became NaN or infinite by step {step} of fine-tuning. Try a lower "
