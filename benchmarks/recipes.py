@@ -38,7 +38,7 @@ def main() -> None:
 
     network = Network(arguments)
     print(network)
-    changes = {name: _value(text) for name, text in (change.split("=", 1) for change in arguments.set)}
+    changes = dict(map(field, arguments.set))
     images = Images(network, arguments.cache and arguments.cache / arguments.model)
     for name in arguments.recipes:
         recipe = RECIPES[name].replace(**changes)
@@ -114,11 +114,13 @@ def _describe(record: Any) -> str:
     return f"{type(record).__name__}({', '.join(changed)})"
 
 
-def _value(text: str) -> Any:
+def field(change: str) -> tuple[str, Any]:
+    """Name and value of a field of a recipe, from "name=value"."""
+    name, text = change.split("=", 1)
     try:
-        return ast.literal_eval(text)
+        return name, ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        return name, text
 
 
 if __name__ == "__main__":

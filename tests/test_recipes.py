@@ -214,8 +214,9 @@ def test_weights_only():
     assert q.variables[QUANTIZATION] == {TENSORS: {}, OPERANDS: {}}
     assert all(layer.activation_bits is None and layer.weight_bits in (4, 8) for layer in q.report.layers)
     assert "float activations" in q.report.convention
+    # Weights of so many bits are hardly wrong; errors of two kinds may take each other away.
     unadapted = FAST.replace(batch_norm=None, bias_correction=False)
-    assert run(recipe=unadapted, bits="w4a16").report.sqnr > run(recipe=unadapted).report.sqnr
+    assert run(recipe=unadapted, bits="w8a16").report.sqnr > run(recipe=unadapted, bits="w8a4").report.sqnr + 3
 
 
 def test_networks_without_batch_norm():
@@ -863,7 +864,9 @@ def test_ranges_are_judged():
     result = quantized_on(case, images, recipe, "w4a3")
     *sets, tensors = result.report.steps
     names = [f"ranges by {source} {name}: " for source in ("analytic", "image") for name in ("max", "lp")]
-    assert [any(step.startswith(name) for step in sets) for name in names] == [True] * 4 and len(sets) == 4
+    # Those that it begins with are not tried again.
+    assert [any(step.startswith(name) for step in sets) for name in names] == [True, False, True, True]
+    assert len(sets) == 3
     assert re.match(r"other ranges of \d+ tensors: ", tensors)
     # Each verdict follows from its figures, and the next line begins where the last one ended.
     known = None
