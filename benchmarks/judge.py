@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the recipe")
     parser.add_argument("--least", type=float, default=0.02, help="share of the real divergence that is a difference")
+    parser.add_argument(
+        "--real", type=int, help="real images that decisions are compared on, at most; all if not given"
+    )
     parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
 
@@ -54,7 +57,7 @@ def main() -> None:
             for synthesis, k in ((recipe.synthesis, key), (recipe.synthesis, OTHER_KEY + key), (fourier, key))
         )
         print(f"\n{bits}, key {key}", flush=True)
-        sets = {"another key": other_key, "waves": other_kind, "real": network.images}
+        sets = {"another key": other_key, "waves": other_kind, "real": network.images[: arguments.real]}
         watched = watch(network, sets, recipe.batch_size, seen)
         steps.Judge = watched  # a step asks for a judge by this name
         convention = Convention.parse(bits, **EDGES[arguments.edges])
