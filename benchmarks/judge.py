@@ -28,6 +28,7 @@ from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.stages import analytic_comparison, comparer
 
 OTHER_KEY = 1000
+SOURCES = ("pyramid", "fourier")
 
 
 def main() -> None:
@@ -49,19 +50,14 @@ def main() -> None:
     print(network)
     recipe = RECIPES[arguments.recipe].replace(**dict(map(field, arguments.set)))
     images = Images(network, arguments.cache and arguments.cache / arguments.model)
-    fourier = dataclasses.replace(recipe.synthesis, source="fourier")
     seen: list[dict[str, float]] = []
     for bits, key in itertools.product(arguments.bits, arguments.keys):
-        own, other_key, other_kind = (
-            images.get(recipe.replace(synthesis=synthesis), k)[0]
-            for synthesis, k in ((recipe.synthesis, key), (recipe.synthesis, OTHER_KEY + key), (fourier, key))
-        )
         print(f"\n{bits}, key {key}", flush=True)
-        sets = {"another key": other_key, "waves": other_kind, "real": network.images[: arguments.real]}
-        watched = watch(network, sets, recipe.batch_size, seen)
-        steps.Judge = watched  # a step asks for a judge by this name
+        sets = {source: images.get(recipe.replace(synthesis_source=source), OTHER_KEY + key)[0] for source in SOURCES}
+        sets["real"] = network.images[: arguments.real]
+        steps.Judge = watch(network, sets, recipe.batch_size, seen)  # a step asks for a judge by this name
         convention = Convention.parse(bits, **EDGES[arguments.edges])
-        settings: dict[str, Any] = {"recipe": recipe, "convention": convention, "key": key, "images": own}
+        settings: dict[str, Any] = {"recipe": recipe, "convention": convention, "key": key}
         result = quantize(network.module, network.variables, input_shape=network.input_shape, **settings)
         print("  top-1 {:.2f}, agreement {:.2f}".format(*network.score(result.variables)), flush=True)
     summarize(seen, arguments.least)
@@ -77,8 +73,8 @@ def watch(network: Network, sets: dict[str, Any], batch_size: int, seen: list[di
     def others(candidate: Candidate) -> dict[str, float]:
         if id(candidate.quantized) not in known:
             found = {name: compare(candidate.quantized).divergence for name, compare in compared.items()}
-            more = analytic_comparison(network.graph, *candidate.networks, num_samples=128)
-            known[id(candidate.quantized)] = candidate.quantized, {**found, "more noise": more.divergence}
+            noise = analytic_comparison(network.graph, *candidate.networks)
+            known[id(candidate.quantized)] = candidate.quantized, {**found, "noise of moments": noise.divergence}
         return known[id(candidate.quantized)][1]
 
     @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,12 +82,11 @@ def watch(network: Network, sets: dict[str, Any], batch_size: int, seen: list[di
         def choose(self, name: str, current: Candidate, other: Candidate) -> Candidate:
             if not self.has_images:
                 return super().choose(name, current, other)
-            everyone = dataclasses.replace(self, noise=True)
-            before, after = ({**everyone._seen(c).divergences, **others(c)} for c in (current, other))
-            ratios = {measure.removeprefix("divergence on "): after[measure] / before[measure] for measure in before}
+            before, after = ({"the judge": self.compare(c).divergence, **others(c)} for c in (current, other))
+            ratios = {measure: after[measure] / before[measure] for measure in before}
             taken = super().choose(name, current, other)
             kept = taken.quantized is other.quantized
-            seen.append({**ratios, "the judge": 0.5 if kept else 2.0})
+            seen.append(ratios)
             words = ", ".join(f"{measure} {ratio:.3f}" for measure, ratio in ratios.items())
             print(f"  {name}: {'kept' if kept else 'dropped'}; {words}", flush=True)
             return taken
@@ -103,7 +98,7 @@ def summarize(seen: list[dict[str, float]], least: float) -> None:
     """Wrong decisions by each measure, and by means of them."""
     measures = [m for m in seen[0] if m != "real"]
     groups = [(m,) for m in measures]
-    groups += [g for n in (2, 3) for g in itertools.combinations([m for m in measures if m != "the judge"], n)]
+    groups += [g for n in (2, 3) for g in itertools.combinations(measures, n)]
     real = np.log([s["real"] for s in seen])
     counts = np.abs(real) > math.log(1 + least)
     print(f"\nof {len(seen)} decisions {counts.sum()} matter; wrong ones, and what they cost")

@@ -261,7 +261,7 @@ def work_on(net: Network, row: str, bits: str) -> Work:
             range_search=RECIPE.range_search if row == "range search" else None,
         ),
         convention=Convention.parse(bits, weight_range="min_max"),
-        images=Images(net.images, "noise"),
+        images=Images(net.images, "noise", num_fitted=len(net.images)),
         keys={name: jax.random.key(i) for i, name in enumerate(STEPS)},
     )
 

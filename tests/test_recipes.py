@@ -31,7 +31,6 @@ from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import load
 from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
 from dfq_jax.report.report import LayerReport, Report, report_from
-from dfq_jax.stages.analytic import analytic_comparison
 from dfq_jax.stages.batch_norm import BatchNormConfig
 from dfq_jax.stages.comparison import compare, sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
@@ -40,7 +39,7 @@ from dfq_jax.stages.finetuning import FinetuneConfig
 from dfq_jax.stages.finetuning import loop as finetuning_loop
 from dfq_jax.stages.range_search import RangeSearchConfig
 from dfq_jax.stages.rounding import ReconstructionConfig, learned, squant
-from dfq_jax.synthesis import SynthesisConfig, loop
+from dfq_jax.synthesis import SynthesisConfig, loop, synthesize
 
 SHAPE = (2, 8, 8, 3)
 SMALL = {"synthesis_steps": 5, "synthesis_num_images": 8, "synthesis_batch_size": 8}
@@ -838,7 +837,7 @@ def test_step_that_harms_is_dropped():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_both_judges_are_asked():
+def test_the_judge_is_asked_on_images_that_nothing_is_fitted_to():
     case, recipe, images = judged()
     recipe = recipe.replace(batch_norm=None)
     results = [
@@ -849,13 +848,29 @@ def test_both_judges_are_asked():
     kept, divergences = verdict(step)
     graph = results[0].graph
     rounded = squant(graph, case.variables, results[0].variables)
-    for place, qvariables in enumerate((results[0].variables, rounded)):
-        found = (
-            compare(graph, case.variables, qvariables, images[16:]),
-            analytic_comparison(graph, case.variables, qvariables),
-        )
-        np.testing.assert_allclose([f.divergence for f in found], divergences[:, place], rtol=1e-3)
-    assert (kept == "kept") == (divergences[:, 1].prod() <= divergences[:, 0].prod())
+    found = [compare(graph, case.variables, q, images[16:]).divergence for q in (results[0].variables, rounded)]
+    np.testing.assert_allclose(found, divergences[0], rtol=1e-3)
+    assert (kept == "kept") == (divergences[0, 1] <= divergences[0, 0])
+
+
+def test_images_to_judge_on_are_of_another_key_and_source():
+    recipe = FAST.replace(synthesis_num_images=32, synthesis_batch_size=16, held_out=0.25, judge_source="fourier")
+    result = run(recipe=recipe)
+    graph, variables = result.graph, CASE.variables
+    keys = jax.random.split(jax.random.key(0), 4)
+    parts = ((24, "pyramid", keys[0]), (8, "fourier", keys[3]))
+    expected = [
+        synthesize(
+            graph,
+            variables,
+            key,
+            dataclasses.replace(recipe.synthesis, num_images=count, batch_size=min(16, count), source=source),
+        ).images
+        for count, source, key in parts
+    ]
+    np.testing.assert_allclose(result.images, np.concatenate(expected), atol=1e-5)
+    assert "24 synthesized in 5 steps" in result.report.images
+    assert result.report.images.endswith("and 8 of the source 'fourier' to judge on")
 
 
 def test_ranges_are_judged():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from dfq_jax.stages import Convention
 from dfq_jax.synthesis import Synthesis, synthesize
 
 ANALYTIC_IMAGES = 32
+MIN_HELD_OUT = 8  # fewer images decide nothing
+JUDGING = "judging"  # what the images to judge on have as their name, and their key
 THESE_IMAGES = "these images"
 
 
@@ -29,8 +33,23 @@ class Images(NamedTuple):
     images: Any
     origin: str
     kind: str = THESE_IMAGES
+    num_fitted: int = 0  # the first are what steps are fitted to, the others the judge's
     analytic: bool = False  # BatchNorm parameters take their place, and nothing is fitted to them
     checkpoint: str | Path | None = None  # the file that holds them
+
+    @property
+    def fitted(self) -> Any:
+        """The images that steps are fitted to."""
+        return self.images[: self.num_fitted]
+
+    @property
+    def held_out(self) -> Any:
+        """Those that it is judged on; maybe none."""
+        return self.images[self.num_fitted :]
+
+    def without(self) -> Images:
+        """BatchNorm parameters in their place."""
+        return self._replace(images=self.images[:0], num_fitted=0, analytic=True)
 
 
 def is_synthesized(graph: Graph, recipe: Recipe, convention: Convention) -> bool:
@@ -48,7 +67,7 @@ def find_images(
     variables: Any,
     recipe: Recipe,
     convention: Convention,
-    key: Key[Array, ""],
+    keys: Mapping[str, Key[Array, ""]],
     given: Any,
     **options: Any,
 ) -> Images:
@@ -56,22 +75,56 @@ def find_images(
     if given is not None:
         given = jnp.asarray(given)
         check_images(graph, given)
-        return Images(given, f"{len(given)} given")
+        return Images(given, f"{len(given)} given", num_fitted=len(given) - _num_held_out(recipe, len(given)))
     count = recipe.synthesis.num_images
     if not is_synthesized(graph, recipe, convention):
         analytic = recipe.source == "analytic" and bool(graph.batch_norms)
         # Where nothing is measured on them, exporters that run the network still have something to run it on.
         shape = (min(count, ANALYTIC_IMAGES) if analytic else count, *graph.input.shape[1:])
-        noise = _noise(key, shape)
+        noise = _noise(keys["images"], shape)
         if analytic:
-            return Images(noise, "none (BatchNorm parameters in their place)", MOMENT_NOISE, analytic=True)
-        return Images(noise, f"{count} of Gaussian noise", "Gaussian noise, unlike any image")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
-        made = synthesize(graph, variables, key, recipe.synthesis, keep_checkpoint=True, **options)
-    if not made.completed:
-        raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
-    return Images(made.images, _origin(made, recipe.synthesis.steps), checkpoint=options["checkpoint"])
+            origin = "none (BatchNorm parameters in their place)"
+            return Images(noise, origin, MOMENT_NOISE, num_fitted=len(noise), analytic=True)
+        fitted = count - _num_held_out(recipe, count)
+        return Images(noise, f"{count} of Gaussian noise", "Gaussian noise, unlike any image", num_fitted=fitted)
+    return _synthesized(graph, variables, recipe, keys, **options)
+
+
+def file_of(checkpoint: str | Path | None, name: str) -> str | None:
+    """The file beside that of the images that something else is kept in."""
+    return None if checkpoint is None else f"{checkpoint}.{name}"
+
+
+def _num_held_out(recipe: Recipe, count: int) -> int:
+    held_out = round(recipe.held_out * count)
+    return held_out if held_out >= MIN_HELD_OUT else 0
+
+
+def _synthesized(
+    graph: Graph, variables: Any, recipe: Recipe, keys: Mapping[str, Key[Array, ""]], *, checkpoint: Any, **options: Any
+) -> Images:
+    """Images to fit to, and images of another key and source to judge on."""
+    whole, held_out = recipe.synthesis, _num_held_out(recipe, recipe.synthesis.num_images)
+
+    def make(name: str, count: int, source: str, checkpoint: Any) -> Synthesis:
+        sizes = {"num_images": count, "batch_size": min(whole.batch_size, count)}
+        config = dataclasses.replace(whole, source=source, **sizes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
+            files = {"checkpoint": checkpoint, "keep_checkpoint": True}
+            made = synthesize(graph, variables, keys[name], config, **files, **options)
+        if not made.completed:
+            raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
+        return made
+
+    made = make("images", whole.num_images - held_out, whole.source, checkpoint)
+    found = Images(made.images, _origin(made, whole.steps), num_fitted=len(made.images), checkpoint=checkpoint)
+    if not held_out:
+        return found
+    source = recipe.judge_source or whole.source
+    judging = make(JUDGING, held_out, source, file_of(checkpoint, JUDGING))
+    origin = f"{found.origin}, and {held_out} of the source {source!r} to judge on"
+    return found._replace(images=jnp.concatenate([made.images, judging.images]), origin=origin)
 
 
 def _origin(made: Synthesis, steps: int) -> str:

@@ -1,18 +1,15 @@
 """Who decides between two candidates: their divergence from the float network, on what neither was fitted to.
 
-There are two measures, and each is fooled by its own kind. Images held out flatter what was fitted to images of the
-same synthesis. Noise of the moments that BatchNorms promise flatters what was derived from those moments, and knows
-nothing of how channels and pixels go together, which adaptation to images makes use of. So of what is not fitted to
-outputs on images (equalization, rounding, ranges) both are asked: what lowers one divergence by a share may raise the
-other by no more than that. Of what is, images held out alone.
+Those are images of another key and another source: images of the same batch flatter what was fitted to it
+(`benchmarks/judge.txt`). Where there are none, it is noise of the moments that BatchNorms promise, which flatters what
+was derived from those moments, and knows nothing of how channels and pixels go together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from dfq_jax.graph import Graph
@@ -33,14 +30,14 @@ class Candidate:
       ranges: of activations, once they are known.
       quantized: quantized variables, once there are any.
       decisions: on the way, in the report's words.
-      divergences: from the float network, as far as they are known, by the names of `Judge.measures`.
+      divergence: from the float network, once a judge has asked.
     """
 
     variables: Any
     ranges: Ranges | None = None
     quantized: Any = None
     decisions: tuple[str, ...] = ()
-    divergences: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    divergence: float | None = None
 
     @property
     def networks(self) -> tuple[Any, Any]:
@@ -49,7 +46,7 @@ class Candidate:
 
     def moved(self, quantized: Any) -> Candidate:
         """With other quantized variables, not judged yet."""
-        return dataclasses.replace(self, quantized=quantized, divergences={})
+        return dataclasses.replace(self, quantized=quantized, divergence=None)
 
     def noting(self, decision: str) -> Candidate:
         """With one more decision."""
@@ -58,7 +55,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Judge:
-    """The lower divergence wins; of several, the lower geometric mean.
+    """The lower divergence wins.
 
     Attributes:
       graph: of the network.
@@ -66,7 +63,6 @@ class Judge:
       images: held out of those that steps are fitted to; maybe none.
       analytic: BatchNorm parameters take the place of images.
       batch_size: images in one pass of the network.
-      noise: whether noise is asked, too, where there are images.
     """
 
     graph: Graph
@@ -74,7 +70,6 @@ class Judge:
     images: Any
     analytic: bool
     batch_size: int
-    noise: bool = True
 
     @property
     def has_images(self) -> bool:
@@ -82,21 +77,14 @@ class Judge:
         return len(self.images) > 0
 
     @property
-    def measures(self) -> dict[str, Callable[[Candidate], Comparison]]:
-        """How a candidate is compared with the float network, by what it is called in reports."""
-        known: dict[str, Callable[[Candidate], Comparison]] = {}
+    def can_judge(self) -> bool:
+        """Whether there is anything to judge on."""
+        return self.has_images or bool(self.graph.batch_norms)
+
+    def compare(self, candidate: Candidate) -> Comparison:
+        """With the float network, on the images held out, or on noise behind each BatchNorm."""
         if self.has_images and not self.analytic:
-            known["held-out divergence"] = self.on_images
-        if self.graph.batch_norms and (self.noise or not known):
-            known[f"divergence on {MOMENT_NOISE}"] = self.on_noise
-        return known
-
-    def on_images(self, candidate: Candidate) -> Comparison:
-        """On the images held out."""
-        return self._images(candidate.quantized)
-
-    def on_noise(self, candidate: Candidate) -> Comparison:
-        """On noise behind each BatchNorm."""
+            return self._compared(candidate.quantized)
         return analytic_comparison(self.graph, *candidate.networks)
 
     def consider(self, name: str, current: Candidate, quantized: Any) -> Candidate:
@@ -107,26 +95,18 @@ class Judge:
     def choose(self, name: str, current: Candidate, other: Candidate) -> Candidate:
         """The one of less divergence."""
         current, other = self._seen(current), self._seen(other)
-        pairs = [(current.divergences[measure], other.divergences[measure]) for measure in self.measures]
-        change = math.prod(max(after, LEAST) / max(before, LEAST) for before, after in pairs) ** (1 / len(pairs))
-        taken, verdict = (other, "kept") if change <= self._most else (current, "dropped")
-        words = [f"{m} {b:.4g} -> {a:.4g}" for m, (b, a) in zip(self.measures, pairs, strict=True)]
+        before, after = current.divergence, other.divergence
+        most = 1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE
+        taken, verdict = (other, "kept") if after <= most * before + LEAST else (current, "dropped")
+        measure = "held-out divergence" if self.has_images else f"divergence on {MOMENT_NOISE}"
         taken = dataclasses.replace(taken, decisions=current.decisions)  # what was tried before, whatever came of it
-        return taken.noting(f"{name}: {verdict}, {', '.join(words)}")
-
-    @property
-    def _most(self) -> float:
-        """The change of divergence that a candidate is taken with."""
-        return 1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE
+        return taken.noting(f"{name}: {verdict}, {measure} {before:.4g} -> {after:.4g}")
 
     @functools.cached_property
-    def _images(self) -> Callable[[Any], Comparison]:
+    def _compared(self) -> Callable[[Any], Comparison]:
         return comparer(self.graph, self.variables, self.images, batch_size=self.batch_size)
 
     def _seen(self, candidate: Candidate) -> Candidate:
-        """With the divergences by all measures."""
-        found = dict(candidate.divergences)
-        for name, measure in self.measures.items():
-            if name not in found:
-                found[name] = measure(candidate).divergence
-        return dataclasses.replace(candidate, divergences=found)
+        if candidate.divergence is not None:
+            return candidate
+        return dataclasses.replace(candidate, divergence=self.compare(candidate).divergence)

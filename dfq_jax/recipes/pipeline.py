@@ -32,7 +32,7 @@ from dfq_jax.recipes.images import THESE_IMAGES, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
-from dfq_jax.recipes.steps import LONG_STEPS, Work, remove_checkpoints, run_steps
+from dfq_jax.recipes.steps import DRAWING, Work, remove_checkpoints, run_steps
 from dfq_jax.report import Report, doubtful_result, doubtful_structure, layer_reports, packed_size
 from dfq_jax.stages import Comparison, Convention
 
@@ -100,8 +100,7 @@ def quantize(
     recipe = get_recipe(recipe)
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
     key = _as_key(key)
-    drawing = ("images", *LONG_STEPS)
-    keys = dict(zip(drawing, jax.random.split(key, len(drawing)), strict=True))
+    keys = dict(zip(DRAWING, jax.random.split(key, len(DRAWING)), strict=True))
     input_shape = _as_shape(input_shape)
     clock = _Clock(on_stage)
     apply_fn, variables = as_function(model, variables)
@@ -112,14 +111,14 @@ def quantize(
     doubts = _warned(*doubtful_statistics(graph, variables), *doubtful_structure(graph))
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
-        found = find_images(graph, variables, recipe, convention, keys["images"], images, **options)
+        found = find_images(graph, variables, recipe, convention, keys, images, **options)
     work = Work(
         graph=graph, variables=variables, recipe=recipe, convention=convention, images=found, keys=keys, **options
     )
     result = run_steps(work, Candidate(variables=variables), clock)
     with clock("compare"):
         judge = dataclasses.replace(work.judge, images=found.images)
-        compared = (judge.on_noise if found.analytic else judge.on_images)(result)
+        compared = judge.compare(result)
     if found.kind == THESE_IMAGES:
         doubts += _warned(*doubtful_result(compared))
     else:

@@ -20,6 +20,7 @@ from dfq_jax.stages import (
     gptq_from_noise,
     squant,
 )
+from dfq_jax.synthesis import SOURCES as IMAGE_SOURCES
 from dfq_jax.synthesis import SynthesisConfig
 
 SOURCES = ("synthesis", "noise", "analytic")
@@ -62,8 +63,10 @@ class Recipe:
       batch_norm: adaptation of BatchNorm statistics; None for none.
       finetune: distillation of the float network into the quantized one, after all else; None for none.
       at_least_instant: take what the recipe "instant" gives where that is better on images held out.
-      held_out: share of the images that adaptation is not fitted to; each step is kept only if it lowers the divergence
-        from the float network on them. 0 keeps every step unseen.
+      held_out: share of the images that nothing is fitted to; each step is kept only if it lowers the divergence from
+        the float network on them. 0 keeps every step unseen.
+      judge_source: of the images held out, as `synthesis.source`: what is fitted to images is flattered by others of
+        their kind. None for the same as of all others. (Of images that are given, the last are held out.)
       batch_size: images in one pass of the network.
     """
 
@@ -82,6 +85,7 @@ class Recipe:
     finetune: FinetuneConfig | None = None
     at_least_instant: bool = False
     held_out: float = 0.0
+    judge_source: str | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -102,6 +106,8 @@ class Recipe:
         for name in ("range_search", "reconstruction", "finetune"):
             if self.source == "analytic" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: takes images, of which the source 'analytic' has none.")
+        known = f"one of {IMAGE_SOURCES}, or None"
+        check_field("judge_source", self.judge_source, known, (None, *IMAGE_SOURCES).__contains__)
         check_field(
             "held_out",
             self.held_out,
@@ -166,7 +172,8 @@ RECIPES: dict[str, Recipe] = {
             batch_norm=BatchNormConfig(method="regression"),
             bias_correction=True,
             at_least_instant=True,
-            held_out=0.25,
+            held_out=0.5,
+            judge_source="fourier",
         ),
         # Rounding learned block by block, on twice the images. Biases are learned with it, on the same images; adapting
         # statistics or biases afterwards raised the error on held-out images more often than not.
@@ -178,7 +185,8 @@ RECIPES: dict[str, Recipe] = {
             rounding="squant",
             reconstruction=ReconstructionConfig(),
             at_least_instant=True,
-            held_out=0.125,
+            held_out=0.25,
+            judge_source="fourier",
         ),
         # The whole network taught by the float one, from where `fast` ends; for the lowest bits in all layers.
         Recipe(
@@ -189,7 +197,8 @@ RECIPES: dict[str, Recipe] = {
             bias_correction=True,
             finetune=FinetuneConfig(),
             at_least_instant=True,
-            held_out=0.125,
+            held_out=0.25,
+            judge_source="fourier",
         ),
     )
 }

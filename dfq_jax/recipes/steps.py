@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
-from dfq_jax.recipes.images import Images
+from dfq_jax.recipes.images import JUDGING, Images, file_of
 from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
 from dfq_jax.stages import (
@@ -40,8 +40,6 @@ from dfq_jax.stages import (
     with_ranges,
 )
 
-# Fewer held-out images than this decide nothing.
-MIN_HELD_OUT = 8
 ANALYTIC = "analytic correction of BatchNorms and biases"
 
 
@@ -69,36 +67,20 @@ class Work:
     checkpoint: str | Path | None = None
 
     @functools.cached_property
-    def fitted(self) -> Any:
-        """The images that steps are fitted to; the others are the judge's."""
-        return self.images.images[: self._num_fitted]
-
-    @functools.cached_property
     def judge(self) -> Judge:
-        """Who decides what is kept of what is not fitted to images."""
+        """Who decides what is kept."""
         return Judge(
             graph=self.graph,
             variables=self.variables,
-            images=self.images.images[self._num_fitted :],
+            images=self.images.held_out,
             analytic=self.images.analytic,
             batch_size=self.recipe.batch_size,
         )
 
-    @functools.cached_property
-    def image_judge(self) -> Judge:
-        """Who decides what is kept of what is fitted to images."""
-        return dataclasses.replace(self.judge, noise=False)
-
     def long(self, step: str) -> dict[str, Any]:
         """The options of a step that shows its progress and can be resumed."""
-        file = None if self.checkpoint is None else _file(self.checkpoint, step)
+        file = file_of(self.checkpoint, step)
         return {"on_progress": self.on_progress, "checkpoint": file, "keep_checkpoint": True}
-
-    @property
-    def _num_fitted(self) -> int:
-        count = len(self.images.images)
-        held_out = round(self.recipe.held_out * count)
-        return count - (held_out if held_out >= MIN_HELD_OUT else 0)
 
 
 # --- the steps ---
@@ -109,7 +91,7 @@ def _equalize(work: Work, start: Candidate) -> Candidate:
     if not find_pairs(work.graph)[0]:
         return start
     other = dataclasses.replace(start, variables=equalize(work.graph, start.variables))
-    if not (work.judge.has_images or work.graph.batch_norms):
+    if not work.judge.can_judge:
         return other.noting("equalization")
     return work.judge.choose("equalization", *(_quantize(work, _measure(work, c)) for c in (start, other)))
 
@@ -141,7 +123,7 @@ def _round(work: Work, nearest: Candidate) -> Candidate:
     """Rounding that knows more than the nearest code."""
     name = work.recipe.rounding
     title, run = ROUNDINGS[name]
-    images, config = None if work.images.analytic else work.fitted, getattr(work.recipe, name, None)
+    images, config = None if work.images.analytic else work.images.fitted, getattr(work.recipe, name, None)
     rounded = run(work.graph, *nearest.networks, images, config, work.recipe.batch_size)
     return work.judge.consider(title, nearest, rounded)
 
@@ -149,22 +131,22 @@ def _round(work: Work, nearest: Candidate) -> Candidate:
 def _search(work: Work, start: Candidate) -> Candidate:
     """Ranges by what they do to the outputs: sets for all tensors, then of one tensor after the other."""
     graph, judge, config = work.graph, work.judge, work.recipe.range_search
-    if not start.ranges or not (judge.has_images or graph.batch_norms):
+    if not start.ranges or not judge.can_judge:
         return start
-    settings: Any = (work.fitted, work.convention, config)
+    settings: Any = (work.images.fitted, work.convention, config)
     sets = candidate_ranges(graph, start.variables, *settings, batch_size=work.recipe.batch_size)
     result = start
     for name, ranges in sets.items():
         if ranges == start.ranges:
             continue  # judged already
         result = judge.choose(f"ranges by {name}", result, start.moved(with_ranges(start.quantized, ranges)))
-    searched, found = search_ranges(graph, *result.networks, work.fitted, sets, config)
+    searched, found = search_ranges(graph, *result.networks, work.images.fitted, sets, config)
     return judge.choose(f"other ranges of {len(found.changed)} tensors", result, result.moved(searched))
 
 
 def _reconstruct(work: Work, start: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
-    settings: Any = (work.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
+    settings: Any = (work.images.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
     qvariables, info = reconstruct(work.graph, *start.networks, *settings, **work.long("reconstruction"))
     if not info.completed:
         raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
@@ -177,13 +159,13 @@ def _adapt(work: Work, candidate: Candidate) -> Candidate:
     """BatchNorm statistics and biases."""
     graph, config = work.graph, work.recipe.batch_norm
     if work.images.analytic and config is not None:
-        return work.image_judge.consider(ANALYTIC, candidate, analytic_correction(graph, *candidate.networks, config))
+        return work.judge.consider(ANALYTIC, candidate, analytic_correction(graph, *candidate.networks, config))
     if config is not None and graph.batch_norms:
         candidate = _adapt_statistics(work, candidate, config)
     if work.recipe.bias_correction:
         # Behind a BatchNorm whose statistics are adapted nothing is left to correct.
-        corrected = correct_bias(graph, *candidate.networks, work.fitted, normalized=config is None)
-        candidate = work.image_judge.consider("bias correction", candidate, corrected)
+        corrected = correct_bias(graph, *candidate.networks, work.images.fitted, normalized=config is None)
+        candidate = work.judge.consider("bias correction", candidate, corrected)
     return candidate
 
 
@@ -191,36 +173,37 @@ def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> 
     """BatchNorm statistics adapted to the images, or to noise, in the way that is best by the judges."""
 
     def adapted(config: BatchNormConfig) -> Any:
-        return adapt_batch_norm(work.graph, *start.networks, work.fitted, config, batch_size=work.recipe.batch_size)
+        return adapt_batch_norm(
+            work.graph, *start.networks, work.images.fitted, config, batch_size=work.recipe.batch_size
+        )
 
     name = f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}"
-    result = work.image_judge.consider(name, start, adapted(config))
-    if not work.image_judge.has_images:
+    result = work.judge.consider(name, start, adapted(config))
+    if not work.judge.has_images:
         return result
-    half = dataclasses.replace(config, prior_images=2 * config.prior_images + len(work.fitted))
-    result = work.image_judge.consider("half of it", result, adapted(half))
+    half = dataclasses.replace(config, prior_images=2 * config.prior_images + work.images.num_fitted)
+    result = work.judge.consider("half of it", result, adapted(half))
     other = start.moved(analytic_correction(work.graph, *start.networks))
-    return work.image_judge.choose(f"{ANALYTIC} in its place", result, other)
+    return work.judge.choose(f"{ANALYTIC} in its place", result, other)
 
 
 def _finetune(work: Work, candidate: Candidate) -> Candidate:
     """Distillation; it chooses among its own steps on images held out of those it is given."""
-    settings: Any = (work.fitted, work.keys["fine-tuning"], work.recipe.finetune)
+    settings: Any = (work.images.fitted, work.keys["fine-tuning"], work.recipe.finetune)
     tuned, info = finetune(work.graph, *candidate.networks, *settings, **work.long("fine-tuning"))
     if not info.completed:
         raise KeyboardInterrupt("fine-tuning was interrupted; call finetune() to keep the best so far")
-    return work.image_judge.consider("fine-tuning", candidate, tuned)
+    return work.judge.consider("fine-tuning", candidate, tuned)
 
 
 def _compare_with_instant(work: Work, result: Candidate) -> Candidate:
     """What needs no images, where it is better."""
     if not work.graph.batch_norms:
         return result
-    images = work.images._replace(images=work.images.images[:0], analytic=True)
-    other = run_steps(
-        dataclasses.replace(work, recipe=RECIPES["instant"], images=images), Candidate(variables=work.variables)
-    )
-    return work.image_judge.choose("the result of the recipe instant in its place", result, other)
+    instant = dataclasses.replace(work, recipe=RECIPES["instant"], images=work.images.without())
+    other = run_steps(instant, Candidate(variables=work.variables))
+    other = other.moved(other.quantized)  # judged by noise so far
+    return work.judge.choose("the result of the recipe instant in its place", result, other)
 
 
 # --- the table ---
@@ -249,9 +232,10 @@ STEPS = {
     "fine-tuning": Step("fine-tuning the network", _finetune, "finetune"),
     "instant": Step("comparing with instant", _compare_with_instant, "at_least_instant"),
 }
-# Those that draw at random, show progress and can be resumed (`Work.long`): each has a key and a file of its own. New
-# ones come last: by JAX's default generator the others keep their keys then.
+# Those that draw at random, show progress and can be resumed (`Work.long`): each has a key and a file of its own.
 LONG_STEPS = ("reconstruction", "fine-tuning")
+# All that draws at random. New ones come last: by JAX's default generator the others keep their keys then.
+DRAWING = ("images", *LONG_STEPS, JUDGING)
 
 
 def run_steps(
@@ -279,12 +263,7 @@ STAGES = {
 
 def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) -> None:
     """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
-    if images:
-        remove_checkpoint(checkpoint)
-    for name in LONG_STEPS:
-        if STEPS[name].is_in(recipe):
-            remove_checkpoint(_file(checkpoint, name))
-
-
-def _file(checkpoint: str | Path, step: str) -> str:
-    return f"{checkpoint}.{step}"
+    files = [checkpoint, file_of(checkpoint, JUDGING)] if images else []
+    files += [file_of(checkpoint, name) for name in LONG_STEPS if STEPS[name].is_in(recipe)]
+    for file in files:
+        remove_checkpoint(file)

@@ -6,7 +6,7 @@ What is asked of them (`objective`), where they come from (`source`: their pixel
 (`statistics`).
 """
 
-from dfq_jax.synthesis.config import DGH, GENIE, SynthesisConfig
+from dfq_jax.synthesis.config import DGH, GENIE, SOURCES, SynthesisConfig
 from dfq_jax.synthesis.loop import Synthesis, SynthesisError, synthesize
 from dfq_jax.synthesis.refine import RefineConfig, refine
 from dfq_jax.synthesis.statistics import StatisticErrors, statistic_errors
@@ -15,6 +15,7 @@ from dfq_jax.synthesis.step import advance_batch, init_batch
 __all__ = [
     "DGH",
     "GENIE",
+    "SOURCES",
     "RefineConfig",
     "StatisticErrors",
     "Synthesis",
