@@ -15,19 +15,17 @@ import argparse
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from network import EDGES, Network, add_arguments
-from recipes import Images, field
+from recipes import field, unseen
 
 from dfq_jax import RECIPES, Convention, quantize
 from dfq_jax.recipes import steps
 from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.stages import analytic_comparison, comparer
 
-OTHER_KEY = 1000
 SOURCES = ("pyramid", "fourier")
 
 
@@ -43,17 +41,15 @@ def main() -> None:
     parser.add_argument(
         "--real", type=int, help="real images that decisions are compared on, at most; all if not given"
     )
-    parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
 
     network = Network(arguments)
     print(network)
     recipe = RECIPES[arguments.recipe].replace(**dict(map(field, arguments.set)))
-    images = Images(network, arguments.cache and arguments.cache / arguments.model)
     seen: list[dict[str, float]] = []
     for bits, key in itertools.product(arguments.bits, arguments.keys):
         print(f"\n{bits}, key {key}", flush=True)
-        sets = {source: images.get(recipe.replace(synthesis_source=source), OTHER_KEY + key)[0] for source in SOURCES}
+        sets = {s: unseen(network, dataclasses.replace(recipe.synthesis, source=s), key) for s in SOURCES}
         sets["real"] = network.images[: arguments.real]
         steps.Judge = watch(network, sets, recipe.batch_size, seen)  # a step asks for a judge by this name
         convention = Convention.parse(bits, **EDGES[arguments.edges])

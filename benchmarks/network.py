@@ -40,7 +40,7 @@ class Network:
 
     def __init__(self, arguments: argparse.Namespace):
         model = load_model(arguments.model, arguments.checkpoint)
-        self.module, self.input_shape = model.module, model.input_shape
+        self.name, self.module, self.input_shape = arguments.model, model.module, model.input_shape
         apply_fn, self.variables = as_function(model.module, model.variables)
         self.graph = trace(apply_fn, self.variables, model.input_shape)
         data = load_data(arguments.data)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import time
+import functools
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ import jax
 import numpy as np
 from network import EDGES, Network, add_arguments
 
-from dfq_jax import RECIPES, Convention, Quantized, Recipe, quantize, synthesize
+from dfq_jax import RECIPES, Convention, Quantized, Recipe, SynthesisConfig, quantize, synthesize
+from dfq_jax.recipes import remove_checkpoints
+
+
+UNSEEN_KEY = 1000
 
 
 def main() -> None:
@@ -39,7 +44,7 @@ def main() -> None:
     network = Network(arguments)
     print(network)
     changes = dict(map(field, arguments.set))
-    images = Images(network, arguments.cache and arguments.cache / arguments.model)
+    images = Images(network, arguments.cache)
     for name in arguments.recipes:
         recipe = RECIPES[name].replace(**changes)
         keys = arguments.keys[:1] if recipe.source == "analytic" else arguments.keys  # the same for all keys
@@ -52,38 +57,31 @@ def main() -> None:
 
 
 class Images:
-    """Images and the seconds they took to make, by how they are made and the key.
+    """Files of images and the seconds they took to make, by how they are made and the key."""
 
-    In memory and, where there is a path to begin file names with, in files.
-    """
+    def __init__(self, network: Network, folder: Path | None):
+        self.network = network
+        self.temporary = None if folder else tempfile.TemporaryDirectory()  # removed with this object
+        self.folder = Path(folder or self.temporary.name)
 
-    def __init__(self, network: Network, path: Path | None):
-        self.network, self.path, self.known = network, path, {}
+    def file(self, recipe: Recipe, key: int) -> Path:
+        """Where `quantize` keeps those that the recipe makes from the key, and finds them again."""
+        settings = f"{recipe.source} {recipe.synthesis} {recipe.held_out} {recipe.judge_source}"
+        return self.folder / f"{self.network.name}_{zlib.crc32(settings.encode()):08x}_{key}"
 
-    def get(self, recipe: Recipe, key: int) -> tuple[np.ndarray, float]:
-        """Those that the recipe makes from the key; made now if they were not before."""
-        settings = zlib.crc32(f"{recipe.source} {recipe.synthesis}".encode())
-        file = Path(f"{self.path or ''}_{settings:08x}_{key}.npz")
-        if file in self.known:
-            return self.known[file]
-        if self.path and file.exists():
-            with np.load(file) as saved:
-                self.known[file] = saved["images"], float(saved["seconds"])
-            return self.known[file]
-        started = time.perf_counter()
-        graph, variables = self.network.graph, self.network.variables
-        made = np.asarray(synthesize(graph, variables, jax.random.key(key), recipe.synthesis).images)
-        self.known[file] = made, time.perf_counter() - started
-        if self.path:
-            np.savez(file, images=made, seconds=self.known[file][1])
-        return self.known[file]
+    def seconds(self, file: Path, now: float) -> float:
+        """That they took when they were made, which is now if they were not before."""
+        note = file.with_suffix(".seconds")
+        if not note.exists():
+            note.write_text(str(now))
+        return float(note.read_text())
 
 
 def run(
     network: Network, recipe: Recipe, convention: Convention, key: int, images: Images
 ) -> tuple[Quantized, np.ndarray]:
     """The quantized network; its drop of top-1, its agreement, and the seconds it took with those of its images."""
-    made, seconds = images.get(recipe, key) if recipe.source == "synthesis" else (None, 0.0)
+    file = images.file(recipe, key) if recipe.source == "synthesis" else None
     quantized = quantize(
         network.module,
         network.variables,
@@ -91,13 +89,24 @@ def run(
         recipe=recipe,
         convention=convention,
         key=key,
-        images=made,
+        checkpoint=file,
+        keep_checkpoint=True,
     )
+    seconds = dict(quantized.report.seconds)
+    if file is not None:
+        seconds["images"] = images.seconds(file, seconds["images"])
+        remove_checkpoints(file, recipe, images=False)
     top1, agreement = network.score(quantized.variables)
-    drop, seconds = network.float_top1 - top1, sum(quantized.report.seconds.values()) + seconds
-    for step in (*quantized.report.steps, f"{drop:.2f} / {agreement:.2f}, {seconds:.0f} s"):
+    drop, total = network.float_top1 - top1, sum(seconds.values())
+    for step in (*quantized.report.steps, f"{drop:.2f} / {agreement:.2f}, {total:.0f} s"):
         print(f"  key {key}: {step}", flush=True)
-    return quantized, np.array([drop, agreement, seconds])
+    return quantized, np.array([drop, agreement, total])
+
+
+@functools.cache
+def unseen(network: Network, config: SynthesisConfig, key: int) -> jax.Array:
+    """Images that no recipe has seen, since its keys are other ones."""
+    return synthesize(network.graph, network.variables, jax.random.key(UNSEEN_KEY + key), config).images
 
 
 def cell(scores: np.ndarray) -> str:

@@ -10,16 +10,18 @@ in dB on images that nothing was fitted to, those of another key and such as are
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from network import EDGES, Network, add_arguments
-from recipes import Images, cell, run
+from recipes import Images, cell, run, unseen
 
 from dfq_jax import RECIPES, Convention
 from dfq_jax.stages.comparison import compare
 
+BEST = RECIPES["best"]
 # Images to judge by: like those that are learned from, by GENIE's generator, and smooth ones as Sony's DGH makes.
 UNSEEN: dict[str, dict[str, Any]] = {
     "like these": {},
@@ -48,33 +50,28 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["w3a3", "w2a4"])
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parts", nargs="+", default=[""], help="first letters of rows; all if left out")
-    parser.add_argument("--steps", type=int, default=RECIPES["best"].reconstruction.steps)
+    parser.add_argument("--steps", type=int, default=BEST.reconstruction.steps)
     parser.add_argument("--cache", type=Path, help="folder to keep images in")
     arguments = parser.parse_args()
 
     network = Network(arguments)
     print(f"{network}; {arguments.steps} steps a block, keys {arguments.keys}")
-    images = Images(network, arguments.cache and arguments.cache / arguments.model)
+    images = Images(network, arguments.cache)
     for bits in arguments.bits:
         convention = Convention.parse(bits, **EDGES["8"])
         print(f"\n{convention.describe()}\nSQNR on images {', '.join(UNSEEN)}; drop of top-1 / agreement, seconds")
         for part, changes in PARTS.items():
             if not part.startswith(tuple(arguments.parts)):
                 continue
-            recipe = RECIPES["best"].replace(reconstruction_steps=arguments.steps).replace(**changes)
+            recipe = BEST.replace(reconstruction_steps=arguments.steps).replace(**changes)
             scores, levels = [], []
             for key in arguments.keys:
                 quantized, found = run(network, recipe, convention, key, images)
                 scores.append(found)
-                levels.append([sqnr(network, quantized.variables, x) for x in unseen(images, key)])
+                others = (unseen(network, dataclasses.replace(BEST.synthesis, **made), key) for made in UNSEEN.values())
+                levels.append([sqnr(network, quantized.variables, x) for x in others])
             levels = " ".join(f"{level:.2f}" for level in np.mean(levels, 0))
             print(f"{part}: {levels} dB; {cell(np.array(scores))}", flush=True)
-
-
-def unseen(images: Images, key: int) -> list[np.ndarray]:
-    """The images of `UNSEEN`, of another key than that of the images to learn from."""
-    recipes = [RECIPES["best"].replace(**{f"synthesis_{k}": v for k, v in made.items()}) for made in UNSEEN.values()]
-    return [images.get(recipe, (key + 1) % 3)[0] for recipe in recipes]
 
 
 def sqnr(network: Network, qvariables: Any, images: np.ndarray) -> float:
