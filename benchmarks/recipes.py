@@ -26,7 +26,6 @@ from network import EDGES, Network, add_arguments
 from dfq_jax import RECIPES, Convention, Quantized, Recipe, SynthesisConfig, quantize, synthesize
 from dfq_jax.recipes import remove_checkpoints
 
-
 UNSEEN_KEY = 1000
 
 
