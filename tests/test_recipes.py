@@ -31,7 +31,7 @@ from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import load
 from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
 from dfq_jax.report.report import LayerReport, Report, report_from
-from dfq_jax.stages.batch_norm import BatchNormConfig
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm
 from dfq_jax.stages.comparison import compare, sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.equalization import equalize, find_pairs
@@ -818,12 +818,21 @@ def verdict(step):
 def test_step_that_helps_is_kept():
     case, recipe, images = judged()
     result = quantized_on(case, images, recipe, "w3a3")
-    whole, half, analytic = result.report.steps
+    half, quarter, analytic = result.report.steps
     assert analytic.startswith("analytic correction of BatchNorms and biases in its place: ")
-    assert "kept, held-out divergence" in whole and half.startswith("half of it: ")
-    (kept, whole), (kept_half, half) = map(verdict, (whole, half))
-    ((before, after),), ((full, halved),) = whole, half  # by images alone
-    assert kept == "kept" and after < before and full == after and (kept_half == "kept") == (halved <= full)
+    assert half.startswith("half of differential BatchNorm") and quarter.startswith("a quarter of it: ")
+    (kept, half), (kept_quarter, quarter) = map(verdict, (half, quarter))
+    ((before, after),), ((halved, quartered),) = half, quarter
+    assert kept == "kept" and after < before and halved == after
+    assert (kept_quarter == "kept") == (quartered <= halved)
+    graph, start = result.graph, quantized_on(case, images, recipe.replace(batch_norm=None), "w3a3")
+    found = [
+        compare(
+            graph, case.variables, adapt_batch_norm(graph, case.variables, start.variables, images[:16], c), images[16:]
+        )
+        for c in (BatchNormConfig(prior_images=16), BatchNormConfig(prior_images=48))
+    ]
+    np.testing.assert_allclose([f.divergence for f in found], [halved, quartered], rtol=1e-3)
 
 
 def test_step_that_harms_is_dropped():

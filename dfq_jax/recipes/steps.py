@@ -170,19 +170,21 @@ def _adapt(work: Work, candidate: Candidate) -> Candidate:
 
 
 def _adapt_statistics(work: Work, start: Candidate, config: BatchNormConfig) -> Candidate:
-    """BatchNorm statistics adapted to the images, or to noise, in the way that is best by the judges."""
+    """BatchNorm statistics adapted to the images, or to noise, as far as is best by the judge."""
+    images = work.images.fitted
 
-    def adapted(config: BatchNormConfig) -> Any:
-        return adapt_batch_norm(
-            work.graph, *start.networks, work.images.fitted, config, batch_size=work.recipe.batch_size
-        )
+    def adapted(share: float) -> Any:
+        """By a share of what the images say."""
+        prior = (len(images) + config.prior_images) / share - len(images)
+        shrunk = dataclasses.replace(config, prior_images=prior)
+        return adapt_batch_norm(work.graph, *start.networks, images, shrunk, batch_size=work.recipe.batch_size)
 
     name = f"{config.method} BatchNorm adaptation, {config.order.replace('_', ' ')}"
-    result = work.judge.consider(name, start, adapted(config))
     if not work.judge.has_images:
-        return result
-    half = dataclasses.replace(config, prior_images=2 * config.prior_images + work.images.num_fitted)
-    result = work.judge.consider("half of it", result, adapted(half))
+        return work.judge.consider(name, start, adapted(1.0))
+    # Images of another key are always better off by half of it than by all.
+    result = work.judge.consider(f"half of {name}", start, adapted(0.5))
+    result = work.judge.consider("a quarter of it", result, adapted(0.25))
     other = start.moved(analytic_correction(work.graph, *start.networks))
     return work.judge.choose(f"{ANALYTIC} in its place", result, other)
 
