@@ -15,7 +15,7 @@ from dfq_jax.graph.checks import check_images, check_variables, doubtful_statist
 from dfq_jax.graph.computed import compute_kernels, computed_kernels
 from dfq_jax.graph.execution import (
     BatchNormRule,
-    LayerRule,
+    ProductRule,
     Rules,
     TensorRule,
     as_argument,
@@ -58,9 +58,9 @@ __all__ = [
     "Layer",
     "LayerCall",
     "LayerForm",
-    "LayerRule",
     "Op",
     "Operand",
+    "ProductRule",
     "Program",
     "Rules",
     "Skipped",

@@ -22,7 +22,7 @@ from dfq_jax.graph.tracing.program import Constant, Op, Operand
 from dfq_jax.graph.tracing.structure import BatchNorm, Block, GraphError, Layer, Tensor
 from dfq_jax.quantizers import QTensor
 
-LayerRule = Callable[[LayerCall], jax.Array]
+ProductRule = Callable[[LayerCall], jax.Array]
 TensorRule = Callable[[Tensor, jax.Array], jax.Array]
 BatchNormRule = Callable[[BatchNorm, jax.Array, BatchNormParameters], jax.Array]
 
@@ -30,7 +30,7 @@ BatchNormRule = Callable[[BatchNorm, jax.Array, BatchNormParameters], jax.Array]
 class Rules(NamedTuple):
     """What takes the place of a network's arithmetic, as in `run`; None for what the program has."""
 
-    layer: LayerRule | None = None
+    layer: ProductRule | None = None
     tensor: TensorRule | None = None
     batch_norm: BatchNormRule | None = None
 
@@ -48,7 +48,7 @@ def run(
     variables: Any,
     x: Float[Array, "n ..."],
     *,
-    layer: LayerRule | None = None,
+    layer: ProductRule | None = None,
     tensor: TensorRule | None = None,
     batch_norm: BatchNormRule | None = None,
 ) -> Any:
@@ -130,7 +130,7 @@ def run_block(
     variables: Any,
     x: Float[Array, "n ..."],
     *,
-    layer: LayerRule | None = None,
+    layer: ProductRule | None = None,
     tensor: TensorRule | None = None,
     batch_norm: BatchNormRule | None = None,
 ) -> Any:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dfq_jax.graph.call import LayerCall
-from dfq_jax.graph.execution import BatchNormRule, LayerRule, Rules, run
+from dfq_jax.graph.execution import BatchNormRule, ProductRule, Rules, run
 from dfq_jax.graph.graph import Graph
 from dfq_jax.graph.tracing.structure import Tensor
 from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, int8_codes, quantization, quantize
@@ -65,7 +65,7 @@ def quantized_rules(
     qvariables: Any,
     *,
     product: Callable[[LayerCall, QuantizerParams], jax.Array],
-    in_float: LayerRule = LayerCall.default,
+    in_float: ProductRule = LayerCall.default,
     fake_quantize: Callable[[str, jax.Array, QuantizerParams], jax.Array] | None = None,
     soft: frozenset[str] = frozenset(),
 ) -> Rules:

@@ -3,13 +3,14 @@
 from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.stages.comparison import Comparison, apply_jitted, compare, comparer, sqnr
-from dfq_jax.stages.convention import Convention, Ranges, quantize_params, with_ranges
+from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
 from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
+from dfq_jax.stages.rules import LayerRule, kind_of
 
 __all__ = [
     "ESTIMATORS",
@@ -19,6 +20,7 @@ __all__ = [
     "FinetuneConfig",
     "Finetuning",
     "GPTQConfig",
+    "LayerRule",
     "RangeSearch",
     "RangeSearchConfig",
     "Ranges",
@@ -34,6 +36,7 @@ __all__ = [
     "candidate_ranges",
     "compare",
     "comparer",
+    "convention_from",
     "correct_bias",
     "equalize",
     "estimate_ranges",
@@ -42,6 +45,7 @@ __all__ = [
     "fold_batch_norm",
     "gptq",
     "gptq_from_noise",
+    "kind_of",
     "quantize_params",
     "reconstruct",
     "search_ranges",

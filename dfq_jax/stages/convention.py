@@ -7,14 +7,15 @@ and artifact.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import check_field, check_fields, may_transfer, move_near, on_host
+from dfq_jax.base import check_field, check_fields, known_fields, may_transfer, move_near, on_host
 from dfq_jax.graph import Graph, Layer, Tensor
 from dfq_jax.quantizers import (
     MAX_BITS,
@@ -28,11 +29,12 @@ from dfq_jax.quantizers import (
     quantize_kernel,
     with_quantization,
 )
+from dfq_jax.stages.rules import FLOAT_BITS, LayerRule, from_name, is_bits, settle
 
 Ranges = Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]]
 DEFAULT_WEIGHT_RANGE = "lp"
 SHORTCUTS = ("float", "quantized")
-FLOAT_BITS = 16  # "a16" in a name like w4a16: activations stay in float
+DESCRIBED_RULES = 3  # by `Convention.describe`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class Convention:
         for the recipe's in `quantize`, and "lp" without a recipe.
       shortcuts: a tensor that residual sums read beside layers is quantized for the layers alone ("float"), or for
         all its readers ("quantized"), as integer hardware without a wider shortcut has it.
+      rules: what single layers have in place of all this, edges included: of each field what the first rule for a layer
+        says that says it. Of layers whose kernels are one leaf, or that read one tensor, the most bits that one asks
+        for; float is more than any. Where a layer with float weights reads a tensor, that is quantized for the others
+        alone, and for no residual sum.
     """
 
     weight_bits: int = 4
@@ -68,16 +74,19 @@ class Convention:
     symmetric_weights: bool = False
     weight_range: str | None = None
     shortcuts: str = "float"
+    rules: tuple[LayerRule, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "edge_bits", "edge_input_bits", "second_input_bits"):
             bits, wanted = getattr(self, name), f"an integer from {MIN_BITS} to {MAX_BITS}"
             if bits is not None or name == "weight_bits":
-                check_field(name, bits, wanted, lambda v: type(v) is int and MIN_BITS <= v <= MAX_BITS)
+                check_field(name, bits, wanted, is_bits)
         ranges = sorted(WEIGHT_RANGES)
         check_field("weight_range", self.weight_range, f"one of {ranges}", lambda v: v is None or v in WEIGHT_RANGES)
         check_fields(self, SHORTCUTS, "shortcuts")
         check_fields(self, "True or False", "per_channel", "symmetric_weights")
+        check_field("rules", self.rules, "a tuple of LayerRule", lambda v: all(isinstance(r, LayerRule) for r in v))
+        object.__setattr__(self, "rules", tuple(self.rules))
 
     @classmethod
     def parse(cls, bits: str, *, edge_bits: int | None = 8, **fields: Any) -> Convention:
@@ -96,7 +105,7 @@ class Convention:
         weight, activation = (int(g) for g in match.groups())
         return cls(
             weight_bits=weight,
-            activation_bits=None if activation == FLOAT_BITS else activation,
+            activation_bits=from_name(activation),
             edge_bits=edge_bits,
             **fields,
         )
@@ -123,16 +132,25 @@ class Convention:
         if self.activation_bits is not None:
             activations = f"per-tensor static activations, {self.shortcuts} shortcuts"
         weights += f" {kind} weights ({self.with_default().weight_range} ranges)"
-        return f"{self.name.upper()}, {edges}, {weights}, {activations}"
+        rules = [rule.describe() for rule in self.rules[:DESCRIBED_RULES]]
+        if more := self.rules[DESCRIBED_RULES:]:
+            rules.append(f"{len(more)} more")
+        single = f", but {'; '.join(rules)}" if rules else ""
+        return f"{self.name.upper()}, {edges}, {weights}, {activations}{single}"
 
-    def is_edge(self, graph: Graph, layer: Layer) -> bool:
-        """Whether a layer is the first or the last."""
-        return layer.name in (graph.first_layer.name, graph.last_layer.name)
+    # --- of one network ---
 
-    def layer_bits(self, graph: Graph, layer: Layer) -> int:
-        """Bits of a layer's kernel: the most that one of the layers asks for whose kernels are stored as one."""
-        edges = [self.edge_bits is not None and self.is_edge(graph, other) for other in _stored_with(graph, layer)]
-        return max(self.edge_bits if edge else self.weight_bits for edge in edges)
+    def check(self, graph: Graph) -> None:
+        """Refuse rules that are for no layer of a network.
+
+        Raises:
+          ValueError: there is one; the message names the closest layers.
+        """
+        _settled(self, graph)
+
+    def layer_bits(self, graph: Graph, layer: Layer) -> int | None:
+        """Bits of a layer's kernel; None for float."""
+        return _settled(self, graph)[layer.name].weight_bits
 
     def scale_axes(self, graph: Graph, layer: Layer) -> tuple[int, ...]:
         """Axes of a layer's kernel with a scale for each index: output channels of all layers whose kernels are one.
@@ -140,36 +158,100 @@ class Convention:
         Layers that read one kernel along different axes (`x @ w` and `h @ w.T`) have none in common: a scale for each
         channel of one would vary within the sums of the other.
         """
-        if not self.per_channel:
-            return ()
-        others = _stored_with(graph, layer)
-        return tuple(a for a in layer.channel_axes if all(a in other.channel_axes for other in others))
+        return _settled(self, graph)[layer.name].scale_axes
+
+    def is_symmetric(self, graph: Graph, layer: Layer) -> bool:
+        """Whether a layer's weights go without a zero point."""
+        return _settled(self, graph)[layer.name].symmetric
 
     def tensor_bits(self, graph: Graph, tensor: Tensor) -> int | None:
-        """Bits of a tensor: the most that one of its readers asks for; None for float."""
-        if self.activation_bits is None:
-            return None
-        asked = [self.activation_bits]
-        if any(self.is_edge(graph, graph.layer(name)) for name in tensor.layers):
-            asked.append(self.edge_bits if self.edge_input_bits is None else self.edge_input_bits)
-        if any(layer.name in tensor.layers for layer in graph.layers[1:2]):
-            asked.append(self.second_input_bits)
-        return max(bits for bits in asked if bits is not None)
+        """Bits of a tensor: the most that one of its readers with quantized weights asks for; None for float."""
+        readers = [_settled(self, graph)[name] for name in tensor.layers]
+        asked = [reader.activation_bits for reader in readers if reader.weight_bits is not None]
+        return _most(asked) if asked else None
 
-    def is_symmetric(self, bits: int) -> bool:
-        """Whether weights of so many bits go without a zero point."""
-        return self.symmetric_weights or bits == MAX_BITS
+    def is_for_layers_alone(self, graph: Graph, tensor: Tensor) -> bool:
+        """Whether only layers with quantized weights read a tensor quantized, and all else reads it in float."""
+        in_float = any(_settled(self, graph)[name].weight_bits is None for name in tensor.layers)
+        return in_float or (tensor.shared and self.shortcuts == "float")
+
+    def quantizes_activations(self, graph: Graph) -> bool:
+        """Whether any tensor of a network is quantized."""
+        return any(self.tensor_bits(graph, tensor) is not None for tensor in graph.tensors)
+
+    def rules_for(self, graph: Graph) -> tuple[LayerRule, ...]:
+        """The rules, and what the fields about edges and the second layer's input say of a network, as rules."""
+        edges, second = {graph.first_layer.name, graph.last_layer.name}, {layer.name for layer in graph.layers[1:2]}
+        edge_input_bits = self.edge_bits if self.edge_input_bits is None else self.edge_input_bits
+        own = []
+        for name in sorted(edges | second):
+            weights, inputs = [self.weight_bits], [self.activation_bits]
+            if name in edges:
+                weights, inputs = [self.edge_bits, *weights], [edge_input_bits, *inputs]
+            if name in second:
+                inputs.append(self.second_input_bits)
+            own.append(
+                LayerRule(
+                    pattern=re.escape(name),
+                    weight_bits=next(filter(None, weights)),
+                    activation_bits=self.activation_bits and max(filter(None, inputs)),
+                )
+            )
+        return (*self.rules, *own)
 
 
-def _stored_with(graph: Graph, layer: Layer) -> list[Layer]:
-    """The layers whose kernels are one leaf of the variables: those that share a kernel, and those in one scan."""
-    paths = graph.together(layer.kernel)
-    return [other for other in graph.layers if other.kernel in paths]
+class _Own(NamedTuple):
+    """What is settled for one layer."""
+
+    weight_bits: int | None
+    activation_bits: int | None
+    scale_axes: tuple[int, ...]
+    symmetric: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _settled(convention: Convention, graph: Graph) -> dict[str, _Own]:
+    """What each layer has, by its name; layers whose kernels are one leaf of the variables have one kind of weights."""
+    otherwise = {
+        "weight_bits": convention.weight_bits,
+        "activation_bits": convention.activation_bits,
+        "per_channel": convention.per_channel,
+        "symmetric": convention.symmetric_weights,
+    }
+    asked, settled = settle(convention.rules_for(graph), graph, otherwise), {}
+    for layer in graph.layers:
+        paths = graph.together(layer.kernel)  # of kernels in one scan, too
+        others = [other for other in graph.layers if other.kernel in paths]
+        of_all = [asked[other.name] for other in others]
+        bits = _most([own["weight_bits"] for own in of_all])
+        axes = [a for a in layer.channel_axes if all(a in other.channel_axes for other in others)]
+        settled[layer.name] = _Own(
+            weight_bits=bits,
+            activation_bits=asked[layer.name]["activation_bits"],
+            scale_axes=tuple(axes) if all(own["per_channel"] for own in of_all) else (),
+            symmetric=bits == MAX_BITS or any(own["symmetric"] for own in of_all),
+        )
+    return settled
+
+
+def _most(bits: Sequence[int | None]) -> int | None:
+    """The most of several numbers of bits; float is more than any."""
+    return None if None in bits else max(b for b in bits if b is not None)
+
+
+def convention_from(fields: Mapping[str, Any]) -> Convention:
+    """The convention that `dataclasses.asdict` made these fields of.
+
+    Raises:
+      ValueError: there are fields that a convention does not have, or that are not as they should be.
+    """
+    rules = tuple(LayerRule(**known_fields(LayerRule, rule)) for rule in fields.get("rules", ()))
+    return Convention(**{**known_fields(Convention, fields), "rules": rules})
 
 
 @may_transfer
 def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
-    """Quantize every layer's kernel, and add activation quantizers in one more collection.
+    """Quantize the layers' kernels, and add activation quantizers in one more collection.
 
     Weights are rounded to nearest. Pure and traceable: `jax.jit` with `graph` and `convention` static.
 
@@ -186,7 +268,7 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
       The same tree with `QTensor` kernels, and the collection "quantization" of `QuantizerParams` (see `quantizers`).
 
     Raises:
-      ValueError: a tensor has no range.
+      ValueError: a tensor has no range, or a rule is for no layer.
     """
     leaves = graph.leaves_by_path(variables)
     kernels: dict[str, Any] = {}
@@ -194,11 +276,13 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
         if path in kernels:
             continue  # stored with an earlier one
         bits = convention.layer_bits(graph, layer)
+        if bits is None:
+            continue
         for stored in graph.together(path):
             kernels[stored] = quantize_kernel(
                 leaves[stored],
                 bits=bits,
-                symmetric=convention.is_symmetric(bits),
+                symmetric=convention.is_symmetric(graph, layer),
                 channel_axes=convention.scale_axes(graph, layer),
                 method=convention.with_default().weight_range,
             )
@@ -214,7 +298,7 @@ def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention)
             continue
         if tensor.name not in ranges:
             raise ValueError(f"ranges: no range for tensor {tensor.name!r}; estimate_ranges gives all of them.")
-        part = for_layers if tensor.shared and convention.shortcuts == "float" else for_all
+        part = for_layers if convention.is_for_layers_alone(graph, tensor) else for_all
         part[tensor.name] = _quantizer(ranges[tensor.name], bits)
     return ActivationQuantizers(for_all, for_layers)
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from dfq_jax.graph import LayerCall, LayerRule, loop_friendly
+from dfq_jax.graph import LayerCall, ProductRule, loop_friendly
 
 
-def swing(key: Key[Array, ""]) -> LayerRule:
+def swing(key: Key[Array, ""]) -> ProductRule:
     """Swing convolution (GENIE, arXiv 2212.04780): strided convolutions read their input shifted by up to a pixel.
 
     A convolution with stride never sees some pixels through some taps, and the gradient to the image is a checkerboard.
