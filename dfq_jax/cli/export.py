@@ -18,7 +18,7 @@ from dfq_jax.cli.output import check_targets, environment, print_table, write_js
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.export import Format, Runner, get_exporter
-from dfq_jax.quantizers import dequantized
+from dfq_jax.quantizers import dequantized, quantization
 from dfq_jax.recipes import Quantized, load
 from dfq_jax.stages import sqnr
 from dfq_jax.synthesis import synthesize
@@ -56,7 +56,7 @@ def export(
     quantized = load(file, target.network, target.variables)
     # What cannot be verified is refused before anything is written.
     data = None if verify is None else target.load_data(verify, limit)
-    if to == "tflite" and quantized.convention.activation_bits is not None:
+    if to == "tflite" and quantization(quantized.variables).by_tensor:
         exporter.check(quantized)
         with open_display() as display:
             quantized = dataclasses.replace(quantized, images=_images(quantized, Reporter(display)))

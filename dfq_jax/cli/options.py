@@ -6,14 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from dfq_jax.recipes import Recipe
-from dfq_jax.stages import Convention
+from dfq_jax.stages import Convention, LayerRule
 from dfq_jax.synthesis import SynthesisConfig
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
 DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."
+LAYER_BITS_HELP = (
+    "Other bits of some layers, as often as needed, where the first for a layer counts: a regular expression of their "
+    "names (see `dfq-jax inspect`) or a kind (conv, depthwise, dense), and bits: 'blocks_0/.*=w8a8', head=float, "
+    "kind:depthwise=w8."
+)
 SAVED_HELP = "What `dfq-jax quantize --output` saved."
 ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 Saved = Annotated[Path, arg(metavar="FILE", help=SAVED_HELP)]
@@ -23,6 +28,7 @@ OptionalData = Annotated[str | None, arg(metavar="DATA")]
 Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
 Count = Annotated[int | None, arg(metavar="N")]
+LayerBits = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="LAYERS=BITS", help=LAYER_BITS_HELP)]
 Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
 
 
@@ -35,11 +41,13 @@ class ConventionOptions:
     edge_bits: Bits = Convention.edge_bits
     edge_input_bits: Count = None
     second_input_bits: Count = None
+    layer_bits: LayerBits = ()
 
     def of(self, bits: str) -> Convention:
         """The convention of a name such as "w4a4"."""
         fields = {name: None if value == "none" else value for name, value in vars(self).items()}
-        return Convention.parse(bits, **fields)
+        rules = tuple(map(LayerRule.parse, fields.pop("layer_bits")))
+        return Convention.parse(bits, rules=rules, **fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class Images(NamedTuple):
 
 def is_synthesized(graph: Graph, recipe: Recipe, convention: Convention) -> bool:
     """Whether a recipe makes images; weights alone, without BatchNorms behind them, need none."""
-    return recipe.source == "synthesis" and (convention.activation_bits is not None or bool(graph.batch_norms))
+    return recipe.source == "synthesis" and (convention.quantizes_activations(graph) or bool(graph.batch_norms))
 
 
 @functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=1)

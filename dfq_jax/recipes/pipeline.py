@@ -86,8 +86,8 @@ def quantize(
       The quantized network.
 
     Raises:
-      ValueError, TypeError: arguments, weights or a network that cannot be quantized so, before any long work; or
-        outputs, of the float or the quantized network, that are no finite numbers.
+      ValueError, TypeError: arguments, weights or a network that cannot be quantized so, or rules for no layer of it,
+        before any long work; or outputs, of the float or the quantized network, that are no finite numbers.
       OSError: the checkpoint cannot be written.
       KeyboardInterrupt: interrupted during synthesis, reconstruction or fine-tuning; a checkpoint, if asked for, is
         kept.
@@ -108,6 +108,7 @@ def quantize(
     with clock("trace"):
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
+        convention.check(graph)
     doubts = _warned(*doubtful_statistics(graph, variables), *doubtful_structure(graph))
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import known_fields, may_transfer
+from dfq_jax.base import may_transfer
 from dfq_jax.export import artifact
 from dfq_jax.graph import (
     Graph,
@@ -28,7 +28,7 @@ from dfq_jax.quantizers import quantization, with_quantization
 from dfq_jax.recipes.recipe import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
 from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
-from dfq_jax.stages import Convention, apply_jitted
+from dfq_jax.stages import Convention, apply_jitted, convention_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     if missing:
         raise artifact.ArtifactError(f"{path}: the header lacks {sorted(missing)}; was it written by Quantized.save?")
     recipe = _record(path, header, "recipe", recipe_from)
-    convention = _record(path, header, "convention", lambda fields: Convention(**known_fields(Convention, fields)))
+    convention = _record(path, header, "convention", convention_from)
     report = _record(path, header, "report", report_from)
     shape = tuple(header["input_shape"])
     if variables is None:

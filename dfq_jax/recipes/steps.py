@@ -101,7 +101,7 @@ def _measure(work: Work, start: Candidate) -> Candidate:
     graph, variables, recipe, convention = work.graph, start.variables, work.recipe, work.convention
     if start.ranges is not None:
         return start
-    if convention.activation_bits is None:
+    if not convention.quantizes_activations(graph):
         ranges = {}
     elif work.images.analytic or (recipe.range_search is not None and graph.batch_norms):
         summaries = analytic_summaries(graph, variables)

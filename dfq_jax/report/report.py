@@ -15,7 +15,7 @@ import numpy as np
 from dfq_jax.base import known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, quantization
-from dfq_jax.stages import Comparison, sqnr
+from dfq_jax.stages import Comparison, kind_of, sqnr
 
 # From this share of the multiply-accumulates on, what stays in float is said at the head of the report.
 FLOAT_SHARE = 0.25
@@ -197,7 +197,7 @@ def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerR
         reports.append(
             LayerReport(
                 name=layer.name,
-                kind=layer.kind,
+                kind=kind_of(layer),
                 weight_bits=kernel.bits if quantized else None,
                 activation_bits=None if params is None else params.bits,
                 weight_sqnr=sqnr(before[layer.kernel], kernel.dequantize()) if quantized else None,

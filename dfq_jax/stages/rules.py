@@ -148,6 +148,6 @@ def _closest(rule: LayerRule, graph: Graph) -> str:
     """What a rule that matches no layer may have been meant for."""
     layers = [layer for layer in graph.layers if rule.kind in (None, kind_of(layer))]
     if not layers:
-        return f"the network's layers are {', '.join(sorted({kind_of(layer) for layer in graph.layers}))}"
+        return f"the network has none but {', '.join(sorted({kind_of(layer) for layer in graph.layers}))}"
     names = difflib.get_close_matches(rule.pattern, [layer.name for layer in layers], CLOSEST, cutoff=0)
     return f"the closest are {', '.join(map(repr, names))}"
