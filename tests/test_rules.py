@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from model_grid import GRID
+from test_export_formats import litert
 from test_partly_quantized import SHAPES, expected, residual
 from test_runtime import EVERYTHING, assert_same_network, run_integer
 
 import dfq_jax
 from dfq_jax import RECIPES, Convention, LayerRule
-from dfq_jax.export import artifact
+from dfq_jax.export import artifact, get_exporter
 from dfq_jax.graph import Graph, apply_quantized, record_tensors, trace
 from dfq_jax.quantizers import QTensor, quantization
 from dfq_jax.report import layer_reports, packed_size
 from dfq_jax.runtime import compile_integer
 from dfq_jax.runtime.policy import INT8, UNQUANTIZED, WEIGHT_ONLY
-from dfq_jax.stages import convention_from, estimate_ranges, kind_of, quantize_params
+from dfq_jax.stages import convention_from, estimate_ranges, kind_of, quantize_params, sqnr
 
 # In turn, from the first layer on.
 IN_TURN = ("w4a4", "w8a8", "w4a8", "float", "w8a4", "w3a16")
@@ -205,6 +206,10 @@ def test_rules_for_no_layer_name_the_closest():
         mobilenet("w4a4", "clasifier=w8a8")
     with pytest.raises(ValueError, match=r"'kind:dense:stem=w8a8' matches no layer; the closest are 'classifier'\."):
         mobilenet("w4a4", "kind:dense:stem=w8a8")
+    graph = model_grid.traced(model_grid.scanned_resnet)
+    name = next(layer.name for layer in graph.layers if "[0]" in layer.name)
+    with pytest.raises(ValueError, match=f"'{re.escape(re.escape(name))}'"):  # a name, and the pattern that is meant
+        Convention(rules=(LayerRule(pattern=name, weight_bits=8),)).check(graph)
     graph = model_grid.traced(model_grid.mlp)
     with pytest.raises(ValueError, match=r"'kind:depthwise=w8' matches no layer; the network has none but dense"):
         Convention(rules=(LayerRule(kind="depthwise", weight_bits=8),)).check(graph)
@@ -232,7 +237,9 @@ def test_kernels_that_are_one_have_the_most_bits():
     stacked = next(layer for layer in graph.layers if len(graph.together(layer.kernel)) > 1)
     together = [layer for layer in graph.layers if layer.kernel in graph.together(stacked.kernel)]
     for words, bits in (("w6", 6), ("w2", 4), ("float", None)):
-        convention = Convention.parse("w4a4", edge_bits=None, rules=(LayerRule.parse(f"{stacked.name}={words}"),))
+        convention = Convention.parse(
+            "w4a4", edge_bits=None, rules=(LayerRule.parse(f"{re.escape(stacked.name)}={words}"),)
+        )
         assert {convention.layer_bits(graph, layer) for layer in together} == {bits}
 
 
@@ -329,6 +336,50 @@ def test_reports_and_sizes(build):
     kernels = [leaf for leaf in graph.leaves(qvariables) if isinstance(leaf, QTensor)]
     own = sum(leaf.qvalue.size * (4 if leaf.bits <= 4 else 8) // 8 for leaf in kernels)
     assert own == packed
+
+
+# --- files ---
+
+
+def written(build: Callable[[], model_grid.Case], words: tuple[str, ...], shortcuts: str = "float") -> Any:
+    """A network of mixed widths as `quantize` would give it, without a report."""
+    graph, _, qvariables, x, outputs = quantized(build, words, shortcuts)
+    fields = {"report": None, "recipe": None, "convention": Convention(rules=in_turn(graph, words))}
+    return dfq_jax.Quantized(variables=qvariables, graph=graph, images=x, **fields), np.asarray(graph.logits(outputs))
+
+
+# Of each format, words and least SQNR in decibel.
+FILES = {
+    "stablehlo": (IN_TURN, 35),
+    "onnx": (IN_TURN, 35),
+    "onnx 8 bits": (("w4a8", "w8a8", "w8a8", "float"), 35),
+    "tflite": (("w4a8", "w8a8", "float", "w8a8", "w8a16"), 15),
+    "tflite weights": (("w4a16", "float", "w8a16"), 30),
+    "qwix": (("w4a8", "w8a8"), 35),
+    "qwix float": (("w8a8", "float", "w8a16"), 35),
+}
+
+
+@pytest.mark.parametrize("shortcuts", ["float", "quantized"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("tflite") else []) for name in FILES]
+)
+@pytest.mark.parametrize(
+    "build", [model_grid.mobilenet_v2, pytest.param(model_grid.cifar_resnet8, marks=pytest.mark.slow)]
+)
+def test_files_of_mixed_widths(build, name, shortcuts, tmp_path):
+    words, least = FILES[name]
+    kind = name.split()[0]
+    for package in {"stablehlo": ["flatbuffers"], "onnx": ["onnx", "onnxruntime"], "qwix": ["qwix"]}.get(kind, []):
+        pytest.importorskip(package)
+    if kind == "tflite" and litert() is None:
+        pytest.skip("no LiteRT packages")
+    net, outputs = written(build, words, "float" if kind == "qwix" else shortcuts)
+    exporter, path = get_exporter(kind), tmp_path / "net"
+    if kind == "qwix":
+        exporter = dataclasses.replace(exporter, module=build().model)
+    exporter.write(net, path)
+    assert sqnr(outputs, exporter.open(path)(np.asarray(net.images))) > least
 
 
 # --- recipes ---

@@ -9,9 +9,9 @@ that the environment variable DFQ_JAX_TFLITE_PYTHON names, or else by this one:
 
 What such a file can hold is int8 weights per output channel without zero point, and 8-bit activations per tensor.
 Weights of fewer bits keep their values, on a grid of 8 bits. Activations of fewer bits cannot be expressed and are
-refused; float activations give a file with int8 weights alone. LiteRT also quantizes what residual sums read and give,
-with ranges from the images that the network was quantized with, so its outputs are close to `Quantized`'s and not
-equal.
+refused; layers with float activations have int8 weights alone, and layers left in float neither. LiteRT also quantizes
+what residual sums read and give, and what such layers read and give, with ranges from the images that the network was
+quantized with, so its outputs are close to `Quantized`'s and not equal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from dfq_jax.base import check_field, check_fields, write_atomically
 from dfq_jax.export.exporter import Quantized, Runner
 from dfq_jax.export.interchange import ranges_of
 from dfq_jax.graph import Graph, LayerCall, record_tensors, run
-from dfq_jax.quantizers import QuantizerParams, dequantized, quantization
+from dfq_jax.quantizers import QTensor, QuantizerParams, dequantized, quantization
 from dfq_jax.stages import fold_batch_norm
 
 PYTHON_VARIABLE = "DFQ_JAX_TFLITE_PYTHON"
@@ -97,16 +97,18 @@ class TFLiteExporter:
         graph = quantized.graph.at((1, *quantized.graph.input.shape[1:]))
         quantizers = quantization(quantized.variables).by_tensor
         check_expressible(quantizers)
-        weights_only = not quantizers
-        if not weights_only and quantized.images is None:
+        if quantizers and quantized.images is None:
             raise ValueError(
                 "quantized.images: None, as after loading; LiteRT needs images for the ranges of residual sums. Give "
                 "some: dataclasses.replace(quantized, images=...)."
             )
         variables = float_variables(graph, quantized.variables)
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
-            _lay_out(folder, graph, variables, None if weights_only else quantized.images[: self.max_images])
-            job = {"weights_only": weights_only, "ranges": ranges_of(quantized.variables), "headroom": self.headroom}
+            modes = _modes(graph, quantized.variables)
+            images = quantized.images[: self.max_images] if quantizers else None
+            _lay_out(folder, graph, variables, images, modes)
+            ranges = ranges_of(quantized.variables)
+            job = {"modes": modes, "static": bool(quantizers), "ranges": ranges, "headroom": self.headroom}
             Path(folder, "job.json").write_text(json.dumps(job))
             result = self._call("convert", folder)
             if result["unmatched"]:
@@ -223,11 +225,25 @@ def stablehlo_text(graph: Graph, variables: Any) -> str:
     return jax.export.export(function, platforms=("cpu",))(graph.input).mlir_module()
 
 
-def _lay_out(folder: str, graph: Graph, variables: Any, images: Any) -> None:
-    """Put a float network into the worker's folder, and images with what layers read of the first one, if any."""
+def _modes(graph: Graph, qvariables: Any) -> dict[str, str]:
+    """Layers that are not quantized as all the others, and what they are in: "float", or quantized "weights" alone."""
+    kernels, quantizers = graph.leaves_by_path(qvariables), quantization(qvariables).by_tensor
+    modes = {}
+    for layer in graph.layers:
+        if not isinstance(kernels[layer.kernel], QTensor):
+            modes[layer.name] = "float"
+        elif quantizers and layer.tensor not in quantizers:
+            modes[layer.name] = "weights"
+    return modes
+
+
+def _lay_out(folder: str, graph: Graph, variables: Any, images: Any, layers: Iterable[str] = ()) -> None:
+    """Put a float network into the worker's folder, images with what layers read of the first one, and some kernels."""
     Path(folder, "module.mlir").write_text(stablehlo_text(graph, variables))
+    kernels = graph.leaves_by_path(variables)
+    arrays = {f"kernel:{name}": kernels[graph.layer(name).kernel] for name in layers}
     if images is not None:
-        images = np.asarray(images, np.float32)
-        _, tensors = jax.jit(lambda v, x: record_tensors(graph, v, x))(variables, images[:1])
-        tensors = {f"tensor:{name}": np.asarray(value, np.float32) for name, value in tensors.items()}
-        np.savez(Path(folder, "inputs.npz"), images=images, **tensors)
+        arrays["images"] = images
+        _, tensors = jax.jit(lambda v, x: record_tensors(graph, v, x))(variables, np.asarray(images[:1], np.float32))
+        arrays |= {f"tensor:{name}": value for name, value in tensors.items()}
+    np.savez(Path(folder, "inputs.npz"), **{name: np.asarray(value, np.float32) for name, value in arrays.items()})

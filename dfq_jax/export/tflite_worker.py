@@ -4,13 +4,14 @@ The converter brings its own copy of MLIR, which must not share a process with J
 others need newer. So `export.tflite` talks to it by files:
 
     python tflite_worker.py check FOLDER      -> result.json
-    python tflite_worker.py convert FOLDER    module.mlir, job.json[, inputs.npz] -> model.tflite, result.json
+    python tflite_worker.py convert FOLDER    module.mlir, job.json, inputs.npz -> model.tflite, result.json
     python tflite_worker.py export FOLDER     module.mlir, inputs.npz -> float model.tflite, result.json
     python tflite_worker.py run FOLDER        model.tflite, inputs.npz -> outputs.npz
 """
 
 import json
 import pathlib
+import re
 import sys
 import time
 
@@ -33,14 +34,15 @@ def convert(folder):
     """StableHLO text to a LiteRT file, quantized with given ranges."""
     job = json.loads((folder / "job.json").read_text())
     model = to_float((folder / "module.mlir").read_text())
-    result = {"unmatched": []}
-    if job["weights_only"]:
-        model = quantized(model, "weight_only_wi8_afp32", None)
+    inputs = np.load(folder / "inputs.npz")
+    rules = recipe_of(model, inputs, job["modes"], static=job["static"])
+    unmatched = []
+    if job["static"]:
+        model, unmatched = to_int8(model, inputs, rules, job["ranges"], job["headroom"])
     else:
-        inputs = np.load(folder / "inputs.npz")
-        model, result["unmatched"] = to_int8(model, inputs, job["ranges"], job["headroom"])
+        model = quantized(model, rules, None)
     (folder / "model.tflite").write_bytes(model)
-    return result
+    return {"unmatched": unmatched}
 
 
 def export(folder):
@@ -65,19 +67,50 @@ def to_float(text):
         return bytes(api.export_flatbuffer_to_bytes(module.operation))
 
 
-def quantized(model, recipe_name, ranges):
-    """The file of a quantized model."""
-    from ai_edge_quantizer import quantizer, recipe
+def recipe_of(model, inputs, modes, *, static):
+    """A recipe of ai-edge-quantizer, where later rules win: one for all operations, and those for single layers."""
+    from ai_edge_quantizer import recipe
 
-    job = quantizer.Quantizer(bytearray(model), getattr(recipe, recipe_name)())
+    (weights,) = recipe.weight_only_wi8_afp32()
+    rules = recipe.static_wi8_ai8() if static else [weights]
+    for layer, mode in modes.items():
+        own = {**weights, "algorithm_key": "no_quantize"} if mode == "float" else weights
+        rules += [{**own, "regex": f"^{re.escape(scope)}$"} for scope in scopes(model, inputs["kernel:" + layer])]
+    return rules
+
+
+def scopes(model, kernel):
+    """What ai-edge-quantizer calls the operations that have these weights, in whatever order of elements."""
+    from ai_edge_quantizer.utils import tfl_flatbuffer_utils as utils
+
+    found, own = [], np.sort(kernel, axis=None)
+    parsed = utils.read_model(bytearray(model))
+    for graph in parsed.subgraphs:
+        constants = {}
+        for index, tensor in enumerate(graph.tensors):
+            values = utils.get_tensor_data(tensor, parsed.buffers)
+            if values is not None and values.size == own.size and values.dtype == np.float32:
+                constants[index] = np.abs(np.sort(values, axis=None) - own).max()
+        same = {index for index, error in constants.items() if error <= 1e-6 * np.abs(own).max()}
+        found += [utils.get_op_scope(op, graph.tensors) for op in graph.operators if same.intersection(op.inputs)]
+    if not found:
+        raise ValueError("no operation has the weights of a layer that is not to be quantized")
+    return found
+
+
+def quantized(model, rules, ranges):
+    """The file of a model quantized by a recipe."""
+    from ai_edge_quantizer import quantizer
+
+    job = quantizer.Quantizer(bytearray(model), rules)
     return bytes(job.quantize(ranges, enable_progress_report=False).quantized_model)
 
 
-def to_int8(model, inputs, ranges, headroom):
+def to_int8(model, inputs, rules, ranges, headroom):
     """Full integer arithmetic: our ranges for tensors of ours, and for others those of the images times `headroom`."""
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import quantizer
 
-    job = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
+    job = quantizer.Quantizer(bytearray(model), rules)
     calibrated = {
         name: {end: np.float32(headroom) * value for end, value in own.items()} if own else own
         for name, own in extremes(job, inputs["images"]).items()
@@ -91,7 +124,7 @@ def to_int8(model, inputs, ranges, headroom):
                     "min": np.full(shape, low, np.float32),
                     "max": np.full(shape, high, np.float32),
                 }
-    return quantized(model, "static_wi8_ai8", calibrated), [t for t in ranges if not names[t]]
+    return quantized(model, rules, calibrated), [t for t in ranges if not names[t]]
 
 
 def extremes(job, images):

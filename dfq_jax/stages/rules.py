@@ -138,7 +138,7 @@ def settle(rules: Sequence[LayerRule], graph: Graph, otherwise: Mapping[str, Any
             if rule.kind in (None, kind_of(layer)) and pattern.fullmatch(layer.name)
         ]
         if not names:
-            raise ValueError(f"rules: {rule.describe()!r} matches no layer; {_closest(rule, graph)}.")
+            raise ValueError(f"rules: '{rule.describe()}' matches no layer; {_closest(rule, graph)}.")
         for name in names:
             settled[name].update(rule.said)
     return settled
@@ -150,4 +150,4 @@ def _closest(rule: LayerRule, graph: Graph) -> str:
     if not layers:
         return f"the network has none but {', '.join(sorted({kind_of(layer) for layer in graph.layers}))}"
     names = difflib.get_close_matches(rule.pattern, [layer.name for layer in layers], CLOSEST, cutoff=0)
-    return f"the closest are {', '.join(map(repr, names))}"
+    return "the closest are " + ", ".join(f"'{re.escape(name)}'" for name in names)  # as patterns
