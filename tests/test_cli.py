@@ -341,13 +341,17 @@ def test_bundled_model(tmp_path):
     target, facts_file = tmp_path / "net.safetensors", tmp_path / "facts.json"
     result = succeed(
         "quantize", "fashion_resnet20", "--recipe", "noise", "--bits", "w4a4", "--edge-bits", "none",
-        "--edge-input-bits", 8, "--second-input-bits", 6, *SMALL,
+        "--edge-input-bits", 8, "--second-input-bits", 6, "--layer-bits", "kind:dense=float",
+        "--layer-bits", "stage0_block[01]/.*=w6a5", *SMALL,
         "--evaluate", "bundled", "--limit", 64, "--output", target, "--json", facts_file,
     )  # fmt: skip
     facts = json.loads(facts_file.read_text())
     check_json(facts, n=64, bits=(4, 4))
     assert facts["convention"]["edge_bits"] is None and facts["convention"]["edge_input_bits"] == 8
     assert facts["convention"]["second_input_bits"] == 6
+    assert facts["convention"]["description"].endswith("but kind:dense=float; stage0_block[01]/.*=w6a5")
+    bits = {layer["name"]: (layer["weight_bits"], layer["activation_bits"]) for layer in facts["report"]["layers"]}
+    assert set(bits.values()) == {(4, 8), (6, 5), (4, 4), (None, None)}
     assert facts["float"]["top1"] > 85
     assert f"{facts['quantized']['top1']:.2f}" in result.out
     again = succeed("evaluate", target, "--data", "bundled", "--limit", 64)
@@ -446,6 +450,12 @@ REFUSED = {
     "too few bits": ((*QUANTIZE, "--bits", "w1a4"), "from 2 to 8, found 1"),
     "edge bits": ((*QUANTIZE, "--edge-bits", "9"), "from 2 to 8, found 9"),
     "no edge bits": ((*QUANTIZE, "--edge-bits", "some"), "--edge-bits"),
+    "layer bits": ((*QUANTIZE, "--layer-bits", "Conv_0"), "expected words like 'head=float'"),
+    "layer pattern": ((*QUANTIZE, "--layer-bits", "Conv_(=w8"), "pattern: expected a regular expression"),
+    "no such layer": (
+        (*QUANTIZE, *SMALL, "--layer-bits", "Conv_2=w8"),
+        "'Conv_2=w8' matches no layer; the closest are 'Conv_1'",
+    ),
     "no images": ((*QUANTIZE, "--images", "0"), "num_images: expected an integer of at least 1, found 0"),
     "no steps": ((*QUANTIZE, "--steps", "-1"), "steps: expected an integer of at least 1, found -1"),
     "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),

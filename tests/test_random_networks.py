@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from random_networks import ACTIVATIONS, CONVOLUTIONS, NORMS, UNITS, RandomNetwork, random_network
+from test_rules import in_turn
 
 import dfq_jax
 from dfq_jax.graph import apply_quantized, record_tensors, run
@@ -45,6 +46,7 @@ class Results:
     ranges: Any
     qvariables: Any
     weights_only: Any
+    mixed: Any
     outputs: dict[str, Any]
 
 
@@ -55,6 +57,8 @@ def results(seed: int) -> Results:
     graph = trace(network.apply_fn, network.variables, (1, *network.input_shape[1:]))
     x = network.images(BATCH)
     convention = Convention.parse(BITS[seed % 4], shortcuts=SHORTCUTS[seed // 2 % 2], weight_range="min_max")
+    rules = in_turn(graph)
+    of_each = Convention.parse("w8a8", shortcuts=SHORTCUTS[seed % 2], weight_range="min_max", rules=rules)
     only = Convention.parse(("w4a16", "w8a16")[seed % 2], weight_range="min_max")
 
     @jax.jit
@@ -63,10 +67,11 @@ def results(seed: int) -> Results:
         ranges = {name: (value.min(), value.max()) for name, value in recorded.items()}
         qvariables = quantize_params(graph, variables, ranges, convention)
         weights_only = quantize_params(graph, variables, {}, only)
-        return ranges, qvariables, weights_only, expected
+        mixed = quantize_params(graph, variables, ranges, of_each)
+        return ranges, qvariables, weights_only, mixed, expected
 
     @jax.jit
-    def computed(variables, qvariables, weights_only, x):
+    def computed(variables, qvariables, weights_only, mixed, x):
         return {
             "float": network.apply_fn(variables, x),
             "interpreted": run(graph, variables, x),
@@ -74,11 +79,13 @@ def results(seed: int) -> Results:
             "weights only": apply_quantized(graph, weights_only, x),
             "simulated": apply_quantized(graph, qvariables, x),
             "integer": apply_quantized(graph, qvariables, x, integer=True),
+            "mixed": apply_quantized(graph, mixed, x),
+            "mixed integer": apply_quantized(graph, mixed, x, integer=True),
         }
 
-    ranges, qvariables, weights_only, _ = everything(network.variables, x)
-    outputs = jax.tree.map(np.asarray, computed(network.variables, qvariables, weights_only, x))
-    return Results(network, graph, x, convention, ranges, qvariables, weights_only, outputs)
+    ranges, qvariables, weights_only, mixed, _ = everything(network.variables, x)
+    outputs = jax.tree.map(np.asarray, computed(network.variables, qvariables, weights_only, mixed, x))
+    return Results(network, graph, x, convention, ranges, qvariables, weights_only, mixed, outputs)
 
 
 # --- checks ---
@@ -170,6 +177,15 @@ def check_integer(seed: int) -> None:
     """Integer execution is the simulation."""
     own = results(seed)
     assert_same_codes(own.outputs["integer"], own.outputs["simulated"], own.network)
+
+
+def check_mixed(seed: int) -> None:
+    """Layers of several widths, and in float, beside each other: integer execution is the simulation."""
+    own = results(seed)
+    assert_same_codes(own.outputs["mixed integer"], own.outputs["mixed"], own.network)
+    plan, ivariables = compile_integer(own.graph, own.mixed, EVERYTHING)
+    found = jax.tree.map(np.asarray, jax.jit(apply_plan, static_argnums=0)(plan, ivariables, own.x))
+    assert_same_codes(found, own.outputs["mixed"], own.network)
 
 
 def check_compiled(seed: int) -> None:

@@ -144,7 +144,7 @@ def to_qwix(graph: Graph, ranges: Ranges, module: nn.Module) -> dict[str, Any]:
     checked = _renamed(ranges, {name: name for name in ranges})
     flat = flatten_dict(qwix_template(module, graph.input)[1]["params"])
     stats = {}
-    for layer, path in activation_scales(graph, flat):
+    for layer, path in activation_scales(graph, flat, graph.layers):
         if layer.tensor not in checked:
             raise ValueError(f"ranges: no range for tensor {layer.tensor!r}, which layer {layer.name!r} reads.")
         own = (*path[:-1], path[-1].removesuffix("_scale"))

@@ -6,16 +6,19 @@ its own calibration needs data. Here its parameters are filled in instead:
     model, variables = to_qwix(quantized, module)
     logits = model.apply(variables, x, train=False)
 
-Qwix has int8 weights without zero point and 8-bit activations; other activations are refused. Every layer's input is
-quantized for that layer alone, so tensors that are quantized for residual sums too are refused. For Linen modules.
+Qwix has int8 weights without zero point and 8-bit activations, or either in float; others are refused. Every layer's
+input is quantized for that layer alone, so tensors that are quantized for residual sums too are refused. For Linen modules.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax
@@ -26,7 +29,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
+from dfq_jax.export.exporter import FLOAT, WEIGHTS, Quantized, Runner, as_batch, partly_quantized, require
 from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
 from dfq_jax.quantizers import QTensor, QuantizerParams, int8_zero, quantization, without_quantization
 
@@ -37,7 +40,8 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     """A Qwix model with the network's weights and activation ranges.
 
     Args:
-      quantized: 8-bit activations; weights of 2 to 8 bits whose codes, less their zero point, fit int8.
+      quantized: 8-bit or float activations; weights of 2 to 8 bits whose codes, less their zero point, fit int8, or
+        float ones.
       module: the Linen module it was made from.
 
     Returns:
@@ -60,14 +64,18 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'
             )
-    model, template = qwix_template(module, graph.input)
+    partly = partly_quantized(graph, variables)
+    layers = [layer for layer in graph.layers if layer.name not in partly]
+    model, template = qwix_template(module, graph.input, _modes(graph, partly))
     flat = flax.traverse_util.flatten_dict(template["params"])
     plain = without_quantization(variables)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(plain)["params"])
     filled = {path: leaf for path, leaf in params.items() if not isinstance(leaf, QTensor)}
-    for layer, scale in activation_scales(graph, flat):
-        path = _path(layer)
-        filled[path] = _weight(layer.name, params[path], flat.get(path))
+    for layer in graph.layers:
+        if partly.get(layer.name) != FLOAT:
+            path = _path(layer)
+            filled[path] = _weight(layer.name, params[path], flat.get(path))
+    for layer, scale in activation_scales(graph, flat, layers):
         zero = (*scale[:-1], scale[-1].removesuffix("scale") + "zero_point")
         filled[scale], filled[zero] = _activation(layer.name, quantizers.by_tensor.get(layer.tensor), flat[scale])
     if missing := flat.keys() - filled.keys():
@@ -76,33 +84,57 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     return model, {**plain, "params": flax.traverse_util.unflatten_dict(filled)}
 
 
-def qwix_template(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[nn.Module, Any]:
-    """The Qwix model, and the shapes of its variables."""
+def _modes(graph: Graph, partly: Mapping[str, str]) -> dict[str, str]:
+    """What is quantized of modules whose layers are not quantized whole, by Qwix's paths of them.
+
+    Raises:
+      ValueError: of layers that are one module some are, and some are not.
+    """
+    modes: dict[str, set[str | None]] = {}
+    for layer in graph.layers:
+        modes.setdefault("/".join(_path(layer)[:-1]), set()).add(partly.get(layer.name))
+    for path, found in modes.items():
+        if len(found) > 1:
+            raise ValueError(f"module {path!r}: Qwix quantizes activations of all its layers or of none.")
+    return {path: mode for path, (mode,) in modes.items() if mode is not None}
+
+
+def qwix_template(
+    module: nn.Module, x: jax.ShapeDtypeStruct, modes: Mapping[str, str] = MappingProxyType({})
+) -> tuple[nn.Module, Any]:
+    """The Qwix model, and the shapes of its variables; `modes` of modules that are not quantized whole, by path."""
     qwix = require("qwix", "qwix")
-    rule = qwix.QuantizationRule(
-        weight_qtype=jnp.int8, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax"
+    weights = {"weight_qtype": jnp.int8}
+    rules = [
+        qwix.QuantizationRule(module_path=re.escape(path), **(weights if mode == WEIGHTS else {}))
+        for path, mode in modes.items()
+    ]
+    rules.append(
+        qwix.QuantizationRule(**weights, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax")
     )
-    model = qwix.quantize_model(module, qwix.PtqProvider([rule]))
+    model = qwix.quantize_model(module, qwix.PtqProvider(rules))
     return model, flax.core.unfreeze(linen_shapes(module, x, initialized=model))
 
 
-def activation_scales(graph: Graph, flat: Mapping[tuple[str, ...], Any]) -> list[tuple[Layer, tuple[str, ...]]]:
-    """Each layer, and where Qwix keeps the scale of what it reads, among its parameters by path.
+def activation_scales(
+    graph: Graph, flat: Mapping[tuple[str, ...], Any], layers: Sequence[Layer]
+) -> list[tuple[Layer, tuple[str, ...]]]:
+    """Each of some layers, and where Qwix keeps the scale of what it reads, among its parameters by path.
 
     Raises:
       ValueError: Qwix sees other products than the graph has layers.
     """
     found = []
     by_kernel: dict[tuple[str, ...], list[Layer]] = {}
-    for layer in graph.layers:
+    for layer in layers:
         by_kernel.setdefault(_path(layer), []).append(layer)
-    for path, layers in by_kernel.items():
-        if len(graph.together(layers[0].kernel)) > 1:
-            raise ValueError(f"layer {layers[0].name!r}: Qwix cannot take kernels stacked for a scan.")
+    for path, own in by_kernel.items():
+        if len(graph.together(own[0].kernel)) > 1:
+            raise ValueError(f"layer {own[0].name!r}: Qwix cannot take kernels stacked for a scan.")
         scales = [p for p in flat if p[:-1] == path[:-1] and p[-1].endswith("_lhs_scale")]
-        if len(scales) != len(layers):
-            raise ValueError(f"layer {layers[0].name!r}: Qwix quantizes {len(scales)} of its {len(layers)} products.")
-        found += zip(layers, scales, strict=True)
+        if len(scales) != len(own):
+            raise ValueError(f"layer {own[0].name!r}: Qwix quantizes {len(scales)} of its {len(own)} products.")
+        found += zip(own, scales, strict=True)
     return found
 
 
@@ -162,7 +194,9 @@ class QwixExporter:
         _, variables = to_qwix(quantized, self._module())
         flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_flatten_with_path(variables)[0]}
         shape = ",".join(map(str, quantized.graph.input.shape))
-        header = {"format": FORMAT, "input_shape": shape}
+        graph = quantized.graph
+        modes = json.dumps(_modes(graph, partly_quantized(graph, quantized.variables)))
+        header = {"format": FORMAT, "input_shape": shape, "modes": modes}
         write_atomically(path, save({name: np.asarray(leaf) for name, leaf in flat.items()}, metadata=header))
 
     def open(self, path: str | os.PathLike[str]) -> Runner:
@@ -179,7 +213,7 @@ class QwixExporter:
         if header.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)}: not the variables of a Qwix model.")
         spec = jax.ShapeDtypeStruct(tuple(map(int, header["input_shape"].split(","))), jnp.float32)
-        model, template = qwix_template(module, spec)
+        model, template = qwix_template(module, spec, json.loads(header.get("modes", "{}")))
         leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
         missing = [name for name in map(jax.tree_util.keystr, (k for k, _ in leaves)) if name not in flat]
         if missing:
