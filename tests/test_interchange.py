@@ -116,7 +116,7 @@ def test_qwix_computes_its_scales_from_our_ranges():
     from flax.traverse_util import flatten_dict
 
     flat = flatten_dict(params)
-    for layer, path in activation_scales(graph, flatten_dict(template["params"])):
+    for layer, path in activation_scales(graph, flatten_dict(template["params"]), graph.layers):
         low, high = ranges[layer.tensor]
         np.testing.assert_allclose(np.ravel(flat[path].array), (high - low) / 255, rtol=1e-6)
 

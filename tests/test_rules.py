@@ -356,7 +356,7 @@ FILES = {
     "tflite": (("w4a8", "w8a8", "float", "w8a8", "w8a16"), 15),
     "tflite weights": (("w4a16", "float", "w8a16"), 30),
     "qwix": (("w4a8", "w8a8"), 35),
-    "qwix float": (("w8a8", "float", "w8a16"), 35),
+    "qwix float": (("w8a8", "float", "w4a8"), 35),
 }
 
 

@@ -17,8 +17,6 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field
-from dfq_jax.graph import Graph
-from dfq_jax.quantizers import QTensor, quantization
 
 if TYPE_CHECKING:
     from dfq_jax.recipes import Quantized
@@ -27,9 +25,6 @@ else:  # which imports this room
 
 Format = Literal["onnx", "qwix", "stablehlo", "tflite"]
 FORMATS = get_args(Format)
-
-# What is quantized of a layer that is not quantized whole.
-FLOAT, WEIGHTS = "float", "weights"
 
 Runner = Callable[[Float[np.ndarray, "n ..."]], Float[np.ndarray, "n ..."]]
 
@@ -110,15 +105,3 @@ def as_batch(x: Any, shape: Sequence[Any]) -> np.ndarray:
         wanted = ", ".join("N" if size is None else str(size) for size in expected)
         raise ValueError(f"x: the file takes [{wanted}], found {x.shape}.")
     return x
-
-
-def partly_quantized(graph: Graph, qvariables: Any) -> dict[str, str]:
-    """The layers that are not quantized whole, by name: those in `FLOAT`, and those with `WEIGHTS` quantized alone."""
-    kernels, quantizers = graph.leaves_by_path(qvariables), quantization(qvariables).by_tensor
-    found = {}
-    for layer in graph.layers:
-        if not isinstance(kernels[layer.kernel], QTensor):
-            found[layer.name] = FLOAT
-        elif layer.tensor not in quantizers:
-            found[layer.name] = WEIGHTS
-    return found

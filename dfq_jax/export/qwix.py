@@ -6,8 +6,9 @@ its own calibration needs data. Here its parameters are filled in instead:
     model, variables = to_qwix(quantized, module)
     logits = model.apply(variables, x, train=False)
 
-Qwix has int8 weights without zero point and 8-bit activations, or either in float; others are refused. Every layer's
-input is quantized for that layer alone, so tensors that are quantized for residual sums too are refused. For Linen modules.
+Qwix has int8 weights without zero point and 8-bit activations, and layers in float; others are refused. Every layer's
+input is quantized for that layer alone, so tensors that are quantized for residual sums too are refused. For Linen
+modules.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import flax
@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import write_atomically
-from dfq_jax.export.exporter import FLOAT, WEIGHTS, Quantized, Runner, as_batch, partly_quantized, require
+from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
 from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
 from dfq_jax.quantizers import QTensor, QuantizerParams, int8_zero, quantization, without_quantization
 
@@ -40,8 +40,8 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     """A Qwix model with the network's weights and activation ranges.
 
     Args:
-      quantized: 8-bit or float activations; weights of 2 to 8 bits whose codes, less their zero point, fit int8, or
-        float ones.
+      quantized: layers in float, or with 8-bit activations and weights of 2 to 8 bits whose codes, less their zero
+        point, fit int8.
       module: the Linen module it was made from.
 
     Returns:
@@ -64,18 +64,14 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
                 f"tensor {tensor.name!r} is quantized for a residual sum too, which Qwix has not: "
                 'use a Convention with shortcuts="float".'
             )
-    partly = partly_quantized(graph, variables)
-    layers = [layer for layer in graph.layers if layer.name not in partly]
-    model, template = qwix_template(module, graph.input, _modes(graph, partly))
+    model, template = qwix_template(module, graph.input, _in_float(graph, variables))
     flat = flax.traverse_util.flatten_dict(template["params"])
     plain = without_quantization(variables)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(plain)["params"])
     filled = {path: leaf for path, leaf in params.items() if not isinstance(leaf, QTensor)}
-    for layer in graph.layers:
-        if partly.get(layer.name) != FLOAT:
-            path = _path(layer)
-            filled[path] = _weight(layer.name, params[path], flat.get(path))
-    for layer, scale in activation_scales(graph, flat, layers):
+    for layer, scale in activation_scales(graph, flat, [layer for layer in graph.layers if _path(layer) not in filled]):
+        path = _path(layer)
+        filled[path] = _weight(layer.name, params[path], flat.get(path))
         zero = (*scale[:-1], scale[-1].removesuffix("scale") + "zero_point")
         filled[scale], filled[zero] = _activation(layer.name, quantizers.by_tensor.get(layer.tensor), flat[scale])
     if missing := flat.keys() - filled.keys():
@@ -84,34 +80,20 @@ def to_qwix(quantized: Quantized, module: nn.Module) -> tuple[nn.Module, Any]:
     return model, {**plain, "params": flax.traverse_util.unflatten_dict(filled)}
 
 
-def _modes(graph: Graph, partly: Mapping[str, str]) -> dict[str, str]:
-    """What is quantized of modules whose layers are not quantized whole, by Qwix's paths of them.
-
-    Raises:
-      ValueError: of layers that are one module some are, and some are not.
-    """
-    modes: dict[str, set[str | None]] = {}
-    for layer in graph.layers:
-        modes.setdefault("/".join(_path(layer)[:-1]), set()).add(partly.get(layer.name))
-    for path, found in modes.items():
-        if len(found) > 1:
-            raise ValueError(f"module {path!r}: Qwix quantizes activations of all its layers or of none.")
-    return {path: mode for path, (mode,) in modes.items() if mode is not None}
+def _in_float(graph: Graph, qvariables: Any) -> list[str]:
+    """Qwix's paths of the modules whose layers are in float."""
+    kernels = graph.leaves_by_path(qvariables)
+    paths = ["/".join(_path(layer)[:-1]) for layer in graph.layers if not isinstance(kernels[layer.kernel], QTensor)]
+    return list(dict.fromkeys(paths))
 
 
-def qwix_template(
-    module: nn.Module, x: jax.ShapeDtypeStruct, modes: Mapping[str, str] = MappingProxyType({})
-) -> tuple[nn.Module, Any]:
-    """The Qwix model, and the shapes of its variables; `modes` of modules that are not quantized whole, by path."""
+def qwix_template(module: nn.Module, x: jax.ShapeDtypeStruct, in_float: Sequence[str] = ()) -> tuple[nn.Module, Any]:
+    """The Qwix model, but for modules left in float, and the shapes of its variables."""
     qwix = require("qwix", "qwix")
-    weights = {"weight_qtype": jnp.int8}
-    rules = [
-        qwix.QuantizationRule(module_path=re.escape(path), **(weights if mode == WEIGHTS else {}))
-        for path, mode in modes.items()
-    ]
-    rules.append(
-        qwix.QuantizationRule(**weights, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax")
+    quantized = qwix.QuantizationRule(
+        weight_qtype=jnp.int8, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax"
     )
+    rules = [*(qwix.QuantizationRule(module_path=re.escape(path)) for path in in_float), quantized]
     model = qwix.quantize_model(module, qwix.PtqProvider(rules))
     return model, flax.core.unfreeze(linen_shapes(module, x, initialized=model))
 
@@ -194,9 +176,8 @@ class QwixExporter:
         _, variables = to_qwix(quantized, self._module())
         flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_flatten_with_path(variables)[0]}
         shape = ",".join(map(str, quantized.graph.input.shape))
-        graph = quantized.graph
-        modes = json.dumps(_modes(graph, partly_quantized(graph, quantized.variables)))
-        header = {"format": FORMAT, "input_shape": shape, "modes": modes}
+        in_float = json.dumps(_in_float(quantized.graph, quantized.variables))
+        header = {"format": FORMAT, "input_shape": shape, "in_float": in_float}
         write_atomically(path, save({name: np.asarray(leaf) for name, leaf in flat.items()}, metadata=header))
 
     def open(self, path: str | os.PathLike[str]) -> Runner:
@@ -213,7 +194,7 @@ class QwixExporter:
         if header.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)}: not the variables of a Qwix model.")
         spec = jax.ShapeDtypeStruct(tuple(map(int, header["input_shape"].split(","))), jnp.float32)
-        model, template = qwix_template(module, spec, json.loads(header.get("modes", "{}")))
+        model, template = qwix_template(module, spec, json.loads(header.get("in_float", "[]")))
         leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
         missing = [name for name in map(jax.tree_util.keystr, (k for k, _ in leaves)) if name not in flat]
         if missing:

@@ -33,10 +33,10 @@ import numpy as np
 from jaxtyping import Float
 
 from dfq_jax.base import check_field, check_fields, write_atomically
-from dfq_jax.export.exporter import FLOAT, Quantized, Runner, partly_quantized
+from dfq_jax.export.exporter import Quantized, Runner
 from dfq_jax.export.interchange import ranges_of
 from dfq_jax.graph import Graph, LayerCall, record_tensors, run
-from dfq_jax.quantizers import QuantizerParams, dequantized, quantization
+from dfq_jax.quantizers import QTensor, QuantizerParams, dequantized, quantization
 from dfq_jax.stages import fold_batch_norm
 
 PYTHON_VARIABLE = "DFQ_JAX_TFLITE_PYTHON"
@@ -104,9 +104,7 @@ class TFLiteExporter:
             )
         variables = float_variables(graph, quantized.variables)
         with tempfile.TemporaryDirectory(prefix="dfq_jax_") as folder:
-            modes = partly_quantized(graph, quantized.variables)
-            if not quantizers:
-                modes = {name: mode for name, mode in modes.items() if mode == FLOAT}  # all others have weights alone
+            modes = _modes(graph, quantized.variables)
             images = quantized.images[: self.max_images] if quantizers else None
             _lay_out(folder, graph, variables, images, modes)
             ranges = ranges_of(quantized.variables)
@@ -225,6 +223,18 @@ def stablehlo_text(graph: Graph, variables: Any) -> str:
     """The network on one image as StableHLO text, its weights inside and its loops unrolled."""
     function = jax.jit(lambda x: graph.logits(run(graph, variables, x, layer=LayerCall.verbatim)))
     return jax.export.export(function, platforms=("cpu",))(graph.input).mlir_module()
+
+
+def _modes(graph: Graph, qvariables: Any) -> dict[str, str]:
+    """Layers that are not quantized as the others, and what of them is so: nothing ("float"), or "weights" alone."""
+    kernels, quantizers = graph.leaves_by_path(qvariables), quantization(qvariables).by_tensor
+    modes = {}
+    for layer in graph.layers:
+        if not isinstance(kernels[layer.kernel], QTensor):
+            modes[layer.name] = "float"
+        elif quantizers and layer.tensor not in quantizers:
+            modes[layer.name] = "weights"
+    return modes
 
 
 def _lay_out(folder: str, graph: Graph, variables: Any, images: Any, layers: Iterable[str] = ()) -> None:
