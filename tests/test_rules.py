@@ -282,6 +282,9 @@ def test_simulation_of_float_layers(words, shortcuts):
     assert {n for n, leaf in layers_of(graph, qvariables).items() if not isinstance(leaf, QTensor)} == in_float
     if shortcuts == "quantized" and "d_side" not in in_float:
         assert "b_first" not in quantization(qvariables).for_all  # a float layer reads it
+    reports = {report.name: report for report in layer_reports(graph, case.variables, qvariables)}
+    for name, report in reports.items():
+        assert (report.weight_bits is None, report.activation_bits is None) == (name in in_float, name in in_float)
     found = jax.jit(lambda v, x: apply_quantized(graph, v, x))(qvariables, x)
     wanted = expected(qvariables, x)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()))
@@ -477,3 +480,6 @@ def test_rules_for_no_layer_are_refused_before_work():
     with pytest.raises(ValueError, match="'haed=float' matches no layer; the closest are 'head'"):
         dfq_jax.quantize(CASE.model, CASE.variables, input_shape=SHAPE, convention=convention, on_stage=stages.append)
     assert stages == ["trace"]
+    convention = Convention.parse("w4a4", rules=(LayerRule(weight_bits=None),))
+    with pytest.raises(ValueError, match="rules: they leave every layer in float"):
+        dfq_jax.quantize(CASE.model, CASE.variables, input_shape=SHAPE, convention=convention)

@@ -189,11 +189,13 @@ def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerR
     """One entry for each layer, from the float and the quantized variables."""
     before = graph.leaves_by_path(variables)
     # On the host nothing is compiled for the shapes of kernels.
-    after, quantizers = jax.tree.map(np.asarray, (graph.leaves_by_path(qvariables), quantization(qvariables).by_tensor))
+    after, quantizers = jax.tree.map(np.asarray, (graph.leaves_by_path(qvariables), quantization(qvariables)))
     reports = []
     for layer in graph.layers:
-        kernel, params = after[layer.kernel], quantizers.get(layer.tensor)
+        kernel = after[layer.kernel]
         quantized = isinstance(kernel, QTensor)
+        # What is quantized for layers alone is so for those with quantized kernels.
+        params = (quantizers.by_tensor if quantized else quantizers.for_all).get(layer.tensor)
         reports.append(
             LayerReport(
                 name=layer.name,

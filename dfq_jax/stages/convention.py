@@ -141,12 +141,13 @@ class Convention:
     # --- of one network ---
 
     def check(self, graph: Graph) -> None:
-        """Refuse rules that are for no layer of a network.
+        """Refuse rules that are for no layer of a network, or that leave it in float.
 
         Raises:
-          ValueError: there is one; the message names the closest layers.
+          ValueError: there is one, and the message names the closest layers; or no layer is quantized.
         """
-        _settled(self, graph)
+        if all(own.weight_bits is None for own in _settled(self, graph).values()):
+            raise ValueError("rules: they leave every layer in float, so there is nothing to quantize.")
 
     def layer_bits(self, graph: Graph, layer: Layer) -> int | None:
         """Bits of a layer's kernel; None for float."""
