@@ -428,10 +428,10 @@ def by_recipe(name: str) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["instant", "fast", pytest.param("best", marks=pytest.mark.slow), pytest.param("finetune", marks=pytest.mark.slow)],
-)
+SLOW_RECIPES = [pytest.param(name, marks=pytest.mark.slow) for name in ("fast", "best", "finetune")]
+
+
+@pytest.mark.parametrize("name", ["instant", *SLOW_RECIPES])
 @pytest.mark.filterwarnings("ignore::dfq_jax.GraphWarning")
 def test_recipes(name):
     q = by_recipe(name)
