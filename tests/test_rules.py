@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -383,6 +384,31 @@ def test_files_of_mixed_widths(build, name, shortcuts, tmp_path):
         exporter = dataclasses.replace(exporter, module=build().model)
     exporter.write(net, path)
     assert sqnr(outputs, exporter.open(path)(np.asarray(net.images))) > least
+
+
+TYPES = """
+import sys
+from ai_edge_quantizer.utils import tfl_flatbuffer_utils as utils
+model = utils.read_model(bytearray(open(sys.argv[1], "rb").read()))
+for graph in model.subgraphs:
+    for op in graph.operators:
+        name = str(utils.TFL_OP_CODE_TO_NAME.get(model.operatorCodes[op.opcodeIndex].builtinCode))
+        if "CONV" in name or "FULLY" in name:
+            print(*(utils.TENSOR_CODE_TO_TYPE[graph.tensors[i].type] for i in [*op.inputs[:2], *op.outputs]))
+"""
+
+
+@pytest.mark.slow
+def test_tflite_files_leave_layers_in_float(tmp_path):
+    if litert() is None:
+        pytest.skip("no LiteRT packages")
+    words = ("float", "w8a8", "w8a16")
+    net, _ = written(model_grid.mobilenet_v2, words)
+    get_exporter("tflite").write(net, tmp_path / "net")
+    command = [litert(), "-c", TYPES, str(tmp_path / "net")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    types = {"float": "FLOAT32", "w8a8": "INT8", "w8a16": "FLOAT32"}
+    assert found == [" ".join(3 * [types[words[i % 3]]]) for i in range(len(net.graph.layers))]
 
 
 # --- recipes ---
