@@ -96,16 +96,16 @@ class LayerRule:
     def describe(self) -> str:
         """The words that `parse` takes, and those for what it does not know."""
         kind = "" if self.kind is None else f"kind:{self.kind}"
-        layers = ":".join(part for part in (kind, self.pattern) if part and (part != ".*" or not kind))
+        pattern = "" if kind and self.pattern == ".*" else self.pattern
         said = self.said
-        bits = "".join(
-            f"{letter}{said[name] or FLOAT_BITS}"
-            for letter, name in (("w", "weight_bits"), ("a", "activation_bits"))
-            if name in said
-        )
-        bits = "float" if "weight_bits" in said and said["weight_bits"] is None else bits
-        words = {"per_channel": ("per-tensor", "per-channel"), "symmetric": ("asymmetric", "symmetric")}
-        return f"{layers}={' '.join([*filter(None, [bits]), *(words[n][said[n]] for n in words if n in said)])}"
+        bits = {letter: said[name] for letter, name in (("w", "weight_bits"), ("a", "activation_bits")) if name in said}
+        in_float = "w" in bits and bits["w"] is None
+        words = ["float" if in_float else "".join(f"{letter}{n or FLOAT_BITS}" for letter, n in bits.items())]
+        if "per_channel" in said:
+            words.append("per-channel" if said["per_channel"] else "per-tensor")
+        if "symmetric" in said:
+            words.append("symmetric" if said["symmetric"] else "asymmetric")
+        return f"{':'.join(filter(None, (kind, pattern)))}={' '.join(filter(None, words))}"
 
 
 def from_name(bits: int) -> int | None:
