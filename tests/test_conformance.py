@@ -324,7 +324,7 @@ def test_step_keeps_the_tree(row, build):
 def test_step_gives_the_same_again(row):
     work, start, found = taken(row, model_grid.mlp)
     again = step_of(row)(work, start)
-    assert (again.decisions, again.divergences) == (found.decisions, found.divergences)
+    assert (again.decisions, again.divergence) == (found.decisions, found.divergence)
     for name in ("variables", "ranges", "quantized"):
         assert_equal(getattr(again, name), getattr(found, name))
 

@@ -60,7 +60,7 @@ def comparer(
     """`compare` for many quantized networks and one float network, whose outputs are found once.
 
     >>> found = comparer(graph, variables, images)
-    >>> found(qvariables) == dfq_jax.compare(graph, variables, qvariables, images)
+    >>> found(qvariables) == dfq_jax.stages.compare(graph, variables, qvariables, images)
     True
 
     Args:
