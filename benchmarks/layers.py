@@ -37,7 +37,7 @@ from dfq_jax.graph import (
 )
 from dfq_jax.quantizers import fake_quant, quantization
 from dfq_jax.stages import equalize
-from dfq_jax.stages.analytic import _noise
+from dfq_jax.stages.analytic import noise_of_moments
 from dfq_jax.stages.comparison import compare_outputs
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator
 
@@ -90,7 +90,7 @@ class Bench(Network):
         self.convention = Convention.parse(arguments.bits, **EDGES[arguments.edges])
         if arguments.equalize:
             variables = equalize(graph, variables)
-        self.x, rule = _noise(graph, variables, arguments.samples)
+        self.x, rule = noise_of_moments(graph, variables, arguments.samples)
         self.described = "samples of noise"
         if arguments.images:
             self.x, rule, self.described = np.load(arguments.images), None, f"images of {arguments.images.name}"

@@ -22,6 +22,7 @@ from dfq_jax.graph.execution import (
     record_tensors,
     run,
     run_block,
+    run_block_leaves,
     run_leaves,
 )
 from dfq_jax.graph.form import KernelForm, LayerForm
@@ -91,6 +92,7 @@ __all__ = [
     "record_tensors",
     "run",
     "run_block",
+    "run_block_leaves",
     "run_leaves",
     "sub_jaxprs",
     "subnetwork",

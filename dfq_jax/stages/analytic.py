@@ -66,7 +66,7 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int | None 
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    noise, rule = _noise(graph, variables, num_samples)
+    noise, rule = noise_of_moments(graph, variables, num_samples)
     return summarize(graph, variables, noise, batch_size=len(noise), batch_norm=rule)
 
 
@@ -105,7 +105,7 @@ def analytic_correction(
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    noise, rule = _noise(graph, variables, num_samples)
+    noise, rule = noise_of_moments(graph, variables, num_samples)
     adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
     return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=rule)
 
@@ -135,7 +135,7 @@ def gptq_from_noise(
       GraphError: the network has no BatchNorm.
       ValueError: as `gptq`.
     """
-    noise, rule = _noise(graph, variables, num_samples)
+    noise, rule = noise_of_moments(graph, variables, num_samples)
     return gptq(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
 
 
@@ -159,7 +159,7 @@ def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_sa
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    noise, rule = _noise(graph, variables, num_samples)
+    noise, rule = noise_of_moments(graph, variables, num_samples)
     return compare_outputs(graph, [_apply_both(graph, variables, qvariables, noise, rule)])
 
 
@@ -179,7 +179,7 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
 
 
 @full_precision  # as all that run it: the programs are the same then
-def _noise(graph: Graph, variables: Any, num_samples: int | None) -> tuple[jax.Array, Partial]:
+def noise_of_moments(graph: Graph, variables: Any, num_samples: int | None) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     graph.require_batch_norms("so nothing is known of its activations without images.")
     if num_samples is None:

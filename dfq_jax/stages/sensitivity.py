@@ -1,0 +1,167 @@
+"""What each layer costs: the divergence of a network's outputs with that layer alone quantized, or alone in float."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from dfq_jax.base import Progress, check_field, known_fields
+from dfq_jax.graph import Graph
+from dfq_jax.quantizers import MAX_BITS, MIN_BITS
+from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.mixed import MixedNetwork
+
+PARTS = ("weights", "input", "both", "without")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sensitivity:
+    """Divergences from the float network, by layer and bits, as `Comparison.divergence` measures them.
+
+    Layers that share a kernel are quantized in it together, and so are those that read one tensor in that.
+
+    Attributes:
+      layers: names, in the order they run.
+      bits: the widths.
+      weights: with a layer's weights alone quantized, `[layers, bits]`.
+      input: with its input alone; zero where activations stay in float.
+      both: with both.
+      without: with all quantized but both.
+      total: with all quantized, `[bits]`.
+      measured_on: images or noise, in words.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    weights: Float[np.ndarray, "layers bits"]
+    input: Float[np.ndarray, "layers bits"]
+    both: Float[np.ndarray, "layers bits"]
+    without: Float[np.ndarray, "layers bits"]
+    total: Float[np.ndarray, " bits"]
+    measured_on: str
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "bits"):  # lists, as read from a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        shape = (len(self.layers), len(self.bits))
+        for name in (*PARTS, "total"):
+            array, wanted = np.asarray(getattr(self, name), np.float64), shape[1:] if name == "total" else shape
+            check_field(name, array.shape, f"the shape {wanted}", lambda v, wanted=wanted: v == wanted)
+            object.__setattr__(self, name, array)
+
+    def table(self) -> str:
+        """Plain text: a row for each layer, the largest divergences first."""
+        header = ["layer", *(f"{part} {b}" for part in ("weights", "input") for b in self.bits)]
+        order = np.argsort(-self.both[:, 0], kind="stable")
+        rows = [[self.layers[i], *(f"{v:.3g}" for part in (self.weights, self.input) for v in part[i])] for i in order]
+        totals = ", ".join(f"{b} bits {v:.3g}" for b, v in zip(self.bits, self.total, strict=True))
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [f"divergence from the float network, on {self.measured_on}; all quantized to {totals}"]
+        return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)])
+
+    __str__ = table
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in fields.items()}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """What `to_json` gave.
+
+        Raises:
+          ValueError: the text is something else.
+        """
+        try:
+            return cls(**known_fields(cls, json.loads(text)))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"text: expected what Sensitivity.to_json gives ({error}).") from None
+
+
+def sensitivity(
+    graph: Graph,
+    variables: Any,
+    images: Float[Array, "n ..."] | None = None,
+    *,
+    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    convention: Convention = Convention(),
+    estimator: str = "lp",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Sensitivity:
+    """Measure what each layer costs at each width.
+
+    One program serves all layers and widths (see `MixedNetwork`); codes are the nearest ones, and nothing is adapted.
+
+    >>> found = sensitivity(graph, variables, images, bits=(2, 8))
+    >>> found.layers, found.both.shape, bool((found.both[:, 0] > found.both[:, 1]).all())
+    (('dense1', 'dense2'), (2, 2), True)
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      images: `[N, H, W, C]`, preprocessed; without, noise of the moments that BatchNorms promise. Time is in proportion
+        to their number.
+      bits: the widths, 2 to 8 each.
+      convention: the kinds of quantizers; its bits mean nothing here, but that activations stay in float where they
+        do in it.
+      estimator: of activation ranges, a name in `ESTIMATORS`.
+      on_progress: called after each layer, a width being a batch.
+
+    Raises:
+      ValueError: no such bits, unusable images or variables, or outputs that are not finite.
+      GraphError: there are no images, and the network has no BatchNorm.
+    """
+    bits = check_widths("bits", bits)
+    network = MixedNetwork(graph, variables, images, bits, convention, estimator)
+    names, began, found = [layer.name for layer in graph.layers], time.perf_counter(), {part: {} for part in PARTS}
+    total = []
+    for place, width in enumerate(bits):
+        alone = _alone(network, width)
+        whole = network.record({part: width for part in (*network.weights.values(), *network.inputs.values())})
+        total += network.divergences([whole.widths], whole)
+        for step, name in enumerate(names):
+            one = alone[name]
+            rest = {part: b for part, b in whole.widths.items() if part not in one["both"]}
+            values = network.divergences(one.values()) + network.divergences([rest], whole)
+            for part, value in zip(PARTS, values, strict=True):
+                found[part][name, width] = value
+            if on_progress is not None:
+                on_progress(_progress(place, len(bits), step, len(names), values[2], began, name))
+    arrays = {part: [[values[name, b] for b in bits] for name in names] for part, values in found.items()}
+    return Sensitivity(layers=names, bits=bits, **arrays, total=total, measured_on=network.seen_on)
+
+
+def check_widths(name: str, bits: Sequence[int]) -> tuple[int, ...]:
+    """Widths in order, each once.
+
+    Raises:
+      ValueError: there are none, or one is no integer from 2 to 8.
+    """
+    wanted = f"integers from {MIN_BITS} to {MAX_BITS}"
+    check_field(name, bits, wanted, lambda v: len(v) and all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in v))
+    return tuple(sorted(set(bits)))
+
+
+def _alone(network: MixedNetwork, width: int) -> dict[str, dict[str, Mapping]]:
+    """By layer, the networks with its weights, its input and both quantized."""
+    found = {}
+    for name, weights in network.weights.items():
+        own = {weights: width}
+        read = {network.inputs[name]: width} if name in network.inputs else {}
+        found[name] = {"weights": own, "input": read, "both": own | read}
+    return found
+
+
+def _progress(
+    batch: int, num_batches: int, step: int, steps: int, loss: float, began: float, name: str
+) -> Progress:
+    seconds, done = time.perf_counter() - began, batch * steps + step + 1
+    eta = seconds / done * (num_batches * steps - done)
+    return Progress(batch + 1, num_batches, step + 1, steps, loss, seconds, eta, done, name)
