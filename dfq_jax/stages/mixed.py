@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, full_precision, on_host, platform_of, side_by_side
+from dfq_jax.base import RUN_ONCE, batches, cpu_jit, full_precision, on_host, platform_of, side_by_side
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -105,7 +105,8 @@ class MixedNetwork:
         estimate = resolve_estimator(estimator)
         ranges = {b: {t: estimate(summaries[t], bits=b) for _, t in self.inputs.values()} for b in self.bits}
         self._rows = {b: {t: _row(range_, b) for t, range_ in on_host(some).items()} for b, some in ranges.items()}
-        self._kernels = {(path, b): self._quantized(path, b) for _, path in set(self.weights.values()) for b in self.bits}
+        kernels = [(path, b) for b in self.bits for _, path in dict.fromkeys(self.weights.values())]
+        self._kernels = dict(zip(kernels, side_by_side(lambda which: self._quantized(*which), kernels), strict=True))
         self._rule, self._offsets = rule, [{} for _ in self._pieces]
         self._reference = [None for _ in self._pieces]
         self.float = self.record({})
@@ -217,7 +218,7 @@ def _rules(graph: Graph, own: frozenset[str], rows: Float[Array, "t 4"], batch_n
     return Rules(layer, tensor, batch_norm)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=(0, 1))
 def _recorded(
     graph: Graph,
     own: frozenset[str],
