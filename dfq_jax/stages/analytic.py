@@ -179,7 +179,7 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
 
 
 @full_precision  # as all that run it: the programs are the same then
-def noise_of_moments(graph: Graph, variables: Any, num_samples: int | None) -> tuple[jax.Array, Partial]:
+def noise_of_moments(graph: Graph, variables: Any, num_samples: int | None = None) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     graph.require_batch_norms("so nothing is known of its activations without images.")
     if num_samples is None:

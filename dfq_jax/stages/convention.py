@@ -22,6 +22,7 @@ from dfq_jax.quantizers import (
     MIN_BITS,
     WEIGHT_RANGES,
     ActivationQuantizers,
+    QTensor,
     QuantizerParams,
     check_quantized,
     params_from_range,
@@ -276,18 +277,21 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
     for path, (layer, *_) in graph.kernels.items():
         if path in kernels:
             continue  # stored with an earlier one
-        bits = convention.layer_bits(graph, layer)
-        if bits is None:
-            continue
-        for stored in graph.together(path):
-            kernels[stored] = quantize_kernel(
-                leaves[stored],
-                bits=bits,
-                symmetric=convention.is_symmetric(graph, layer),
-                channel_axes=convention.scale_axes(graph, layer),
-                method=convention.with_default().weight_range,
-            )
+        if convention.layer_bits(graph, layer) is not None:
+            for stored in graph.together(path):
+                kernels[stored] = quantize_layer(graph, layer, leaves[stored], convention)
     return with_quantization(graph.replace(variables, kernels), _activation_quantizers(graph, ranges, convention))
+
+
+def quantize_layer(graph: Graph, layer: Layer, kernel: Float[Any, "..."], convention: Convention) -> QTensor:
+    """A layer's kernel, rounded to nearest, as a convention has it."""
+    return quantize_kernel(
+        kernel,
+        bits=convention.layer_bits(graph, layer),
+        symmetric=convention.is_symmetric(graph, layer),
+        channel_axes=convention.scale_axes(graph, layer),
+        method=convention.with_default().weight_range,
+    )
 
 
 def _activation_quantizers(graph: Graph, ranges: Ranges, convention: Convention) -> ActivationQuantizers:

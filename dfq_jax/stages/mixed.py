@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,11 +34,11 @@ from dfq_jax.graph import (
     normalize,
     run_block_leaves,
 )
-from dfq_jax.quantizers import code_limits, params_from_range, quantize_kernel
+from dfq_jax.quantizers import code_limits, params_from_range
 from dfq_jax.stages.analytic import noise_of_moments
 from dfq_jax.stages.comparison import compare_outputs
-from dfq_jax.stages.convention import Convention
-from dfq_jax.stages.ranges import resolve_estimator, summarize
+from dfq_jax.stages.convention import Convention, Ranges, quantize_layer
+from dfq_jax.stages.ranges import apply_estimator, resolve_estimator, summarize
 
 # Of one call on CPU, where those side by side share the cache: two photographs, or more images that are smaller.
 _VALUES, _IMAGES = 2 * 224 * 224 * 3, 16
@@ -65,11 +65,11 @@ class MixedNetwork:
 
     Attributes:
       graph: from `trace`.
-      convention: the kinds of quantizers; its bits mean nothing here, but that None of activations keeps them in float.
       bits: the widths that there are.
-      weights: by layer, the part that its weights are; layers that share a kernel, or whose kernels are stored as one,
-        have one part.
-      inputs: by layer, the part that its input is; layers that read one tensor have one part.
+      uniform: by width, the convention that gives it to all that no rule gives another.
+      weights: by layer, the part that its weights are, unless they stay in float; layers that share a kernel, or whose
+        kernels are stored as one, have one part.
+      inputs: by layer, the part that its input is, unless it stays in float; layers that read one tensor have one part.
       seen_on: what the divergences are measured on, in words.
     """
 
@@ -84,12 +84,11 @@ class MixedNetwork:
         estimator: str,
     ):
         check_variables(graph, variables)
-        self.graph, self.convention, self.bits = graph, convention, tuple(bits)
-        self.weights = {layer.name: ("weights", graph.together(layer.kernel)[0]) for layer in graph.layers}
-        active = convention.activation_bits is not None
-        self.inputs = {layer.name: ("input", layer.tensor) for layer in graph.layers if active}
+        self.graph, self.bits = graph, tuple(bits)
+        self.uniform = {b: uniform(convention, b) for b in self.bits}
+        self.weights, self.inputs = _parts(graph, self.uniform[self.bits[0]])
         self._first = self._first_blocks()
-        self._own = frozenset(t.name for t in graph.tensors if t.shared and convention.shortcuts == "float")
+        self._own = frozenset(self._readers_by_themselves())
         self._leaves = graph.leaves_by_path(jax.device_put(variables))
         rule = None
         if images is None:
@@ -103,13 +102,20 @@ class MixedNetwork:
         self._pieces = list(batches(x, batch_size))
         summaries = summarize(graph, variables, x, batch_size=len(x), batch_norm=rule)
         estimate = resolve_estimator(estimator)
-        ranges = {b: {t: estimate(summaries[t], bits=b) for _, t in self.inputs.values()} for b in self.bits}
-        self._rows = {b: {t: _row(range_, b) for t, range_ in on_host(some).items()} for b, some in ranges.items()}
+        self._rows = {
+            b: self._quantizers(b, apply_estimator(graph, summaries, self.uniform[b], estimate)) for b in bits
+        }
         kernels = [(path, b) for b in self.bits for _, path in dict.fromkeys(self.weights.values())]
         self._kernels = dict(zip(kernels, side_by_side(lambda which: self._quantized(*which), kernels), strict=True))
         self._rule, self._offsets = rule, [{} for _ in self._pieces]
         self._reference = [None for _ in self._pieces]
         self.float = self.record({})
+
+    def _readers_by_themselves(self) -> Iterator[str]:
+        """The layers that quantize what they read, where other readers of the tensor have it in float."""
+        for tensor in self.graph.tensors:
+            if self.uniform[self.bits[0]].is_for_layers_alone(self.graph, tensor):
+                yield from (name for name in tensor.layers if name in self.weights)
 
     def _first_blocks(self) -> dict[Part, int]:
         """The block in which each part is met first."""
@@ -123,19 +129,22 @@ class MixedNetwork:
 
     def _quantized(self, path: str, bits: int) -> dict[str, Any]:
         """The kernels stored as one at so many bits, dequantized."""
-        graph, convention, kernels = self.graph, self.convention, {}
+        graph, convention, kernels = self.graph, self.uniform[bits], {}
         for stored in graph.together(path):
             if stored not in graph.kernels:
                 continue  # a slice that nothing reads
-            quantized = quantize_kernel(
-                self._leaves[stored],
-                bits=bits,
-                symmetric=convention.is_symmetric(bits),
-                channel_axes=convention.scale_axes(graph, graph.kernels[stored][0]),
-                method=convention.with_default().weight_range,
-            )
+            quantized = quantize_layer(graph, graph.kernels[stored][0], self._leaves[stored], convention)
             kernels[stored] = jax.device_put(jax.tree.map(np.asarray, quantized).dequantize())
         return kernels
+
+    def _quantizers(self, bits: int, ranges: Ranges) -> dict[str, tuple[float, ...]]:
+        """Of tensors, as numbers: scale, limits of the codes less the zero point, and that it is in use."""
+        rows = {}
+        for name, range_ in on_host(dict(ranges)).items():
+            width = self.uniform[bits].tensor_bits(self.graph, self.graph.tensor(name))
+            params = params_from_range(*range_, bits=width)
+            rows[name] = float(params.scale), *map(float, code_limits(params)), 1.0
+        return rows
 
     def _arguments(self, widths: Widths) -> tuple[list[Any], Float[np.ndarray, "t 4"]]:
         """Leaves and rows of tensors."""
@@ -190,17 +199,26 @@ class MixedNetwork:
         return jax.block_until_ready(outputs)
 
 
-def _row(range_: tuple[Any, Any], bits: int) -> tuple[float, ...]:
-    """A tensor's quantizer as numbers: scale, limits of the codes less the zero point, and that it is in use."""
-    params = params_from_range(*range_, bits=bits)
-    return float(params.scale), *map(float, code_limits(params)), 1.0
+def uniform(convention: Convention, bits: int) -> Convention:
+    """The convention with so many bits for all weights and activations, edges included; rules stay."""
+    same = {"edge_bits": None, "edge_input_bits": None, "second_input_bits": None}
+    activation_bits = None if convention.activation_bits is None else bits
+    return dataclasses.replace(convention, weight_bits=bits, activation_bits=activation_bits, **same)
+
+
+def _parts(graph: Graph, convention: Convention) -> tuple[dict[str, Part], dict[str, Part]]:
+    """By layer, what its weights and its input are parts of, where a convention quantizes them."""
+    quantized = [layer for layer in graph.layers if convention.layer_bits(graph, layer) is not None]
+    weights = {layer.name: ("weights", graph.together(layer.kernel)[0]) for layer in quantized}
+    read = {t.name for t in graph.tensors if convention.tensor_bits(graph, t) is not None}
+    return weights, {layer.name: ("input", layer.tensor) for layer in quantized if layer.tensor in read}
 
 
 # --- the programs ---
 
 
 def _rules(graph: Graph, own: frozenset[str], rows: Float[Array, "t 4"], batch_norm: BatchNormRule | None) -> Rules:
-    """Rules of a network with quantized tensors; those in `own` are quantized for layers alone."""
+    """Rules of a network with quantized tensors; layers in `own` quantize what they read by themselves."""
     quantizers = {tensor.name: row for tensor, row in zip(graph.tensors, rows, strict=True)}
 
     def quantized(name: str, value: Array) -> Array:
@@ -209,11 +227,11 @@ def _rules(graph: Graph, own: frozenset[str], rows: Float[Array, "t 4"], batch_n
         return jnp.where(used > 0, jnp.round(jnp.clip(value * (1.0 / scale), low, high)) * scale, value)
 
     def tensor(item: Tensor, value: Array) -> Array:
-        return value if item.name in own else quantized(item.name, value)
+        return value if own.intersection(item.layers) else quantized(item.name, value)
 
     def layer(call: LayerCall) -> Array:
-        name = call.layer.tensor
-        return (call.reading(quantized(name, call.source)) if name in own else call).default()
+        alone = call.layer.name in own
+        return (call.reading(quantized(call.layer.tensor, call.source)) if alone else call).default()
 
     return Rules(layer, tensor, batch_norm)
 

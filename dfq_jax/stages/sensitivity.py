@@ -27,7 +27,7 @@ class Sensitivity:
     Layers that share a kernel are quantized in it together, and so are those that read one tensor in that.
 
     Attributes:
-      layers: names, in the order they run.
+      layers: names, in the order they run; those that a rule of the convention leaves in float are left out.
       bits: the widths.
       weights: with a layer's weights alone quantized, `[layers, bits]`.
       input: with its input alone; zero where activations stay in float.
@@ -120,7 +120,7 @@ def sensitivity(
     """
     bits = check_widths("bits", bits)
     network = MixedNetwork(graph, variables, images, bits, convention, estimator)
-    names, began, found = [layer.name for layer in graph.layers], time.perf_counter(), {part: {} for part in PARTS}
+    names, began, found = list(network.weights), time.perf_counter(), {part: {} for part in PARTS}
     total = []
     for place, width in enumerate(bits):
         alone = _alone(network, width)
@@ -159,9 +159,7 @@ def _alone(network: MixedNetwork, width: int) -> dict[str, dict[str, Mapping]]:
     return found
 
 
-def _progress(
-    batch: int, num_batches: int, step: int, steps: int, loss: float, began: float, name: str
-) -> Progress:
+def _progress(batch: int, num_batches: int, step: int, steps: int, loss: float, began: float, name: str) -> Progress:
     seconds, done = time.perf_counter() - began, batch * steps + step + 1
     eta = seconds / done * (num_batches * steps - done)
     return Progress(batch + 1, num_batches, step + 1, steps, loss, seconds, eta, done, name)
