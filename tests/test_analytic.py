@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError
-from dfq_jax.stages.analytic import _noise, analytic_comparison, analytic_correction, gptq_from_noise
+from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, gptq_from_noise, noise_of_moments
 from dfq_jax.stages.batch_norm import BatchNormConfig
 from dfq_jax.stages.convention import Convention, quantize_params
 
@@ -70,7 +70,7 @@ def test_noise_of_nearly_dead_channels(quantized):
     graph, variables, _ = quantized
     var = jnp.asarray([1e-7, 1e-6, 1e-5, 1e-4, 1.0, 0.0])
     variables = graph.replace(variables, {"batch_stats/bn1/var": var, "params/bn1/bias": jnp.full(6, 1.0)})
-    noise, rule = _noise(graph, variables, 20000)
+    noise, rule = noise_of_moments(graph, variables, 20000)
     found = rule(graph.batch_norm("bn1"), jnp.zeros((20000, 6)), None)
     spread = np.abs(variables["params"]["bn1"]["scale"]) * np.sqrt(np.asarray(var, np.float64) / (var + 1e-5))
     np.testing.assert_allclose(found.std(0), spread, rtol=0.03, atol=1e-6)
@@ -82,7 +82,7 @@ def test_comparison_carries_errors_to_the_outputs(quantized):
     """Against the same in float64: noise of the moments, and behind it the error of what is in front."""
     graph, variables, qvariables = quantized
     found = analytic_comparison(graph, variables, qvariables, num_samples=64)
-    noise, rule = _noise(graph, variables, 64)
+    noise, rule = noise_of_moments(graph, variables, 64)
     behind = {bn.name: np.asarray(rule(bn, jnp.zeros((64, bn.channels)), None), np.float64) for bn in graph.batch_norms}
 
     def outputs(kernels, error):

@@ -84,7 +84,9 @@ def test_as_networks_one_by_one(place):
 
     expected = one_by_one(graph, variables, divergence, ranges, convention, BITS)
     # What is quantized for layers alone is so for those with a quantized kernel: there the networks are not the same.
-    alone = {t.name for t in graph.tensors if len(t.layers) > 1 and uniform(convention, 2).is_for_layers_alone(graph, t)}
+    alone = {
+        t.name for t in graph.tensors if len(t.layers) > 1 and uniform(convention, 2).is_for_layers_alone(graph, t)
+    }
     for (part, name, bits), value in expected.items():
         if part == "weights" or graph.layer(name).tensor not in alone:
             i, j = found.layers.index(name), BITS.index(bits)

@@ -27,7 +27,7 @@ from dfq_jax.graph.execution import (
 )
 from dfq_jax.graph.form import KernelForm, LayerForm
 from dfq_jax.graph.graph import Graph, trace
-from dfq_jax.graph.quantized import apply_quantized, quantized_rules
+from dfq_jax.graph.quantized import apply_quantized, quantized_rules, simulated_layer
 from dfq_jax.graph.subnetwork import Subnetwork, subnetwork
 from dfq_jax.graph.tracing.axes import operand_axes
 from dfq_jax.graph.tracing.blocks import merge_blocks
@@ -94,6 +94,7 @@ __all__ = [
     "run_block",
     "run_block_leaves",
     "run_leaves",
+    "simulated_layer",
     "sub_jaxprs",
     "subnetwork",
     "trace",

@@ -51,7 +51,7 @@ def apply_quantized(
     Returns:
       What `apply_fn` returns.
     """
-    product = _integer_layer if integer else _simulated_layer
+    product = _integer_layer if integer else simulated_layer
     rules = quantized_rules(qvariables, product=product)
 
     def corrected(call: LayerCall) -> jax.Array:
@@ -105,7 +105,7 @@ def quantized_rules(
     return Rules(layer, tensor)
 
 
-def _simulated_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:
+def simulated_layer(call: LayerCall, params: QuantizerParams) -> jax.Array:
     """Centered codes in float32: exact sums, and gradients to x through the fake-quantized tensor."""
     form, codes = call.form, _exact_codes(call.source, params)
     kernel = call.kernel.centered().astype(jnp.float32)

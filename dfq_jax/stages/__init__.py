@@ -7,10 +7,12 @@ from dfq_jax.stages.convention import Convention, Ranges, convention_from, quant
 from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
+from dfq_jax.stages.layer_comparison import LayerComparison, LayerError, compare_layers
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 from dfq_jax.stages.rules import LayerRule, kind_of
+from dfq_jax.stages.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "ESTIMATORS",
@@ -20,11 +22,14 @@ __all__ = [
     "FinetuneConfig",
     "Finetuning",
     "GPTQConfig",
+    "LayerComparison",
+    "LayerError",
     "LayerRule",
     "RangeSearch",
     "RangeSearchConfig",
     "Ranges",
     "ReconstructionConfig",
+    "Sensitivity",
     "absorb_high_bias",
     "adapt_batch_norm",
     "analytic_comparison",
@@ -35,6 +40,7 @@ __all__ = [
     "batch_norm_moments",
     "candidate_ranges",
     "compare",
+    "compare_layers",
     "comparer",
     "convention_from",
     "correct_bias",
@@ -49,6 +55,7 @@ __all__ = [
     "quantize_params",
     "reconstruct",
     "search_ranges",
+    "sensitivity",
     "sqnr",
     "squant",
     "summarize",

@@ -1,0 +1,76 @@
+"""Errors layer by layer, against runs of the float and the quantized network in float64 NumPy or by rules."""
+
+import functools
+
+import jax.numpy as jnp
+import model_grid
+import numpy as np
+import pytest
+
+from dfq_jax.graph import as_function, record_tensors
+from dfq_jax.graph.graph import trace
+from dfq_jax.quantizers import dequantized, fake_quant, quantization
+from dfq_jax.stages import Convention, LayerRule, compare_layers, estimate_ranges, quantize_params, sqnr
+
+
+@functools.cache
+def parts(build, **fields):
+    case = build()
+    apply_fn, variables = as_function(case.model, case.variables)
+    graph = trace(apply_fn, variables, (1, *case.input_shape[1:]))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])), jnp.float32)
+    convention = Convention(weight_bits=4, activation_bits=4, edge_bits=None, **fields)
+    ranges = estimate_ranges(graph, variables, images, convention)
+    return graph, variables, quantize_params(graph, variables, ranges, convention), images
+
+
+def test_dense_layers_in_numpy():
+    graph, variables, qvariables, images = parts(model_grid.mlp)
+    found = compare_layers(graph, variables, qvariables, images, batch_size=4)
+    floats, weights = graph.leaves_by_path(variables), graph.leaves_by_path(dequantized(qvariables))
+    quantizers = quantization(qvariables).by_tensor
+    inputs = record_tensors(graph, variables, images)[1]
+    x = images  # of the quantized network
+    for layer, error in zip(graph.layers, found.layers, strict=True):
+
+        def output(x, leaves, layer=layer):
+            bias = 0 if layer.bias is None else np.asarray(leaves[layer.bias], np.float64)
+            return np.asarray(x, np.float64) @ np.asarray(leaves[layer.kernel], np.float64) + bias
+
+        params, seen = quantizers[layer.tensor], inputs[layer.tensor]
+        wanted = output(seen, floats)
+        assert error.name == layer.name
+        assert error.own == pytest.approx(sqnr(wanted, output(fake_quant(seen, params), weights)), abs=1e-2)
+        if layer is graph.first_layer:
+            assert error.carried == np.inf or error.carried > 100
+        else:
+            assert error.carried == pytest.approx(sqnr(wanted, output(x, floats)), abs=1e-2)
+        result = output(fake_quant(x, params), weights)
+        assert error.sqnr == pytest.approx(sqnr(wanted, result), abs=1e-2)
+        if layer.activation == "relu":
+            x = jnp.maximum(jnp.asarray(result, jnp.float32), 0)
+
+
+@pytest.mark.parametrize("build", [model_grid.cifar_resnet8, model_grid.mobilenet_v2, model_grid.shared_kernel])
+def test_a_broken_layer_is_found(build):
+    graph, variables, _, images = parts(build)
+    broken = graph.layers[len(graph.layers) // 2]
+    rules = (LayerRule(pattern=f"(?!{broken.name}$).*", weight_bits=8, activation_bits=8),)
+    ruined = Convention(weight_bits=2, activation_bits=2, edge_bits=None, rules=rules)
+    ranges = estimate_ranges(graph, variables, images, ruined)
+    found = compare_layers(graph, variables, quantize_params(graph, variables, ranges, ruined), images)
+    assert found.falls_at == broken.name
+    assert "falls here" in found.table()
+    (layer,) = (error for error in found.layers if error.name == broken.name)
+    assert layer.own < layer.carried - 10 and abs(layer.own - layer.sqnr) < 1
+
+
+def test_the_float_network_and_bad_input():
+    graph, variables, qvariables, images = parts(model_grid.cifar_resnet8)
+    convention = Convention(activation_bits=None, rules=(LayerRule(weight_bits=None),))
+    same = compare_layers(graph, variables, quantize_params(graph, variables, {}, convention), images)
+    assert same.falls_at is None and all(error.sqnr > 100 for error in same.layers)
+    with pytest.raises(ValueError, match="qvariables: expected quantized variables"):
+        compare_layers(graph, variables, variables, images)
+    with pytest.raises(ValueError, match="images: expected an array"):
+        compare_layers(graph, variables, qvariables, images[:, :, :, :1])
