@@ -133,7 +133,7 @@ def sensitivity(
             for part, value in zip(PARTS, values, strict=True):
                 found[part][name, width] = value
             if on_progress is not None:
-                on_progress(_progress(place, len(bits), step, len(names), values[2], began, name))
+                on_progress(progress(place, len(bits), step, len(names), values[2], began, name))
     arrays = {part: [[values[name, b] for b in bits] for name in names] for part, values in found.items()}
     return Sensitivity(layers=names, bits=bits, **arrays, total=total, measured_on=network.seen_on)
 
@@ -159,7 +159,8 @@ def _alone(network: MixedNetwork, width: int) -> dict[str, dict[str, Mapping]]:
     return found
 
 
-def _progress(batch: int, num_batches: int, step: int, steps: int, loss: float, began: float, name: str) -> Progress:
+def progress(batch: int, num_batches: int, step: int, steps: int, loss: float, began: float, name: str) -> Progress:
+    """Of one step of one batch, from 0, when all takes as long."""
     seconds, done = time.perf_counter() - began, batch * steps + step + 1
     eta = seconds / done * (num_batches * steps - done)
     return Progress(batch + 1, num_batches, step + 1, steps, loss, seconds, eta, done, name)
