@@ -33,7 +33,9 @@ from dfq_jax.recipes import RECIPES, Quantized, Recipe, load, quantize
 from dfq_jax.report import Report
 from dfq_jax.stages import (
     ESTIMATORS,
+    Allocation,
     BatchNormConfig,
+    Budget,
     Convention,
     FinetuneConfig,
     Finetuning,
@@ -44,6 +46,7 @@ from dfq_jax.stages import (
     Sensitivity,
     absorb_high_bias,
     adapt_batch_norm,
+    allocate,
     analytic_correction,
     analytic_summaries,
     batch_norm_moments,
@@ -69,8 +72,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ESTIMATORS",
     "RECIPES",
+    "Allocation",
     "ArtifactError",
     "BatchNormConfig",
+    "Budget",
     "Convention",
     "FinetuneConfig",
     "Finetuning",
@@ -94,6 +99,7 @@ __all__ = [
     "SynthesisError",
     "absorb_high_bias",
     "adapt_batch_norm",
+    "allocate",
     "analytic_correction",
     "analytic_summaries",
     "apply_quantized",

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from dfq_jax import zoo
 from dfq_jax.cli.demo import demo
 from dfq_jax.cli.export import export
+from dfq_jax.cli.layers import inspect, sensitivity
 from dfq_jax.cli.models import Measurement, Model, model_of, resolve
 from dfq_jax.cli.options import (
     ConventionOptions,
@@ -41,15 +42,6 @@ from dfq_jax.data import Dataset
 from dfq_jax.graph import GraphWarning
 from dfq_jax.recipes import Quantized, get_recipe, is_synthesized, load, remove_checkpoints
 from dfq_jax.zoo import PackagedWeights
-
-
-def inspect(model: Positional[ModelName], *, checkpoint: Weights = None) -> None:
-    """Print the layers that are found in a network, and what would not be quantized.
-
-    Args:
-      checkpoint: Weights for a model of the zoo, as for quantize; its structure is shown without, too.
-    """
-    print(resolve(model, checkpoint, weights=False).graph.table())
 
 
 def quantize(
@@ -224,6 +216,7 @@ def _origin(weights: str | PackagedWeights | None) -> str:
 COMMANDS = {
     "demo": demo,
     "inspect": inspect,
+    "sensitivity": sensitivity,
     "quantize": quantize,
     "evaluate": evaluate,
     "export": export,

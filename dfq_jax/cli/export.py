@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional, arg
 
+from dfq_jax.cli.layers import stand_in_images
 from dfq_jax.cli.models import Model, Progress, model_of, resolve
 from dfq_jax.cli.options import Count, OptionalData, OptionalFile, OptionalModel, Saved
 from dfq_jax.cli.output import check_targets, environment, print_table, write_json
@@ -21,7 +22,6 @@ from dfq_jax.export import Format, Runner, get_exporter
 from dfq_jax.quantizers import dequantized, quantization
 from dfq_jax.recipes import Quantized, load
 from dfq_jax.stages import sqnr
-from dfq_jax.synthesis import synthesize
 
 RANGE_IMAGES = 64
 
@@ -85,16 +85,8 @@ def export(
 
 def _images(quantized: Quantized, reporter: Reporter) -> Any:
     """What LiteRT takes ranges of residual sums from, made anew: saved networks have no images."""
-    graph, key = quantized.graph, jax.random.key(0)
-    if not graph.batch_norms:
-        return jax.random.normal(key, (RANGE_IMAGES, *graph.input.shape[1:]))
     config = dataclasses.replace(quantized.recipe.synthesis, num_images=RANGE_IMAGES)
-    reporter.on_stage("images")
-    variables = dequantized(quantized.variables)
-    result = synthesize(graph, variables, key, config, on_progress=reporter.on_progress)
-    if not result.completed:
-        raise KeyboardInterrupt
-    return result.images
+    return stand_in_images(quantized.graph, dequantized(quantized.variables), config, jax.random.key(0), reporter)
 
 
 def _both(

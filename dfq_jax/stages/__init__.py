@@ -1,7 +1,9 @@
 """The methods, one a file: pure functions of a graph, variables and images that give ranges or better variables."""
 
+from dfq_jax.stages.allocation import Allocation, allocate
 from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.budget import TARGETS, Budget
 from dfq_jax.stages.comparison import Comparison, apply_jitted, compare, comparer, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
 from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
@@ -16,7 +18,10 @@ from dfq_jax.stages.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "ESTIMATORS",
+    "TARGETS",
+    "Allocation",
     "BatchNormConfig",
+    "Budget",
     "Comparison",
     "Convention",
     "FinetuneConfig",
@@ -32,6 +37,7 @@ __all__ = [
     "Sensitivity",
     "absorb_high_bias",
     "adapt_batch_norm",
+    "allocate",
     "analytic_comparison",
     "analytic_correction",
     "analytic_summaries",

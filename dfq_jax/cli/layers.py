@@ -1,0 +1,137 @@
+"""`dfq-jax sensitivity` and `dfq-jax inspect`: a network layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from tyro.conf import Positional, arg
+
+from dfq_jax.cli.models import Model, model_of, resolve
+from dfq_jax.cli.options import Count, ModelName, OptionalFile, Weights
+from dfq_jax.cli.output import check_targets, write_json
+from dfq_jax.cli.progress import Reporter, open_display
+from dfq_jax.graph import Graph, compute_kernels, on_device
+from dfq_jax.quantizers import dequantized
+from dfq_jax.recipes import RECIPES, Quantized, load
+from dfq_jax.stages import compare_layers, equalize
+from dfq_jax.stages import sensitivity as measure
+from dfq_jax.synthesis import SynthesisConfig, synthesize
+
+ModelOrFile = Annotated[str, arg(metavar="MODEL|FILE")]
+# So many images of 224 x 224 take minutes; of small ones there may be more.
+LEAST_IMAGES, MOST_IMAGES, VALUES = 8, 32, 8 * 224 * 224 * 3
+
+
+def stand_in_images(
+    graph: Graph, variables: Any, config: SynthesisConfig, key: Array, reporter: Reporter
+) -> Float[Array, "n ..."]:
+    """Images made from a float network; Gaussian noise where it has no BatchNorm to make them from."""
+    if not graph.batch_norms:
+        return jax.random.normal(key, (config.num_images, *graph.input.shape[1:]))
+    reporter.on_stage("images")
+    result = synthesize(graph, variables, key, config, on_progress=reporter.on_progress)
+    if not result.completed:
+        raise KeyboardInterrupt
+    return result.images
+
+
+def _synthesis(graph: Graph, num_images: int | None) -> SynthesisConfig:
+    """That of the recipe fast, for few images."""
+    if num_images is None:
+        num_images = max(LEAST_IMAGES, min(MOST_IMAGES, VALUES // math.prod(graph.input.shape[1:])))
+    config = RECIPES["fast"].synthesis
+    return dataclasses.replace(config, num_images=num_images, batch_size=min(num_images, config.batch_size))
+
+
+def sensitivity(
+    model: Positional[ModelName],
+    *,
+    checkpoint: Weights = None,
+    bits: tuple[int, ...] = (2, 3, 4, 6, 8),
+    images: Count = None,
+    noise: bool = False,
+    seed: int = 0,
+    json: OptionalFile = None,
+) -> None:
+    """Print what each layer costs: the divergence of the outputs with its weights or its input alone quantized.
+
+    Args:
+      checkpoint: Weights for a model of the zoo, as for quantize.
+      bits: The widths.
+      images: How many images to make and measure on; by default 8 of 224 x 224, and up to 32 smaller ones.
+      noise: Measure on noise of the moments that BatchNorms promise, and make no images.
+      seed: Seed of the images.
+      json: Write all that was measured, also with all quantized but one layer, for machines.
+    """
+    check_targets(json)
+    if noise and images is not None:
+        raise ValueError(f"images: expected none beside --noise, found {images}")
+    graph, variables = _network(resolve(model, checkpoint))
+    with open_display() as display:
+        reporter, seen = Reporter(display), None
+        if not noise:
+            seen = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), reporter)
+        display.stage("measuring the sensitivity of layers")
+        found = measure(graph, variables, seen, bits=bits, on_progress=reporter.on_progress)
+    print(found.table())
+    if json is not None:
+        write_json(json, {"model": model, "seed": seed, **json_format.loads(found.to_json())})
+
+
+def _network(target: Model) -> tuple[Graph, Any]:
+    """The graph and the variables that `quantize` works with."""
+    return compute_kernels(target.graph, on_device(target.function[1]))
+
+
+def inspect(model: Positional[ModelOrFile], *, checkpoint: Weights = None, images: Count = None, seed: int = 0) -> None:
+    """Print the layers of a network, and what would not be quantized; or those of a saved quantized network.
+
+    Of a saved one, the report, and where the float network's weights are at hand the error of each layer: of its
+    output, its own, and what its input carries there.
+
+    Args:
+      model: A name from `dfq-jax models`, package.module:function, or what `dfq-jax quantize --output` saved.
+      checkpoint: Weights for a model of the zoo, as for quantize; its structure is shown without, too.
+      images: How many images to make and compare a saved network on, as for sensitivity.
+      seed: Seed of the images.
+    """
+    if not Path(model).is_file():
+        print(resolve(model, checkpoint, weights=False).graph.table())
+        return
+    name = model_of(Path(model))
+    try:
+        target, without = resolve(name, checkpoint), ""
+    except ValueError as error:
+        if checkpoint is not None:
+            raise
+        target, without = resolve(name, weights=False), str(error)
+    quantized = load(model, target.network, target.variables)
+    print(quantized.report.table())
+    if without:
+        print(f"layers are not compared with the float network's: {without}")
+        return
+    graph, variables = _network(target)
+    with open_display() as display:
+        made = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), Reporter(display))
+    print(f"\nerror of each layer, on {len(made)} images made from the float network:")
+    print(compare_layers(graph, _as_quantized(quantized, variables), quantized.variables, made).table())
+
+
+def _as_quantized(quantized: Quantized, variables: Any) -> Any:
+    """The float variables that were quantized: as they are, or with equalized weight ranges."""
+    graph = quantized.graph
+    codes = graph.leaves_by_path(dequantized(quantized.variables))
+
+    def error(tree: Any) -> float:
+        leaves = graph.leaves_by_path(tree)
+        pairs = [(np.asarray(leaves[path]), np.asarray(codes[path])) for path in graph.kernels]
+        return sum(float(np.square(a - b).sum() / max(np.square(a).sum(), 1e-30)) for a, b in pairs)
+
+    return min(variables, equalize(graph, variables), key=error)
