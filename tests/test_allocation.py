@@ -129,7 +129,7 @@ def test_what_a_target_has_and_what_rules_say():
     graph = parts(build)[0]
     names = [layer.name for layer in graph.layers]
     rules = (LayerRule(pattern=names[1], weight_bits=6), LayerRule(pattern=names[-1], weight_bits=None))
-    *_, result, network = allocated(build, Budget(average_weight_bits=3), rules=rules)
+    *_, result, _ = allocated(build, Budget(average_weight_bits=3), rules=rules)
     assert result.convention.rules[:2] == rules
     assert dict(layer[:2] for layer in result.layers)[names[1]] == 6
     assert names[-1] not in [name for name, *_ in result.layers]
