@@ -259,6 +259,27 @@ def test_inspect_reads_a_checkpoint(folder):
     assert succeed("inspect", "fashion_resnet20", "--checkpoint", weights).out == expected
 
 
+def test_inspect_shows_errors_of_a_saved_network():
+    result = succeed("inspect", "linen.safetensors", "--images", "8")
+    assert "W4A4" in result.out and "weights" in result.out
+    errors = result.out.split("error of each layer, on 8 images made from the float network:\n")[1].splitlines()
+    assert errors[0].split() == ["layer", "SQNR", "dB", "own", "carried"] and len(errors) == 4
+    assert all(float(line.split()[1]) > 0 for line in errors[1:])
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_sensitivity(tmp_path, noise):
+    options = ["--noise"] if noise else ["--images", "8"]
+    result = succeed("sensitivity", "user_nets:linen", "--bits", "2", "8", *options, "--json", tmp_path / "found.json")
+    facts = json.loads((tmp_path / "found.json").read_text())
+    assert facts["bits"] == [2, 8] and len(facts["layers"]) == 3 and facts["model"] == "user_nets:linen"
+    assert facts["measured_on"] == ("8 images" if not noise else facts["measured_on"]) and all(
+        len(facts[part]) == 3 for part in ("weights", "input", "both", "without")
+    )
+    assert all(name in result.out for name in facts["layers"])
+    assert "weights 2" in result.out
+
+
 def check_json(facts: dict, *, n: int, bits: tuple[int, int]) -> None:
     for network in ("float", "quantized"):
         assert 0 <= facts[network]["top1"] <= 100
@@ -480,6 +501,10 @@ REFUSED = {
     "json folder": ((*QUANTIZE, "--json", "absent/facts.json"), "there is no folder"),
     "json is output": ((*QUANTIZE, "--json", "x", "--output", "x"), "two different files"),
     "resume is other file": ((*QUANTIZE, *SMALL, "--resume", "data.npz"), "data.npz"),
+    "other bits": (("sensitivity", "user_nets:linen", "--bits", "9"), "bits: expected integers from 2 to 8"),
+    "images and noise": (("sensitivity", "user_nets:linen", "--noise", "--images", "8"), "images: expected none"),
+    "noise without norms": (("sensitivity", "user_nets:no_norm", "--noise"), "no BatchNorm"),
+    "a damaged network": (("inspect", "truncated.safetensors"), "truncated.safetensors"),
     "demo's json": (("demo", "--json", "absent/facts.json"), "there is no folder"),
     "artifact missing": (("evaluate", "absent.safetensors", "--data", "bundled"), "absent.safetensors"),
     "artifact truncated": (("evaluate", "truncated.safetensors", "--data", "npz:data.npz"), "truncated"),
