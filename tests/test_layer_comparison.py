@@ -34,8 +34,12 @@ def test_dense_layers_in_numpy():
     for layer, error in zip(graph.layers, found.layers, strict=True):
 
         def output(x, leaves, layer=layer):
-            bias = 0 if layer.bias is None else np.asarray(leaves[layer.bias], np.float64)
-            return np.asarray(x, np.float64) @ np.asarray(leaves[layer.kernel], np.float64) + bias
+            own = {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()}
+            result = np.asarray(x, np.float64) @ own[layer.kernel] + (0 if layer.bias is None else own[layer.bias])
+            if layer.batch_norm is None:
+                return result
+            bn = graph.batch_norm(layer.batch_norm)
+            return (result - own[bn.mean]) / np.sqrt(own[bn.var] + bn.epsilon) * own[bn.scale] + own[bn.bias]
 
         params, seen = quantizers[layer.tensor], inputs[layer.tensor]
         wanted = output(seen, floats)
