@@ -47,13 +47,10 @@ class Sensitivity:
     measured_on: str
 
     def __post_init__(self) -> None:
-        for name in ("layers", "bits"):  # lists, as read from a file
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         shape = (len(self.layers), len(self.bits))
         for name in (*PARTS, "total"):
-            array, wanted = np.asarray(getattr(self, name), np.float64), shape[1:] if name == "total" else shape
-            check_field(name, array.shape, f"the shape {wanted}", lambda v, wanted=wanted: v == wanted)
-            object.__setattr__(self, name, array)
+            wanted = shape[1:] if name == "total" else shape
+            check_field(name, getattr(self, name).shape, f"the shape {wanted}", lambda v, wanted=wanted: v == wanted)
 
     def table(self) -> str:
         """Plain text: a row for each layer, the largest divergences first."""
@@ -80,8 +77,10 @@ class Sensitivity:
           ValueError: the text is something else.
         """
         try:
-            return cls(**known_fields(cls, json.loads(text)))
-        except (AttributeError, TypeError, ValueError) as error:
+            fields = known_fields(cls, json.loads(text))
+            arrays = {name: np.asarray(fields[name], np.float64) for name in (*PARTS, "total")}
+            return cls(**{**fields, **arrays, "layers": tuple(fields["layers"]), "bits": tuple(fields["bits"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"text: expected what Sensitivity.to_json gives ({error}).") from None
 
 
@@ -120,7 +119,7 @@ def sensitivity(
     """
     bits = check_widths("bits", bits)
     network = MixedNetwork(graph, variables, images, bits, convention, estimator)
-    names, began, found = list(network.weights), time.perf_counter(), {part: {} for part in PARTS}
+    names, began, found = tuple(network.weights), time.perf_counter(), {part: {} for part in PARTS}
     total = []
     for place, width in enumerate(bits):
         alone = _alone(network, width)
@@ -134,8 +133,8 @@ def sensitivity(
                 found[part][name, width] = value
             if on_progress is not None:
                 on_progress(progress(place, len(bits), step, len(names), values[2], began, name))
-    arrays = {part: [[values[name, b] for b in bits] for name in names] for part, values in found.items()}
-    return Sensitivity(layers=names, bits=bits, **arrays, total=total, measured_on=network.seen_on)
+    arrays = {part: np.array([[values[name, b] for b in bits] for name in names]) for part, values in found.items()}
+    return Sensitivity(layers=names, bits=bits, **arrays, total=np.array(total), measured_on=network.seen_on)
 
 
 def check_widths(name: str, bits: Sequence[int]) -> tuple[int, ...]:
