@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_format
 import math
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,10 @@ from dfq_jax.cli.models import Model, model_of, resolve
 from dfq_jax.cli.options import Count, ModelName, OptionalFile, Weights
 from dfq_jax.cli.output import check_targets, write_json
 from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.graph import Graph, compute_kernels, on_device
+from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statistics, on_device
 from dfq_jax.quantizers import dequantized
 from dfq_jax.recipes import RECIPES, Quantized, load
-from dfq_jax.stages import compare_layers, equalize
+from dfq_jax.stages import check_widths, compare_layers, equalize
 from dfq_jax.stages import sensitivity as measure
 from dfq_jax.synthesis import SynthesisConfig, synthesize
 
@@ -36,7 +37,9 @@ def stand_in_images(
     if not graph.batch_norms:
         return jax.random.normal(key, (config.num_images, *graph.input.shape[1:]))
     reporter.on_stage("images")
-    result = synthesize(graph, variables, key, config, on_progress=reporter.on_progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphWarning)  # a table says it
+        result = synthesize(graph, variables, key, config, on_progress=reporter.on_progress)
     if not result.completed:
         raise KeyboardInterrupt
     return result.images
@@ -73,6 +76,7 @@ def sensitivity(
     check_targets(json)
     if noise and images is not None:
         raise ValueError(f"images: expected none beside --noise, found {images}")
+    bits = check_widths("bits", bits)
     graph, variables = _network(resolve(model, checkpoint))
     with open_display() as display:
         reporter, seen = Reporter(display), None
@@ -80,6 +84,8 @@ def sensitivity(
             seen = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), reporter)
         display.stage("measuring the sensitivity of layers")
         found = measure(graph, variables, seen, bits=bits, on_progress=reporter.on_progress)
+    for doubt in doubtful_statistics(graph, variables):
+        print(f"WARNING: {doubt}")
     print(found.table())
     if json is not None:
         write_json(json, {"model": model, "seed": seed, **json_format.loads(found.to_json())})

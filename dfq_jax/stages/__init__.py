@@ -14,7 +14,7 @@ from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidat
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 from dfq_jax.stages.rules import LayerRule, kind_of
-from dfq_jax.stages.sensitivity import Sensitivity, sensitivity
+from dfq_jax.stages.sensitivity import Sensitivity, check_widths, sensitivity
 
 __all__ = [
     "ESTIMATORS",
@@ -45,6 +45,7 @@ __all__ = [
     "apply_jitted",
     "batch_norm_moments",
     "candidate_ranges",
+    "check_widths",
     "compare",
     "compare_layers",
     "comparer",

@@ -22,7 +22,7 @@ from dfq_jax.stages.mixed import MixedNetwork, Part, Widths
 from dfq_jax.stages.rules import FLOAT_BITS, LayerRule
 from dfq_jax.stages.sensitivity import Sensitivity, progress
 
-ROUNDS = 4  # of measuring what each change does where the search stands
+ROUNDS = 6  # of measuring what each change does where the search stands
 LEAST = 1e-9  # divergences below it are rounding
 LEAST_GAIN = 0.01  # share of the divergence that a round has to take away to be followed by another
 
@@ -212,14 +212,13 @@ class _Search:
         changes = len(widths) // 4
         for round_ in range(ROUNDS):
             gains, last = self._gains(widths, divergence, round_), divergence
-            changes = max(1, changes)
             while changes >= 1:
                 other = cheapest(gains, self.limits, (widths, changes))
                 (value,) = self.network.divergences([other]) if other not in (None, widths) else (math.inf,)
                 if value < divergence:
                     moved = sum(other[part] != bits for part, bits in widths.items())
                     self.decisions.append(f"{moved} widths changed together: {divergence:.4g} -> {value:.4g}")
-                    widths, divergence = other, value
+                    widths, divergence, changes = other, value, 2 * moved
                     break
                 changes //= 2
             if divergence > (1 - LEAST_GAIN) * last:
