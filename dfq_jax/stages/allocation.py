@@ -22,6 +22,7 @@ from dfq_jax.stages.mixed import MixedNetwork, Part, Widths
 from dfq_jax.stages.rules import FLOAT_BITS, LayerRule
 from dfq_jax.stages.sensitivity import Sensitivity, progress
 
+ALONE = "least sum of divergences alone"
 ROUNDS = 6  # of measuring what each change does where the search stands
 LEAST = 1e-9  # divergences below it are rounding
 LEAST_GAIN = 0.01  # share of the divergence that a round has to take away to be followed by another
@@ -75,8 +76,8 @@ def allocate(
     """Choose bits for each layer within a budget.
 
     An integer program chooses those of the least sum of the divergences that each part has alone, or has less when it
-    alone is in float; of the two the one of less divergence, measured with all of it quantized, is where a search
-    begins: what each change of one width does there is measured, and the integer program takes the best of them
+    alone is in float; of the two, and of the bits that the convention has, those of least divergence, measured with all
+    of it quantized, are where a search begins: what each change of one width does there is measured, and the integer program takes the best of them
     together, in fewer parts where the outcome is no better.
 
     >>> found = sensitivity(graph, variables, images)
@@ -202,14 +203,14 @@ class _Search:
     def run(self) -> tuple[Widths, float]:
         """The best choice that is found, and its divergence."""
         starts = {form: cheapest(costs, self.limits) for form, costs in self._costs().items()}
-        kept = {form: widths for form, widths in starts.items() if widths is not None}
+        kept = {form: widths for form, widths in starts.items() if widths is not None} | self._as_given()
         if not kept:
             raise ValueError("budget: expected limits that one choice of bits keeps together, found none that does.")
         divergences = dict(zip(kept, self.network.divergences(kept.values()), strict=True))
-        self.decisions += [f"least sum of divergences {form}: {value:.4g}" for form, value in divergences.items()]
+        self.decisions += [f"{form}: divergence {value:.4g}" for form, value in divergences.items()]
         best = min(divergences, key=divergences.__getitem__)
         widths, divergence = kept[best], divergences[best]
-        changes = len(widths) // 4
+        changes = max(1, len(widths) // 4)
         for round_ in range(ROUNDS):
             gains, last = self._gains(widths, divergence, round_), divergence
             while changes >= 1:
@@ -225,13 +226,23 @@ class _Search:
                 break
         return widths, divergence
 
+    def _as_given(self) -> dict[str, Widths]:
+        """The bits that the convention has, where they are within the limits."""
+        graph, convention = self.graph, self.convention
+        given = {part: convention.layer_bits(graph, graph.layer(name)) for name, part in self.network.weights.items()}
+        given |= {part: convention.tensor_bits(graph, graph.tensor(part[1])) for part in self.network.inputs.values()}
+        fits = all(bits in self.options[part] for part, bits in given.items())
+        return (
+            {convention.name: given} if fits and all(limit.used(given) <= limit.most for limit in self.limits) else {}
+        )
+
     def _costs(self) -> dict[str, dict[Part, dict[int, float]]]:
         """By form, what each width of a part costs; no more than fewer bits do."""
         found, network = self.found, self.network
         alone = found.weights + found.input
         shares = 1 + (found.total - found.without).clip(0) / alone.clip(LEAST)  # of what each adds to all the others
-        forms = {"alone": (found.weights, found.input)}
-        forms["alone and within all"] = (found.weights * shares, found.input * shares)
+        forms = {ALONE: (found.weights, found.input)}
+        forms[f"{ALONE} and within all"] = (found.weights * shares, found.input * shares)
         return {
             form: self._of_parts(network.weights, weights) | self._of_parts(network.inputs, read)
             for form, (weights, read) in forms.items()
