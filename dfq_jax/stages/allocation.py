@@ -75,10 +75,10 @@ def allocate(
 ) -> Allocation:
     """Choose bits for each layer within a budget.
 
-    An integer program chooses those of the least sum of the divergences that each part has alone, or has less when it
-    alone is in float; of the two, and of the bits that the convention has, those of least divergence, measured with all
-    of it quantized, are where a search begins: what each change of one width does there is measured, and the integer program takes the best of them
-    together, in fewer parts where the outcome is no better.
+    An integer program chooses those of the least sum of the divergences that each part has alone, or adds when all are
+    quantized. Of the two, and of the bits that the convention has, those of least divergence, measured with all of it
+    quantized, are where a search begins: what each change of one width does there is measured, and the integer program
+    takes the best of them together, in fewer parts where the outcome is no better.
 
     >>> found = sensitivity(graph, variables, images)
     >>> allocation = allocate(graph, variables, found, Budget(average_weight_bits=4), images)
