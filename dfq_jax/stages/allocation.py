@@ -80,7 +80,7 @@ def allocate(
     quantized, are where a search begins: what each change of one width does there is measured, and the integer program
     takes the best of them together, in fewer parts where the outcome is no better.
 
-    >>> found = sensitivity(graph, variables, images)
+    >>> found = dfq_jax.sensitivity(graph, variables, images)
     >>> allocation = allocate(graph, variables, found, Budget(average_weight_bits=4), images)
     >>> allocation.used["average_weight_bits"][0] <= 4
     True
