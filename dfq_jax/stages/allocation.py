@@ -49,7 +49,7 @@ class Allocation:
 
     def table(self) -> str:
         """Plain text."""
-        rows = [("layer", "weight bits", "input bits", "weights alone", "input alone")]
+        rows: list[tuple[str, ...]] = [("layer", "weight bits", "input bits", "weights alone", "input alone")]
         for name, weight_bits, bits, *alone in self.layers:
             rows.append(
                 (name, str(weight_bits), str(bits or "float"), *("-" if v is None else f"{v:.3g}" for v in alone))
@@ -278,8 +278,9 @@ class _Search:
         network, found, rules, layers = self.network, self.found, [], []
         for i, name in enumerate(found.layers):
             bits, read = widths[network.weights[name]], widths.get(network.inputs.get(name))
-            chosen = {"activation_bits": read} if self.chooses_inputs and read is not None else {}
-            rules.append(LayerRule(pattern=re.escape(name), weight_bits=bits, **chosen))
+            rule = LayerRule(pattern=re.escape(name), weight_bits=bits)
+            chosen = self.chooses_inputs and read is not None
+            rules.append(dataclasses.replace(rule, activation_bits=read) if chosen else rule)
             layers.append((name, bits, read, self._alone(found.weights[i], bits), self._alone(found.input[i], read)))
         return Allocation(
             convention=dataclasses.replace(self.convention, rules=(*self.convention.rules, *rules)),

@@ -70,7 +70,7 @@ class LayerComparison:
 
     def table(self) -> str:
         """Plain text."""
-        rows = [("layer", "SQNR dB", "own", "carried", "")]
+        rows: list[tuple[str, ...]] = [("layer", "SQNR dB", "own", "carried", "")]
         for layer in self.layers:
             cells = (f"{value:.1f}" for value in (layer.sqnr, layer.own, layer.carried))
             rows.append((layer.name, *cells, "falls here" if layer.name == self.falls_at else ""))

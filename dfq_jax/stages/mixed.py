@@ -107,8 +107,9 @@ class MixedNetwork:
         }
         kernels = [(path, b) for b in self.bits for _, path in dict.fromkeys(self.weights.values())]
         self._kernels = dict(zip(kernels, side_by_side(lambda which: self._quantized(*which), kernels), strict=True))
-        self._rule, self._offsets = rule, [{} for _ in self._pieces]
-        self._reference = [None for _ in self._pieces]
+        self._rule = rule
+        self._offsets: list[dict[str, Array]] = [{} for _ in self._pieces]
+        self._reference: list[Any] = [None for _ in self._pieces]
         self.float = self.record({})
 
     def _readers_by_themselves(self) -> Iterator[str]:
@@ -149,7 +150,7 @@ class MixedNetwork:
     def _arguments(self, widths: Widths) -> tuple[list[Any], Float[np.ndarray, "t 4"]]:
         """Leaves and rows of tensors."""
         leaves = dict(self._leaves)
-        rows = {tensor.name: (1.0, 0.0, 0.0, 0.0) for tensor in self.graph.tensors}
+        rows: dict[str, tuple[float, ...]] = {tensor.name: (1.0, 0.0, 0.0, 0.0) for tensor in self.graph.tensors}
         for (part, name), bits in widths.items():
             if part == "weights":
                 leaves |= self._kernels[name, bits]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from dfq_jax.base import Progress, check_field, known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS, MIN_BITS
 from dfq_jax.stages.convention import Convention
-from dfq_jax.stages.mixed import MixedNetwork
+from dfq_jax.stages.mixed import MixedNetwork, Widths
+from dfq_jax.stages.rules import is_bits
 
 PARTS = ("weights", "input", "both", "without")
 
@@ -50,7 +51,7 @@ class Sensitivity:
         shape = (len(self.layers), len(self.bits))
         for name in (*PARTS, "total"):
             wanted = shape[1:] if name == "total" else shape
-            check_field(name, getattr(self, name).shape, f"the shape {wanted}", lambda v, wanted=wanted: v == wanted)
+            check_field(name, getattr(self, name).shape, f"the shape {wanted}", wanted.__eq__)
 
     def table(self) -> str:
         """Plain text: a row for each layer, the largest divergences first."""
@@ -119,8 +120,8 @@ def sensitivity(
     """
     bits = check_widths("bits", bits)
     network = MixedNetwork(graph, variables, images, bits, convention, estimator)
-    names, began, found = tuple(network.weights), time.perf_counter(), {part: {} for part in PARTS}
-    total = []
+    names, began, total = tuple(network.weights), time.perf_counter(), list[float]()
+    found: dict[str, dict[tuple[str, int], float]] = {part: {} for part in PARTS}
     for place, width in enumerate(bits):
         alone = _alone(network, width)
         whole = network.record({part: width for part in (*network.weights.values(), *network.inputs.values())})
@@ -144,13 +145,13 @@ def check_widths(name: str, bits: Sequence[int]) -> tuple[int, ...]:
       ValueError: there are none, or one is no integer from 2 to 8.
     """
     wanted = f"integers from {MIN_BITS} to {MAX_BITS}"
-    check_field(name, bits, wanted, lambda v: len(v) and all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in v))
+    check_field(name, bits, wanted, lambda v: len(v) > 0 and all(map(is_bits, v)))
     return tuple(sorted(set(bits)))
 
 
-def _alone(network: MixedNetwork, width: int) -> dict[str, dict[str, Mapping]]:
+def _alone(network: MixedNetwork, width: int) -> dict[str, dict[str, Widths]]:
     """By layer, the networks with its weights, its input and both quantized."""
-    found = {}
+    found: dict[str, dict[str, Widths]] = {}
     for name, weights in network.weights.items():
         own = {weights: width}
         read = {network.inputs[name]: width} if name in network.inputs else {}
