@@ -32,6 +32,7 @@ from dfq_jax.recipes.quantized import load
 from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
 from dfq_jax.report.report import LayerReport, Report, report_from
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm
+from dfq_jax.stages.budget import Budget
 from dfq_jax.stages.comparison import compare, sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.equalization import equalize, find_pairs
@@ -789,6 +790,30 @@ def test_the_graph_of_a_quantized_network_is_that_of_the_float_one():
     graph = trace(*CASE.function(), SHAPE)
     assert fast().graph == graph
     assert isinstance(fast().recipe, Recipe)
+
+
+# --- budgets ---
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["instant"], FAST.replace(synthesis_num_images=32, held_out=0.25)])
+def test_a_budget_holds(recipe, tmp_path):
+    uniform = run(recipe=recipe, bits="w4a8")
+    settings = {"recipe": recipe, "bits": "w8a8"}
+    result = run(budget=Budget(weight_bytes=uniform.report.size["quantized"]), **settings)
+    assert result.report.size["quantized"] <= uniform.report.size["quantized"]
+    assert {rule.pattern for rule in result.convention.rules} == {"conv1", "conv2", "head"}
+    assert "budget" in result.report.seconds
+    for layer in result.report.layers:
+        assert layer.weight_bits == result.variables["params"][layer.name]["kernel"].bits
+    result.save(tmp_path / "mixed.safetensors")
+    again = load(tmp_path / "mixed.safetensors", CASE.model, CASE.variables)
+    assert again.convention == result.convention
+    np.testing.assert_array_equal(again(inputs()), result(inputs()))
+
+
+def test_a_budget_that_nothing_meets():
+    with pytest.raises(ValueError, match="average_weight_bits: expected at least 2"):
+        run(recipe=RECIPES["instant"], budget=Budget(average_weight_bits=1.5))
 
 
 # --- steps judged on held-out images ---

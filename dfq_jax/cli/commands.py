@@ -17,6 +17,7 @@ from dfq_jax.cli.export import export
 from dfq_jax.cli.layers import inspect, sensitivity
 from dfq_jax.cli.models import Measurement, Model, model_of, resolve
 from dfq_jax.cli.options import (
+    BudgetOptions,
     ConventionOptions,
     Count,
     Data,
@@ -51,6 +52,7 @@ def quantize(
     recipe: str = "fast",
     bits: str = "w8a8",
     convention: ConventionOptions = ConventionOptions(),
+    budget: BudgetOptions = BudgetOptions(),
     seed: int = 0,
     synthesis: SynthesisOptions = SynthesisOptions(),
     evaluate: OptionalData = None,
@@ -78,6 +80,7 @@ def quantize(
     began = time.perf_counter()
     check_targets(output, json, resume)
     settings = {"recipe": synthesis.within(get_recipe(recipe)), "convention": convention.of(bits), "key": seed}
+    settings["budget"] = budget.budget()
     target = resolve(model, checkpoint)
     data = None if evaluate is None else target.load_data(evaluate, limit)
     with _resuming(resume):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
-import math
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +20,11 @@ from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statistics, on_device
 from dfq_jax.quantizers import dequantized
 from dfq_jax.recipes import RECIPES, Quantized, load
-from dfq_jax.stages import check_widths, compare_layers, equalize
+from dfq_jax.stages import check_widths, compare_layers, enough_images, equalize
 from dfq_jax.stages import sensitivity as measure
 from dfq_jax.synthesis import SynthesisConfig, synthesize
 
 ModelOrFile = Annotated[str, arg(metavar="MODEL|FILE")]
-# So many images of 224 x 224 take minutes; of small ones there may be more.
-LEAST_IMAGES, MOST_IMAGES, VALUES = 8, 32, 8 * 224 * 224 * 3
 
 
 def stand_in_images(
@@ -48,7 +45,7 @@ def stand_in_images(
 def _synthesis(graph: Graph, num_images: int | None) -> SynthesisConfig:
     """That of the recipe fast, for few images."""
     if num_images is None:
-        num_images = max(LEAST_IMAGES, min(MOST_IMAGES, VALUES // math.prod(graph.input.shape[1:])))
+        num_images = enough_images(graph)
     config = RECIPES["fast"].synthesis
     return dataclasses.replace(config, num_images=num_images, batch_size=min(num_images, config.batch_size))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import UseAppendAction, arg
 
 from dfq_jax.recipes import Recipe
-from dfq_jax.stages import Convention, LayerRule
+from dfq_jax.stages import Budget, Convention, LayerRule
 from dfq_jax.synthesis import SynthesisConfig
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
@@ -48,6 +48,25 @@ class ConventionOptions:
         fields = {name: None if value == "none" else value for name, value in vars(self).items()}
         rules = tuple(map(LayerRule.parse, fields.pop("layer_bits")))
         return Convention.parse(bits, rules=rules, **fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """What the network may take: bits are chosen layer by layer within it.
+
+    Attributes:
+      average_bits: bits of a weight on average.
+      weight_bytes: bytes of all variables as they are stored.
+    """
+
+    average_bits: Annotated[float | None, arg(metavar="BITS")] = None
+    weight_bytes: Count = None
+
+    def budget(self) -> Budget | None:
+        """The budget, if there is one."""
+        if self.average_bits is None and self.weight_bytes is None:
+            return None
+        return Budget(average_weight_bits=self.average_bits, weight_bytes=self.weight_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

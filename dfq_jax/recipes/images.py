@@ -107,11 +107,11 @@ def _synthesized(
     whole, held_out = recipe.synthesis, _num_held_out(recipe, recipe.synthesis.num_images)
 
     def make(name: str, count: int, source: str, checkpoint: Any) -> Synthesis:
-        sizes = {"num_images": count, "batch_size": min(whole.batch_size, count)}
+        sizes: Any = {"num_images": count, "batch_size": min(whole.batch_size, count)}
         config = dataclasses.replace(whole, source=source, **sizes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
-            files = {"checkpoint": checkpoint, "keep_checkpoint": True}
+            files: Any = {"checkpoint": checkpoint, "keep_checkpoint": True}
             made = synthesize(graph, variables, keys[name], config, **files, **options)
         if not made.completed:
             raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from dfq_jax.base import Progress, may_transfer
 from dfq_jax.graph import (
+    Graph,
     GraphWarning,
     as_function,
     check_variables,
@@ -28,13 +29,13 @@ from dfq_jax.graph import (
     on_device,
     trace,
 )
-from dfq_jax.recipes.images import THESE_IMAGES, find_images
+from dfq_jax.recipes.images import THESE_IMAGES, Images, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
 from dfq_jax.recipes.steps import DRAWING, Work, remove_checkpoints, run_steps
 from dfq_jax.report import Report, doubtful_result, doubtful_structure, layer_reports, packed_size
-from dfq_jax.stages import Comparison, Convention
+from dfq_jax.stages import Allocation, Budget, Comparison, Convention, allocate, enough_images, sensitivity
 
 
 @may_transfer
@@ -47,6 +48,7 @@ def quantize(
     bits: str = "w8a8",
     edge_bits: int | None = 8,
     convention: Convention | None = None,
+    budget: Budget | None = None,
     key: Key[Array, ""] | int = 0,
     images: Float[Array, "n ..."] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -69,6 +71,8 @@ def quantize(
       edge_bits: bits of the first and last layer; None for the same as all others.
       convention: everything about bits, in place of `bits` and `edge_bits`. Weight ranges are the recipe's, unless its
         `weight_range` names others.
+      budget: what the network may take: bits are chosen layer by layer within it, by the divergence of the outputs (see
+        `sensitivity` and `allocate`), in place of those of the convention, whose rules still hold.
       key: a JAX key or a seed; consumed.
       images: preprocessed images to use in place of what the recipe would take, `[N, H, W, C]`: synthetic images,
         noise, or (recipe "instant") BatchNorm parameters. Ranges, corrections and the comparison are then theirs.
@@ -87,7 +91,8 @@ def quantize(
 
     Raises:
       ValueError, TypeError: arguments, weights or a network that cannot be quantized so, or rules for no layer of it,
-        before any long work; or outputs, of the float or the quantized network, that are no finite numbers.
+        before any long work; a budget that the fewest bits do not meet; or outputs, of the float or the quantized
+        network, that are no finite numbers.
       OSError: the checkpoint cannot be written.
       KeyboardInterrupt: interrupted during synthesis, reconstruction or fine-tuning; a checkpoint, if asked for, is
         kept.
@@ -113,10 +118,15 @@ def quantize(
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys, images, **options)
+    start = Candidate(variables=variables)
+    if budget is not None:
+        with clock("budget"):
+            allocation = _allocated(graph, variables, found, budget, convention, recipe, on_progress)
+        convention, start = allocation.convention, dataclasses.replace(start, decisions=allocation.decisions)
     work = Work(
         graph=graph, variables=variables, recipe=recipe, convention=convention, images=found, keys=keys, **options
     )
-    result = run_steps(work, Candidate(variables=variables), clock)
+    result = run_steps(work, start, clock)
     with clock("compare"):
         judge = dataclasses.replace(work.judge, images=found.images)
         compared = judge.compare(result)
@@ -142,6 +152,25 @@ def _warned(*doubts: str) -> tuple[str, ...]:
     for doubt in doubts:
         warnings.warn(doubt, GraphWarning, stacklevel=4)
     return doubts
+
+
+def _allocated(
+    graph: Graph,
+    variables: Any,
+    images: Images,
+    budget: Budget,
+    convention: Convention,
+    recipe: Recipe,
+    on_progress: Callable[[Progress], None] | None,
+) -> Allocation:
+    """Bits by layer within the budget: by images that steps are fitted to, refined on those held out."""
+    fitted, held_out = (x[: enough_images(graph)] for x in (images.fitted, images.held_out))
+    if images.analytic:
+        fitted = held_out = None
+    settings: Any = {"convention": convention, "estimator": recipe.estimator, "on_progress": on_progress}
+    found = sensitivity(graph, variables, fitted, **settings)
+    judging = held_out if held_out is not None and len(held_out) else fitted
+    return allocate(graph, variables, found, budget, judging, **settings)
 
 
 def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Array, **facts: Any) -> Report:

@@ -255,6 +255,7 @@ def run_steps(
 STAGES = {
     "trace": "tracing the network",
     "images": "making images",
+    "budget": "choosing bits for each layer",
     **{name: step.title for name, step in STEPS.items()},
     "compare": "comparing with the float network",
 }

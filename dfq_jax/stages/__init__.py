@@ -14,7 +14,7 @@ from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidat
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 from dfq_jax.stages.rules import LayerRule, kind_of
-from dfq_jax.stages.sensitivity import Sensitivity, check_widths, sensitivity
+from dfq_jax.stages.sensitivity import Sensitivity, check_widths, enough_images, sensitivity
 
 __all__ = [
     "ESTIMATORS",
@@ -51,6 +51,7 @@ __all__ = [
     "comparer",
     "convention_from",
     "correct_bias",
+    "enough_images",
     "equalize",
     "estimate_ranges",
     "find_pairs",

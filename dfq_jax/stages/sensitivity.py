@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from dfq_jax.stages.mixed import MixedNetwork, Widths
 from dfq_jax.stages.rules import is_bits
 
 PARTS = ("weights", "input", "both", "without")
+# So many images of 224 x 224 take minutes; of small ones there may be more.
+LEAST_IMAGES, MOST_IMAGES, VALUES = 8, 32, 8 * 224 * 224 * 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +86,11 @@ class Sensitivity:
             return cls(**{**fields, **arrays, "layers": tuple(fields["layers"]), "bits": tuple(fields["bits"])})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"text: expected what Sensitivity.to_json gives ({error}).") from None
+
+
+def enough_images(graph: Graph) -> int:
+    """How many images to measure on: as many as take seconds to minutes."""
+    return max(LEAST_IMAGES, min(MOST_IMAGES, VALUES // math.prod(graph.input.shape[1:])))
 
 
 def sensitivity(
