@@ -122,7 +122,9 @@ def quantize(
     if budget is not None:
         with clock("budget"):
             allocation = _allocated(graph, variables, found, budget, convention, recipe, on_progress)
-        convention, start = allocation.convention, dataclasses.replace(start, decisions=allocation.decisions)
+        convention = allocation.convention
+        for decision in allocation.decisions:
+            start = start.noting(f"bits by layer: {decision}")
     work = Work(
         graph=graph, variables=variables, recipe=recipe, convention=convention, images=found, keys=keys, **options
     )

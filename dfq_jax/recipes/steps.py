@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
+from dfq_jax.quantizers import MAX_BITS
 from dfq_jax.recipes.images import JUDGING, Images, file_of
 from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
@@ -140,19 +141,27 @@ def _search(work: Work, start: Candidate) -> Candidate:
         if ranges == start.ranges:
             continue  # judged already
         result = judge.choose(f"ranges by {name}", result, start.moved(with_ranges(start.quantized, ranges)))
+    if not config.one_by_one:
+        return result
     searched, found = search_ranges(graph, *result.networks, work.images.fitted, sets, config)
     return judge.choose(f"other ranges of {len(found.changed)} tensors", result, result.moved(searched))
 
 
 def _reconstruct(work: Work, start: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
+    graph, convention = work.graph, work.convention
+    widths = [convention.layer_bits(graph, layer) for layer in graph.layers]
+    widths += [convention.tensor_bits(graph, tensor) for tensor in graph.tensors]
+    if min(bits for bits in widths if bits is not None) == MAX_BITS:
+        return start.noting(f"reconstruction: left out, {MAX_BITS} bits leave next to nothing to learn")
     settings: Any = (work.images.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
     qvariables, info = reconstruct(work.graph, *start.networks, *settings, **work.long("reconstruction"))
     if not info.completed:
         raise KeyboardInterrupt("reconstruction was interrupted; call reconstruct() to keep finished blocks")
     dropped = [block.name for block in info.blocks if not block.kept]
     decision = f"reconstruction: {len(info.blocks) - len(dropped)} of {len(info.blocks)} blocks kept"
-    return start.moved(qvariables).noting(decision + (f", dropped {', '.join(dropped)}" if dropped else ""))
+    start = start.noting(decision + (f", dropped {', '.join(dropped)}" if dropped else ""))
+    return work.judge.consider("all of them", start, qvariables) if work.judge.has_images else start.moved(qvariables)
 
 
 def _adapt(work: Work, candidate: Candidate) -> Candidate:

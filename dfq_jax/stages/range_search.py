@@ -33,6 +33,7 @@ class RangeSearchConfig:
       estimators: of the sets of ranges to try, names in `ESTIMATORS`; see `candidate_ranges`.
       factors: narrower and wider ranges of each tensor to try, as factors on the one it has.
       least_gain: share of the divergence that another range of one tensor has to take away; less is noise.
+      one_by_one: search tensor by tensor, too, and not among whole sets alone, as `quantize` does first.
       max_images: the first of the images, at most so many, are looked at: time is in proportion.
       batch_size: images in one pass; as many passes at once as a CPU has cores.
     """
@@ -40,6 +41,7 @@ class RangeSearchConfig:
     estimators: tuple[str, ...] = ("lp", "mse", "l1.5")
     factors: tuple[float, ...] = (0.8, 1.25)
     least_gain: float = 0.005
+    one_by_one: bool = True
     max_images: int = 32
     batch_size: int = 32
 
@@ -50,6 +52,7 @@ class RangeSearchConfig:
         check_field("estimators", self.estimators, f"some of {known}", lambda v: v and all(e in known for e in v))
         check_field("factors", self.factors, "positive numbers", lambda v: all(0 < f < float("inf") for f in v))
         check_field("least_gain", self.least_gain, "a share of at least 0 and below 1", lambda v: 0 <= v < 1)
+        check_fields(self, "True or False", "one_by_one")
         check_fields(self, "an integer of at least 1", "max_images", "batch_size")
 
 
