@@ -38,8 +38,9 @@ SWITCHES: dict[str, Any] = {
 FAST_WITH_INSTANT = ("jax_numpy_rank_promotion", "jax_numpy_dtype_promotion", "jax_enable_x64")
 SIZES = {"synthesis_num_images": 16, "synthesis_batch_size": 8, "synthesis_steps": 2}
 RECIPES = {
-    **{name: dfq_jax.RECIPES[name].replace(**SIZES) for name in ("noise", "instant", "paper", "fast")},
-    "gptq": dfq_jax.RECIPES["fast"].replace(**SIZES, rounding="gptq"),
+    **{name: dfq_jax.RECIPES[name].replace(**SIZES) for name in ("noise", "instant", "paper")},
+    "fast": dfq_jax.RECIPES["fast"].replace(**SIZES, reconstruction_steps=2),
+    "gptq": dfq_jax.RECIPES["fast"].replace(**SIZES, rounding="gptq", reconstruction=None),
     "best": dfq_jax.RECIPES["best"].replace(**SIZES, reconstruction_steps=2),
     "finetune": dfq_jax.RECIPES["finetune"].replace(**SIZES, finetune_steps=2),
 }
