@@ -81,7 +81,7 @@ def allocate(
     takes the best of them together, in fewer parts where the outcome is no better.
 
     >>> found = dfq_jax.sensitivity(graph, variables, images)
-    >>> allocation = allocate(graph, variables, found, Budget(average_weight_bits=4), images)
+    >>> allocation = allocate(graph, variables, found, Budget(average_weight_bits=4.0), images)
     >>> allocation.used["average_weight_bits"][0] <= 4
     True
 

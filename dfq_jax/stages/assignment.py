@@ -45,9 +45,9 @@ def cheapest(
 ) -> dict[Part, int] | None:
     """Choose a width for each part, so that the sum of their costs is least.
 
-    >>> costs = {"a": {2: 5.0, 4: 1.0}, "b": {2: 1.0, 4: 0.5}}
-    >>> cheapest(costs, [Limit("bits", 6, single={(part, b): b for part in costs for b in (2, 4)})])
-    {'a': 4, 'b': 2}
+    >>> costs = {("weights", "a"): {2: 5.0, 4: 1.0}, ("weights", "b"): {2: 1.0, 4: 0.5}}
+    >>> cheapest(costs, [Limit("bits", 6.0, single={(part, b): float(b) for part in costs for b in (2, 4)})])
+    {('weights', 'a'): 4, ('weights', 'b'): 2}
 
     Args:
       costs: of each width that a part may have.
