@@ -15,6 +15,8 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from dfq_jax.recipes import steps
 from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.stages import analytic_comparison, comparer
 
+DECIDED = {"kept": {"as decided": 0.5}, "dropped": {"as decided": 2.0}}
 SOURCES = ("pyramid", "fourier")
 
 
@@ -41,8 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--real", type=int, help="real images that decisions are compared on, at most; all if not given"
     )
+    parser.add_argument("--log", type=Path, help="count in what was printed before, and run nothing")
     arguments = parser.parse_args()
 
+    if arguments.log:
+        summarize(decisions(arguments.log.read_text()), arguments.least)
+        return
     network = Network(arguments)
     print(network)
     recipe = RECIPES[arguments.recipe].replace(**dict(map(field, arguments.set)))
@@ -82,7 +89,7 @@ def watch(network: Network, sets: dict[str, Any], batch_size: int, seen: list[di
             ratios = {measure: after[measure] / before[measure] for measure in before}
             taken = super().choose(name, current, other)
             kept = taken.quantized is other.quantized
-            seen.append(ratios)
+            seen.append(ratios | DECIDED["kept" if kept else "dropped"])
             words = ", ".join(f"{measure} {ratio:.3f}" for measure, ratio in ratios.items())
             print(f"  {name}: {'kept' if kept else 'dropped'}; {words}", flush=True)
             return taken
@@ -90,11 +97,21 @@ def watch(network: Network, sets: dict[str, Any], batch_size: int, seen: list[di
     return Watched
 
 
+def decisions(text: str) -> list[dict[str, float]]:
+    """The ratios of each decision that was printed."""
+    found = [re.fullmatch(r"  .*: (kept|dropped); (.*)", line) for line in text.splitlines()]
+    pairs = [[part.rsplit(" ", 1) for part in match[2].split(", ")] for match in found if match]
+    verdicts = [DECIDED[match[1]] for match in found if match]
+    return [
+        {name: float(ratio) for name, ratio in pair} | verdict for pair, verdict in zip(pairs, verdicts, strict=True)
+    ]
+
+
 def summarize(seen: list[dict[str, float]], least: float) -> None:
     """Wrong decisions by each measure, and by means of them."""
     measures = [m for m in seen[0] if m != "real"]
     groups = [(m,) for m in measures]
-    groups += [g for n in (2, 3) for g in itertools.combinations(measures, n)]
+    groups += itertools.combinations([m for m in measures if m != "as decided"], 2)
     real = np.log([s["real"] for s in seen])
     counts = np.abs(real) > math.log(1 + least)
     print(f"\nof {len(seen)} decisions {counts.sum()} matter; wrong ones, and what they cost")
