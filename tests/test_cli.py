@@ -15,7 +15,7 @@ import pytest
 
 import dfq_jax.cli
 from dfq_jax import RECIPES, zoo
-from dfq_jax.cli import commands, output, progress
+from dfq_jax.cli import commands, layers, output, progress
 from dfq_jax.cli.options import SynthesisOptions
 from dfq_jax.export import artifact
 from dfq_jax.recipes.steps import STEPS
@@ -545,7 +545,7 @@ def test_a_defect_is_not_hidden(monkeypatch):
     def defect(*_, **__):
         raise AssertionError("impossible")
 
-    monkeypatch.setattr(commands, "resolve", defect)
+    monkeypatch.setattr(layers, "resolve", defect)
     with pytest.raises(AssertionError, match="impossible"):
         run("inspect", "fashion_resnet20")
 
@@ -661,7 +661,7 @@ def test_interrupt_elsewhere(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "resolve", interrupted)
+    monkeypatch.setattr(layers, "resolve", interrupted)
     result = run("inspect", "fashion_resnet20")
     assert (result.code, result.err) == (130, "dfq-jax: interrupted\n")
 

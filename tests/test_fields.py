@@ -35,5 +35,7 @@ def test_bad_fields(record):
         if (type(record), field.name) in FREE:
             continue
         for value in ("nothing of the kind", float("nan"), -1, (), [1], {}):
+            if value == getattr(record, field.name):
+                continue  # no rules are ()
             with pytest.raises(ValueError, match=f"^{field.name}: expected .*, found "):
                 dataclasses.replace(record, **{field.name: value})

@@ -86,7 +86,13 @@ class Convention:
         check_field("weight_range", self.weight_range, f"one of {ranges}", lambda v: v is None or v in WEIGHT_RANGES)
         check_fields(self, SHORTCUTS, "shortcuts")
         check_fields(self, "True or False", "per_channel", "symmetric_weights")
-        check_field("rules", self.rules, "a tuple of LayerRule", lambda v: all(isinstance(r, LayerRule) for r in v))
+        rules = "a tuple of LayerRule"
+        check_field(
+            "rules",
+            self.rules,
+            rules,
+            lambda v: isinstance(v, (tuple, list)) and all(isinstance(r, LayerRule) for r in v),
+        )
         object.__setattr__(self, "rules", tuple(self.rules))
 
     @classmethod
