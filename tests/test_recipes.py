@@ -928,6 +928,32 @@ def test_ranges_are_judged():
     np.testing.assert_allclose(found.divergence, known[0], rtol=1e-3)
 
 
+def test_ranges_as_whole_sets_alone():
+    case, recipe, images = judged()
+    search = RangeSearchConfig(estimators=("max", "lp"), one_by_one=False)
+    result = quantized_on(case, images, recipe.replace(batch_norm=None, range_search=search), "w4a3")
+    assert len(result.report.steps) == 3
+    assert all(step.startswith("ranges by ") for step in result.report.steps)
+
+
+def test_blocks_are_judged_together():
+    case, recipe, images = judged()
+    recipe = recipe.replace(batch_norm=None, reconstruction=ReconstructionConfig(steps=20, batch_size=4))
+    result = quantized_on(case, images, recipe, "w3a3")
+    blocks, together = result.report.steps
+    assert "blocks kept" in blocks and together.startswith("all of them: ")
+    kept, ((before, after),) = verdict(together)
+    assert (kept == "kept") == (after <= before)
+    found = compare(result.graph, case.variables, result.variables, images[16:])
+    np.testing.assert_allclose(found.divergence, min(before, after), rtol=1e-3)
+
+
+def test_eight_bits_are_not_reconstructed():
+    result = run(recipe=FAST.replace(reconstruction=ReconstructionConfig(steps=2)), bits="w8a8")
+    assert any(step.startswith("reconstruction: left out, 8 bits") for step in result.report.steps)
+    assert "reconstruction" in result.report.seconds
+
+
 def with_an_outlier(images):
     """The first image, which is not held out, a thousand times as bright: ranges become as wide."""
     return jnp.concatenate([1000 * images[:1], images[1:]])
