@@ -103,10 +103,12 @@ def _words(recipe: Recipe) -> tuple[str, str, str, str]:
     """Images, ranges and what follows, for a row of the table."""
     count = recipe.synthesis.num_images
     images = f"{count} of noise" if recipe.source == "noise" else f"{count} synthesized"
-    steps = [] if recipe.batch_norm is None else [f"{recipe.batch_norm.method} BatchNorm"]
+    steps = [] if recipe.reconstruction is None else ["learned rounding"]
+    if recipe.batch_norm is not None:
+        steps.append(f"{recipe.batch_norm.method} BatchNorm")
     if recipe.bias_correction:
         steps.append("bias correction")
     estimator, weights = (RANGE_WORDS.get(name, name) for name in (recipe.estimator, recipe.weight_range))
     if recipe.range_search is not None:
-        estimator = "search by outputs"
+        estimator = "chosen by outputs"
     return images, estimator, weights, ", ".join(steps) or "nothing"
