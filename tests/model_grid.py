@@ -48,6 +48,15 @@ class Case(NamedTuple):
         return jnp.asarray(np.random.default_rng(seed).normal(size=self.input_shape), jnp.float32)
 
 
+def network_of(case: Any, count: int = 8) -> tuple[Graph, Any, jax.Array]:
+    """The graph of one example, the variables, and so many images, of a network here or a random one."""
+    model = case.apply_fn if hasattr(case, "apply_fn") else case.model
+    apply_fn, variables = as_function(model, case.variables)
+    shape = case.input_shape[1:]
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(count, *shape)), jnp.float32)
+    return trace(apply_fn, variables, (1, *shape)), variables, images
+
+
 # --- random variables ---
 
 

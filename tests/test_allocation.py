@@ -3,14 +3,11 @@
 import functools
 import itertools
 
-import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
 from compilations import Compilations
 
-from dfq_jax.graph import as_function
-from dfq_jax.graph.graph import trace
 from dfq_jax.report import packed_size
 from dfq_jax.stages import (
     Budget,
@@ -29,10 +26,7 @@ BITS = (2, 3, 4, 8)
 
 @functools.cache
 def parts(build, **fields):
-    case = build()
-    apply_fn, variables = as_function(case.model, case.variables)
-    graph = trace(apply_fn, variables, (1, *case.input_shape[1:]))
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])), jnp.float32)
+    graph, variables, images = model_grid.network_of(build())
     convention = Convention(edge_bits=None, **fields)
     return graph, variables, images, convention, sensitivity(graph, variables, images, bits=BITS, convention=convention)
 
@@ -171,5 +165,11 @@ def test_bad_input():
             Budget(**fields)
     graph, variables, images, *_ = parts(model_grid.cifar_resnet8)
     found = parts(model_grid.mlp)[-1]
+    for arguments, message in (
+        (("found", Budget(average_weight_bits=4)), "found: expected a Sensitivity, found 'found'"),
+        ((found, 4), "budget: expected a Budget, found 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allocate(graph, variables, *arguments, images)
     with pytest.raises(ValueError, match="found: expected sensitivities of the layers"):
         allocate(graph, variables, found, Budget(average_weight_bits=4), images)

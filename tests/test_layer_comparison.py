@@ -7,18 +7,14 @@ import model_grid
 import numpy as np
 import pytest
 
-from dfq_jax.graph import as_function, record_tensors
-from dfq_jax.graph.graph import trace
+from dfq_jax.graph import record_tensors
 from dfq_jax.quantizers import dequantized, fake_quant, quantization
 from dfq_jax.stages import Convention, LayerRule, compare_layers, estimate_ranges, quantize_params, sqnr
 
 
 @functools.cache
 def parts(build, **fields):
-    case = build()
-    apply_fn, variables = as_function(case.model, case.variables)
-    graph = trace(apply_fn, variables, (1, *case.input_shape[1:]))
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])), jnp.float32)
+    graph, variables, images = model_grid.network_of(build())
     convention = Convention(weight_bits=4, activation_bits=4, edge_bits=None, **fields)
     ranges = estimate_ranges(graph, variables, images, convention)
     return graph, variables, quantize_params(graph, variables, ranges, convention), images

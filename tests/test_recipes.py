@@ -811,6 +811,11 @@ def test_a_budget_holds(recipe, tmp_path):
     np.testing.assert_array_equal(again(inputs()), result(inputs()))
 
 
+def test_a_budget_is_one_before_any_work():
+    with pytest.raises(TypeError, match="budget: expected a Budget or None, found 4"):
+        run(budget=4, on_stage=lambda stage: pytest.fail(stage))
+
+
 def test_a_budget_that_nothing_meets():
     with pytest.raises(ValueError, match="average_weight_bits: expected at least 2"):
         run(recipe=RECIPES["instant"], budget=Budget(average_weight_bits=1.5))

@@ -106,6 +106,7 @@ def test_words_for_what_has_none_in_parse():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (3, "expected words like .*, found 3"),
         ("head", "expected words like 'head=float'"),
         ("=w4a4", "expected words like"),
         ("head=", "expected words like"),

@@ -11,8 +11,7 @@ import pytest
 from compilations import Compilations
 from random_networks import random_network
 
-from dfq_jax.graph import GraphError, as_function
-from dfq_jax.graph.graph import trace
+from dfq_jax.graph import GraphError
 from dfq_jax.quantizers import fake_quant, quantization, with_quantization
 from dfq_jax.quantizers.collection import ActivationQuantizers
 from dfq_jax.stages import Convention, LayerRule, analytic_comparison, compare, estimate_ranges, quantize_params
@@ -35,12 +34,7 @@ BITS = (2, 4)
 
 @functools.cache
 def parts(build):
-    case = build()
-    model = case.apply_fn if hasattr(case, "apply_fn") else case.model
-    apply_fn, variables = as_function(model, case.variables)
-    graph = trace(apply_fn, variables, (1, *case.input_shape[1:]))
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, *case.input_shape[1:])), jnp.float32)
-    return graph, variables, images
+    return model_grid.network_of(build())
 
 
 def left_float(graph, qvariables, variables, *, kernels=(), tensors=()):

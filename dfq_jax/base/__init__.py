@@ -21,6 +21,7 @@ from dfq_jax.base.loop import Loop, Plan, Progress, Turn
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
+from dfq_jax.base.text import aligned
 from dfq_jax.base.threads import side_by_side
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Progress",
     "State",
     "Turn",
+    "aligned",
     "batches",
     "check_field",
     "check_fields",

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dfq_jax.base import aligned
 from dfq_jax.graph.adapters import is_module
 from dfq_jax.graph.form import LayerForm
 from dfq_jax.graph.tracing.analysis import Structure, analyze
@@ -227,9 +228,7 @@ class Graph(VariableTree):
                     ", ".join(layer.consumers),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, tuple("-" * width for width in widths))
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = aligned(rows, ruled=True)
         lines.append(repr(self))
         for bn in self.batch_norms:
             if bn.layer is None:

@@ -61,14 +61,12 @@ class Judge:
       graph: of the network.
       variables: float ones.
       images: held out of those that steps are fitted to; maybe none.
-      analytic: BatchNorm parameters take the place of images.
       batch_size: images in one pass of the network.
     """
 
     graph: Graph
     variables: Any
     images: Any
-    analytic: bool
     batch_size: int
 
     @property
@@ -83,7 +81,7 @@ class Judge:
 
     def compare(self, candidate: Candidate) -> Comparison:
         """With the float network, on the images held out, or on noise behind each BatchNorm."""
-        if self.has_images and not self.analytic:
+        if self.has_images:
             return self._compared(candidate.quantized)
         return analytic_comparison(self.graph, *candidate.networks)
 

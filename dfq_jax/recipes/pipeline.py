@@ -104,6 +104,8 @@ def quantize(
     """
     recipe = get_recipe(recipe)
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
+    if not isinstance(budget, Budget | None):
+        raise TypeError(f"budget: expected a Budget or None, found {budget!r}.")
     key = _as_key(key)
     keys = dict(zip(DRAWING, jax.random.split(key, len(DRAWING)), strict=True))
     input_shape = _as_shape(input_shape)
@@ -130,7 +132,7 @@ def quantize(
     )
     result = run_steps(work, start, clock)
     with clock("compare"):
-        judge = dataclasses.replace(work.judge, images=found.images)
+        judge = work.judge if found.analytic else dataclasses.replace(work.judge, images=found.images)
         compared = judge.compare(result)
     if found.kind == THESE_IMAGES:
         doubts += _warned(*doubtful_result(compared))
@@ -166,12 +168,12 @@ def _allocated(
     on_progress: Callable[[Progress], None] | None,
 ) -> Allocation:
     """Bits by layer within the budget: by images that steps are fitted to, refined on those held out."""
-    fitted, held_out = (x[: enough_images(graph)] for x in (images.fitted, images.held_out))
-    if images.analytic:
-        fitted = held_out = None
+    count, fitted, judging = enough_images(graph), None, None
+    if not images.analytic:
+        fitted = images.fitted[:count]
+        judging = images.held_out[:count] if len(images.held_out) else fitted
     settings: Any = {"convention": convention, "estimator": recipe.estimator, "on_progress": on_progress}
     found = sensitivity(graph, variables, fitted, **settings)
-    judging = held_out if held_out is not None and len(held_out) else fitted
     return allocate(graph, variables, found, budget, judging, **settings)
 
 

@@ -74,7 +74,6 @@ class Work:
             graph=self.graph,
             variables=self.variables,
             images=self.images.held_out,
-            analytic=self.images.analytic,
             batch_size=self.recipe.batch_size,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.base import known_fields
+from dfq_jax.base import aligned, known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, quantization
 from dfq_jax.stages import Comparison, kind_of, sqnr
@@ -119,9 +119,7 @@ class Report:
     def table(self) -> str:
         """Plain text."""
         lines = [f"{name:<16}{value}" for name, value in self.summary()]
-        rows = [self.HEADER, *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.HEADER))]
-        lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += aligned([self.HEADER, *self.rows()])
         lines += [f"not quantized: {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 

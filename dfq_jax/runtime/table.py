@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dfq_jax.base import aligned
 from dfq_jax.runtime.plan import IntegerPlan
 from dfq_jax.runtime.policy import INT8
 
@@ -34,9 +35,7 @@ def kernel_rows(plan: IntegerPlan) -> list[tuple[str, ...]]:
 
 def kernel_table(plan: IntegerPlan) -> str:
     """The rows of `kernel_rows` as plain text, and the measured speed of the whole network where there is one."""
-    rows = [HEADER, *kernel_rows(plan)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned([HEADER, *kernel_rows(plan)])
     if plan.policy.network is not None:
         lines.append(f"the whole network: {plan.policy.network:.2f} times as fast as the float one, measured")
     return "\n".join(lines)

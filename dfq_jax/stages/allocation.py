@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import Progress, check_field
+from dfq_jax.base import Progress, aligned, check_field
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import storage_bits
 from dfq_jax.stages.assignment import Limit, cheapest
@@ -54,10 +54,9 @@ class Allocation:
             rows.append(
                 (name, str(weight_bits), str(bits or "float"), *("-" if v is None else f"{v:.3g}" for v in alone))
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{name}: {used:.6g} of {most:.6g}" for name, (used, most) in self.used.items()]
         lines += self.decisions
-        return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
+        return "\n".join(lines + aligned(rows))
 
     __str__ = table
 
@@ -98,6 +97,8 @@ def allocate(
     Raises:
       ValueError: no choice is within the budget, which the message says the least of; or bad arguments.
     """
+    check_field("found", found, "a Sensitivity", lambda v: isinstance(v, Sensitivity))
+    check_field("budget", budget, "a Budget", lambda v: isinstance(v, Budget))
     network = MixedNetwork(graph, variables, images, _all_bits(graph, found, convention), convention, estimator)
     names = tuple(network.weights)
     check_field("found", found.layers, f"sensitivities of the layers {names}", lambda v: v == names)

@@ -138,8 +138,11 @@ def sqnr(reference: Float[ArrayLike, "..."], other: Float[ArrayLike, "..."]) -> 
     13.01
     """
     wanted, found = np.asarray(reference, np.float64), np.asarray(other, np.float64)
-    noise = float(np.square(wanted - found).sum())
-    signal = float(np.square(wanted).sum())
+    return decibel(float(np.square(wanted).sum()), float(np.square(wanted - found).sum()))
+
+
+def decibel(signal: float, noise: float) -> float:
+    """How many times a power is another one; infinite where there is no noise."""
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, full_precision
+from dfq_jax.base import aligned, batches, full_precision
 from dfq_jax.graph import (
     Graph,
     LayerCall,
@@ -25,6 +25,7 @@ from dfq_jax.graph import (
     simulated_layer,
 )
 from dfq_jax.quantizers import check_quantized
+from dfq_jax.stages.comparison import decibel
 
 FALL = 6.0  # decibel, at which the error of one layer is twice that of those before it
 
@@ -74,8 +75,7 @@ class LayerComparison:
         for layer in self.layers:
             cells = (f"{value:.1f}" for value in (layer.sqnr, layer.own, layer.carried))
             rows.append((layer.name, *cells, "falls here" if layer.name == self.falls_at else ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(aligned(rows))
 
     __str__ = table
 
@@ -104,9 +104,6 @@ def compare_layers(
     check_quantized(qvariables)
     found = [_powers(graph, variables, qvariables, x) for x in batches(jnp.asarray(images), batch_size)]
     totals = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *found)
-
-    def decibel(signal: float, noise: float) -> float:
-        return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
     def error(name: str, signal: float, *noise: float) -> LayerError:
         sqnr, own, carried = (decibel(signal, power) for power in noise)

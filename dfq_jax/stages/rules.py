@@ -75,7 +75,7 @@ class LayerRule:
         Raises:
           ValueError: the words have another form, the pattern does not compile, or bits are outside 2..8.
         """
-        layers, _, bits = text.strip().rpartition("=")
+        layers, _, bits = text.strip().rpartition("=") if isinstance(text, str) else ("", "", "")
         match = re.fullmatch(r"float|(?=.)(?:w(\d+))?(?:a(\d+))?", bits.strip().lower())
         if not layers or match is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import Progress, check_field, known_fields
+from dfq_jax.base import Progress, aligned, check_field, known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS, MIN_BITS
 from dfq_jax.stages.convention import Convention
@@ -62,9 +62,8 @@ class Sensitivity:
         order = np.argsort(-self.both[:, 0], kind="stable")
         rows = [[self.layers[i], *(f"{v:.3g}" for part in (self.weights, self.input) for v in part[i])] for i in order]
         totals = ", ".join(f"{b} bits {v:.3g}" for b, v in zip(self.bits, self.total, strict=True))
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [f"divergence from the float network, on {self.measured_on}; all quantized to {totals}"]
-        return "\n".join(lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)])
+        return "\n".join(lines + aligned([header, *rows]))
 
     __str__ = table
 
