@@ -163,16 +163,14 @@ RECIPES: dict[str, Recipe] = {
             batch_norm=BatchNormConfig(),
             bias_correction=True,
         ),
-        # The winners of the ablation tables; each step stays only where it helps by the judge. Blocks are learned for
-        # few steps, at twice the rates; the search of ranges tensor by tensor before it is not worth its time then.
+        # The winners of the ablation tables; each step stays only where it helps by the judge. Where blocks are learned,
+        # the search of ranges tensor by tensor before it is not worth its time.
         Recipe(
             name="fast",
             equalize=True,
             range_search=RangeSearchConfig(one_by_one=False),
             rounding="squant",
-            reconstruction=ReconstructionConfig(
-                steps=300, rounding_rate=0.1, scale_rate=2e-3, step_rate=2e-3, bias_rate=2e-2
-            ),
+            reconstruction=ReconstructionConfig(steps=300),
             batch_norm=BatchNormConfig(method="regression"),
             bias_correction=True,
             at_least_instant=True,
