@@ -30,7 +30,7 @@ from dfq_jax.graph import (
 )
 from dfq_jax.quantizers import QTensor, QuantizerParams, dequantize, fake_quant, params_from_range
 from dfq_jax.recipes import RECIPES, Quantized, Recipe, load, quantize
-from dfq_jax.report import Report
+from dfq_jax.report import Report, image_grid
 from dfq_jax.stages import (
     ESTIMATORS,
     Allocation,
@@ -117,6 +117,7 @@ __all__ = [
     "fold_batch_norm",
     "gptq",
     "gptq_from_noise",
+    "image_grid",
     "load",
     "params_from_range",
     "quantize",

@@ -4,6 +4,8 @@ from dfq_jax.base.backend import memory_size, move_near, namespace_of, on_host, 
 from dfq_jax.base.checkpoint import remove_checkpoint
 from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
+from dfq_jax.base.environment import environment, package_version
+from dfq_jax.base.extras import require
 from dfq_jax.base.fields import check_field, check_fields, is_non_negative, known_fields
 from dfq_jax.base.files import replacing, write_atomically
 from dfq_jax.base.images import (
@@ -40,6 +42,7 @@ __all__ = [
     "clip",
     "cpu_jit",
     "descend",
+    "environment",
     "full_precision",
     "in_pieces",
     "init_state",
@@ -53,6 +56,7 @@ __all__ = [
     "move_near",
     "namespace_of",
     "on_host",
+    "package_version",
     "platform_of",
     "products",
     "random_crop",
@@ -62,6 +66,7 @@ __all__ = [
     "remove_checkpoint",
     "repeat",
     "replacing",
+    "require",
     "side_by_side",
     "smooth",
     "usable_cores",

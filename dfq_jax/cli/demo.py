@@ -6,13 +6,13 @@ import dataclasses
 import time
 from typing import Any
 
+from dfq_jax.base import environment
 from dfq_jax.cli.models import Measurement, resolve
 from dfq_jax.cli.options import OptionalFile
 from dfq_jax.cli.output import (
     accuracy_facts,
     check_targets,
     convention_facts,
-    environment,
     print_table,
     with_margin,
     write_json,

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional, arg
 
+from dfq_jax.base import environment
 from dfq_jax.cli.layers import stand_in_images
 from dfq_jax.cli.models import Model, Progress, model_of, resolve
 from dfq_jax.cli.options import Count, OptionalData, OptionalFile, OptionalModel, Saved
-from dfq_jax.cli.output import check_targets, environment, print_table, write_json
+from dfq_jax.cli.output import check_targets, print_table, write_json
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.export import Format, Runner, get_exporter

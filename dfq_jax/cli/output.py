@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dfq_jax.base import write_atomically
+from dfq_jax.base import environment, write_atomically
 from dfq_jax.data import Accuracy
 from dfq_jax.recipes import Quantized
 from dfq_jax.stages import Convention
 
-PACKAGES = ("dfq_jax", "jax", "jaxlib", "flax", "numpy", "optax", "safetensors")
 # Rich breaks lines at 80 characters where it knows no terminal; files and pipes have no such limit.
 FILE_WIDTH = 500
 
@@ -101,14 +97,3 @@ def network_facts(quantized: Quantized, seconds: Mapping[str, float], began: flo
         "versions": environment(),
         "report": quantized.report.to_dict(),
     }
-
-
-def environment() -> dict[str, str]:
-    """What the numbers were computed with."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "unknown"
-    return {**versions, "backend": jax.default_backend()}

@@ -17,10 +17,8 @@ code from the file.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.export.container import FORMAT, ArtifactError, decode, encode, encode_codes, read, some, write
+from dfq_jax.base import package_version
+from dfq_jax.export.container import ArtifactError, decode, encode, encode_codes, read, some, write
 from dfq_jax.quantizers import (
     QUANTIZATION,
     QTensor,
@@ -83,16 +82,6 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- writing ---
-
-
-def package_version(package: str) -> str:
-    """The version of a package that is installed, or of this one wherever it is."""
-    if package == FORMAT:
-        return sys.modules[FORMAT].__version__
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _jsonable(header: Any, argument: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -79,18 +78,6 @@ def get_exporter(name: str) -> Exporter:
         if error.name != module:
             raise
         raise ImportError(f"format: this installation of dfq_jax has no exporter for {name!r} ({module}).") from None
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import a library that comes with an extra.
-
-    Raises:
-      ImportError: it is not installed; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this needs the package {module} ({error}): pip install 'dfq_jax[{extra}]'") from error
 
 
 def as_batch(x: Any, shape: Sequence[Any]) -> np.ndarray:

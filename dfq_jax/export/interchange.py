@@ -23,7 +23,7 @@ import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dfq_jax.export.exporter import require
+from dfq_jax.base import require
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, QuantizerParams, check_quantized, code_limits, quantization
 from dfq_jax.stages import Ranges

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.base import write_atomically
-from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
+from dfq_jax.base import require, write_atomically
+from dfq_jax.export.exporter import Quantized, Runner, as_batch
 from dfq_jax.graph import Graph, Layer, as_function, computed_kernels, linen_shapes
 from dfq_jax.quantizers import QTensor, QuantizerParams, int8_zero, quantization, without_quantization
 

@@ -18,8 +18,8 @@ import jax.export
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.base import check_field, may_transfer, write_atomically
-from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
+from dfq_jax.base import check_field, may_transfer, require, write_atomically
+from dfq_jax.export.exporter import Quantized, Runner, as_batch
 from dfq_jax.graph import GraphError
 from dfq_jax.runtime import Policy, apply_plan, compile_integer, default_policy
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import Progress, may_transfer
+from dfq_jax.base import Progress, environment, may_transfer, require
 from dfq_jax.graph import (
     Graph,
     GraphWarning,
@@ -34,8 +34,8 @@ from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
 from dfq_jax.recipes.steps import DRAWING, Work, remove_checkpoints, run_steps
-from dfq_jax.report import Report, doubtful_result, doubtful_structure, layer_reports, packed_size
-from dfq_jax.stages import Allocation, Budget, Comparison, Convention, allocate, enough_images, sensitivity
+from dfq_jax.report import Details, Report, doubtful_result, doubtful_structure, examine, layer_reports, packed_size
+from dfq_jax.stages import Allocation, Budget, Comparison, Convention, Sensitivity, allocate, enough_images, sensitivity
 
 
 @may_transfer
@@ -55,6 +55,7 @@ def quantize(
     on_stage: Callable[[str], None] | None = None,
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
+    details: bool = False,
 ) -> Quantized:
     """Quantize a trained network without data.
 
@@ -85,6 +86,8 @@ def quantize(
         differ in their last digits, and that grows.
       keep_checkpoint: leave the files there at the end, for what is still to be done with the network: the same call
         has its images, blocks and student at once.
+      details: measure in the end what a page of the report shows: the error of each layer, its values against its
+        steps, and pictures of the images (see `report.examine`); `quantized.report.save_html` writes the page.
 
     Returns:
       The quantized network.
@@ -103,6 +106,8 @@ def quantize(
         error is as large as they are. The head of the report says so too.
     """
     recipe = get_recipe(recipe)
+    if details:  # what it takes is there, before any long work
+        require("PIL.Image", "report")
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
     if not isinstance(budget, Budget | None):
         raise TypeError(f"budget: expected a Budget or None, found {budget!r}.")
@@ -120,10 +125,10 @@ def quantize(
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys, images, **options)
-    start = Candidate(variables=variables)
+    start, costs = Candidate(variables=variables), None
     if budget is not None:
         with clock("budget"):
-            allocation = _allocated(graph, variables, found, budget, convention, recipe, on_progress)
+            costs, allocation = _allocated(graph, variables, found, budget, convention, recipe, on_progress)
         convention = allocation.convention
         for decision in allocation.decisions:
             start = start.noting(f"bits by layer: {decision}")
@@ -138,7 +143,11 @@ def quantize(
         doubts += _warned(*doubtful_result(compared))
     else:
         compared = dataclasses.replace(compared, agreement=None)  # noise is of no class
-    report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds)
+    extra = None
+    if details:
+        with clock("details"):
+            extra = _details(graph, result, found, costs)
+    report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds, details=extra)
     if checkpoint is not None and not keep_checkpoint:
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
     return Quantized(
@@ -166,15 +175,25 @@ def _allocated(
     convention: Convention,
     recipe: Recipe,
     on_progress: Callable[[Progress], None] | None,
-) -> Allocation:
-    """Bits by layer within the budget: by images that steps are fitted to, refined on those held out."""
+) -> tuple[Sensitivity, Allocation]:
+    """What layers cost, and bits within the budget: by images that steps are fitted to, refined on those held out."""
     count, fitted, judging = enough_images(graph), None, None
     if not images.analytic:
         fitted = images.fitted[:count]
         judging = images.held_out[:count] if len(images.held_out) else fitted
     settings: Any = {"convention": convention, "estimator": recipe.estimator, "on_progress": on_progress}
     found = sensitivity(graph, variables, fitted, **settings)
-    return allocate(graph, variables, found, budget, judging, **settings)
+    return found, allocate(graph, variables, found, budget, judging, **settings)
+
+
+def _details(graph: Graph, result: Candidate, images: Images, costs: Sensitivity | None) -> Details:
+    """What a page shows of the result, on the images; noise is nothing to look at."""
+    is_noise = images.kind != THESE_IMAGES
+    found = examine(graph, *result.networks, images.images, kind="arrays of Gaussian noise" if is_noise else "images")
+    pictures = () if is_noise else found.pictures
+    return dataclasses.replace(
+        found, pictures=pictures, sensitivity=None if costs is None else json.loads(costs.to_json())
+    )
 
 
 def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Array, **facts: Any) -> Report:
@@ -193,6 +212,7 @@ def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Arr
         skipped=tuple((s.name, s.reason) for s in graph.skipped),
         steps=(*computed, *result.decisions),
         size=packed_size(graph.leaves(result.quantized)),
+        versions=environment(),
         **facts,
     )
 

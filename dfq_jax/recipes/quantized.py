@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import may_transfer
+from dfq_jax.base import may_transfer, package_version
 from dfq_jax.export import artifact
 from dfq_jax.graph import (
     Graph,
@@ -173,6 +173,6 @@ def _record(path: str | Path, header: Mapping[str, Any], name: str, build: Calla
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         writer = header["versions"].get("dfq_jax", "unknown")
         raise artifact.ArtifactError(
-            f"{path}: its {name} cannot be read by dfq_jax {artifact.package_version('dfq_jax')} ({error}). The file "
+            f"{path}: its {name} cannot be read by dfq_jax {package_version('dfq_jax')} ({error}). The file "
             f"was written by dfq_jax {writer}; install that version or a later one."
         ) from error

@@ -266,6 +266,7 @@ STAGES = {
     "budget": "choosing bits for each layer",
     **{name: step.title for name, step in STEPS.items()},
     "compare": "comparing with the float network",
+    "details": "comparing layer by layer",
 }
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
+import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from dfq_jax.base import aligned, known_fields
+from dfq_jax.base import aligned, known_fields, write_atomically
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, quantization
+from dfq_jax.report.details import Details, details_from
+from dfq_jax.report.markup import element
+from dfq_jax.report.page import report_page
 from dfq_jax.stages import Comparison, kind_of, sqnr
 
 # From this share of the multiply-accumulates on, what stays in float is said at the head of the report.
@@ -22,6 +26,7 @@ FLOAT_SHARE = 0.25
 # Below these a result is said to have fallen apart: percent of equal classes, and decibel, at which the error is as
 # large as the outputs.
 LEAST_AGREEMENT, LEAST_SQNR = 50.0, 0.0
+WIDTH = 80  # of lines, in characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class LayerReport:
     weight_sqnr: float | None  # decibel
     low: float | None  # clipping range of its input
     high: float | None
+    weights: int = 0  # how many
     note: str = ""
 
 
@@ -57,6 +63,9 @@ class Report:
       layers: one entry for each layer.
       skipped: what was left in float, and why.
       steps: what was decided on the way, in order.
+      versions: of the packages that it was computed with.
+      command: that did it, where it was one.
+      details: errors and values of each layer and pictures of the images, where asked for.
     """
 
     recipe: str
@@ -73,6 +82,9 @@ class Report:
     size: dict[str, int]
     compared_on: str = "these images"
     warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    command: str = ""
+    details: Details | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
@@ -114,24 +126,48 @@ class Report:
             for layer in self.layers
         ]
 
-    HEADER = ("layer", "kind", "weight bits", "input bits", "weight SQNR dB", "input range")
+    HEADER = ("layer", "kind", "bits", "input", "SQNR dB", "input range")
 
-    def table(self) -> str:
-        """Plain text."""
-        lines = [f"{name:<16}{value}" for name, value in self.summary()]
-        lines += aligned([self.HEADER, *self.rows()])
-        lines += [f"not quantized: {name}: {reason}" for name, reason in self.skipped]
+    def table(self, *, layers: bool = True) -> str:
+        """Plain text in lines of 80 characters: the summary, the table of layers if asked for, and what is in float."""
+        lines = []
+        for name, value in self.summary():
+            lines += _hanging(f"{name:<16}", value)
+        if layers:
+            lines += aligned([self.HEADER, *self.rows()], width=WIDTH)
+        for name, reason in self.skipped:
+            lines += _hanging("not quantized: ", f"{name}: {reason}")
         return "\n".join(lines)
 
     __str__ = table
 
-    def _repr_html_(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+    def save_html(self, path: str | os.PathLike[str], *, title: str = "a network") -> None:
+        """Write the report as one HTML file, which loads nothing and is read on any screen.
 
-        facts = "".join(row(pair, "td") for pair in self.summary())
-        layers = row(self.HEADER, "th") + "".join(row(r, "td") for r in self.rows())
-        return f"<table>{facts}</table><table>{layers}</table>"
+        Args:
+          path: of the file.
+          title: what was quantized.
+
+        Raises:
+          ImportError: matplotlib, which draws its figures, is not installed.
+          OSError: the file cannot be written.
+        """
+        write_atomically(path, report_page(self, title).encode())
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own; where it cannot be drawn, the table."""
+        try:
+            page = report_page(self, "a network")
+        except ImportError as error:
+            return element("pre", self.table(), element("p", str(error)))
+        return element("iframe", srcdoc=page, style="width:100%;height:40em;border:0")
+
+
+def _hanging(name: str, value: str) -> list[str]:
+    """Lines of text beside its name."""
+    breaks: Any = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(value, WIDTH, initial_indent=name, subsequent_indent=" " * len(name), **breaks)
+    return lines or [name.rstrip()]
 
 
 def report_from(fields: Mapping[str, Any]) -> Report:
@@ -144,7 +180,8 @@ def report_from(fields: Mapping[str, Any]) -> Report:
     layers = tuple(LayerReport(**known_fields(LayerReport, layer)) for layer in fields["layers"])
     skipped = tuple((name, reason) for name, reason in fields["skipped"])
     tuples = {name: tuple(fields.get(name, ())) for name in ("steps", "warnings")}
-    return Report(**{**fields, **tuples, "layers": layers, "skipped": skipped})
+    details = None if fields.get("details") is None else details_from(fields["details"])
+    return Report(**{**fields, **tuples, "layers": layers, "skipped": skipped, "details": details})
 
 
 def doubtful_structure(graph: Graph) -> tuple[str, ...]:
@@ -200,6 +237,7 @@ def layer_reports(graph: Graph, variables: Any, qvariables: Any) -> tuple[LayerR
                 kind=kind_of(layer),
                 weight_bits=kernel.bits if quantized else None,
                 activation_bits=None if params is None else params.bits,
+                weights=kernel.size,
                 weight_sqnr=sqnr(before[layer.kernel], kernel.dequantize()) if quantized else None,
                 low=None if params is None else float(params.lo),
                 high=None if params is None else float(params.hi),

@@ -4,7 +4,7 @@ from dfq_jax.stages.allocation import Allocation, allocate
 from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.stages.budget import TARGETS, Budget
-from dfq_jax.stages.comparison import Comparison, apply_jitted, compare, comparer, sqnr
+from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
 from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
@@ -42,6 +42,7 @@ __all__ = [
     "analytic_correction",
     "analytic_summaries",
     "apply_estimator",
+    "apply_float",
     "apply_jitted",
     "batch_norm_moments",
     "candidate_ranges",

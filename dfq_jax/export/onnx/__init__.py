@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dfq_jax.base import write_atomically
-from dfq_jax.export.exporter import Quantized, Runner, as_batch, require
+from dfq_jax.base import require, write_atomically
+from dfq_jax.export.exporter import Quantized, Runner, as_batch
 from dfq_jax.export.onnx.translate import LOGITS, MIN_OPSET, to_onnx
 from dfq_jax.export.onnx.writer import INPUT
 from dfq_jax.graph import Graph

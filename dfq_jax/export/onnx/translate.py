@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfq_jax.base import check_field, may_transfer
-from dfq_jax.export.exporter import require
+from dfq_jax.base import check_field, may_transfer, require
 from dfq_jax.export.onnx import products
 from dfq_jax.export.onnx.batched import Batch, BatchedProgram, Shape, batched_program
 from dfq_jax.export.onnx.operations import EMITTERS, Call, Unsupported, average_pool, reduction
