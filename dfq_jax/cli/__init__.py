@@ -11,8 +11,10 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +62,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return run
         if keep:
             keep_compiled()
+        if "command" in inspect.signature(run.func).parameters:
+            run = functools.partial(run, command=shlex.join([PROGRAM, *args]))
         run()
     except KeyboardInterrupt as interrupt:
         if debug:
@@ -90,7 +94,7 @@ def _fail(message: str) -> int:
 # --- parsing ---
 
 
-def _parse(commands: Mapping[str, Callable[..., None]], args: list[str]) -> Callable[[], None] | int:
+def _parse(commands: Mapping[str, Callable[..., None]], args: list[str]) -> functools.partial[None] | int:
     """The command with its arguments bound, or an exit code where there is nothing left to run."""
     import tyro
 

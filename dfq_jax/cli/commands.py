@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 import warnings
@@ -18,13 +19,16 @@ from dfq_jax.cli.layers import inspect, sensitivity
 from dfq_jax.cli.models import Measurement, Model, model_of, resolve
 from dfq_jax.cli.options import (
     BudgetOptions,
+    Command,
     ConventionOptions,
     Count,
     Data,
     ModelName,
     OptionalData,
     OptionalFile,
+    OptionalFolder,
     OptionalModel,
+    Page,
     Saved,
     SynthesisOptions,
     Weights,
@@ -38,6 +42,7 @@ from dfq_jax.cli.output import (
     with_margin,
     write_json,
 )
+from dfq_jax.cli.pages import check_pages, report, write_images
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.graph import GraphWarning
@@ -59,7 +64,11 @@ def quantize(
     limit: Count = None,
     output: OptionalFile = None,
     resume: OptionalFile = None,
+    layers: bool = False,
+    report: Page = None,
+    save_images: OptionalFolder = None,
     json: OptionalFile = None,
+    command: Command = "",
 ) -> None:
     """Quantize a network without data.
 
@@ -75,13 +84,18 @@ def quantize(
       output: Save the quantized network (safetensors).
       resume: Keep images in this file, unfinished and finished, and learned blocks and networks beside it, until all
           is done; the same command goes on from it, bit for bit with as many CPU threads.
+      layers: Print the table of layers, too.
+      report: Write a page with figures: what was done, each layer's errors and values, the images.
+      save_images: Write the images that were made as PNG files.
       json: Write what was done and measured, for machines.
     """
     began = time.perf_counter()
-    check_targets(output, json, resume)
+    check_targets(output, json, resume, report)
     settings = {"recipe": synthesis.within(get_recipe(recipe)), "convention": convention.of(bits), "key": seed}
     settings["budget"] = budget.budget()
     target = resolve(model, checkpoint)
+    check_pages(report, save_images, target, settings["recipe"])
+    settings["details"] = report is not None and (target.undone or True)
     data = None if evaluate is None else target.load_data(evaluate, limit)
     with _resuming(resume):
         with open_display() as display, warnings.catch_warnings():
@@ -89,9 +103,14 @@ def quantize(
             reporter = Reporter(display)
             quantized = target.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
             found = {} if data is None else _measure(target, quantized, data, reporter)
+        quantized = dataclasses.replace(quantized, report=dataclasses.replace(quantized.report, command=command))
         if output is not None:
             quantized.save(output, model=model, seed=seed)
-        _print(quantized, found)
+        _print(quantized, found, layers)
+        if report is not None:
+            quantized.report.save_html(report, title=model)
+        if save_images is not None:
+            write_images(save_images, quantized.images, target.undone)
         if json is not None:
             facts = {name: accuracy_facts(found[name].accuracy) if found else None for name in ("float", "quantized")}
             seconds = quantized.report.seconds | {f"evaluate_{name}": m.seconds for name, m in found.items()}
@@ -121,9 +140,9 @@ def _measure(target: Model, quantized: Quantized, data: Dataset, reporter: Repor
     return {"float": before, "quantized": after}
 
 
-def _print(quantized: Quantized, found: dict[str, Measurement]) -> None:
-    """The report, and what was measured."""
-    print(quantized.report.table())
+def _print(quantized: Quantized, found: dict[str, Measurement], layers: bool) -> None:
+    """The report, with the table of layers if asked for, and what was measured."""
+    print(quantized.report.table(layers=layers))
     if not found:
         return
     rows = [
@@ -223,5 +242,6 @@ COMMANDS = {
     "quantize": quantize,
     "evaluate": evaluate,
     "export": export,
+    "report": report,
     "models": models,
 }

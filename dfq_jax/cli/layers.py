@@ -13,13 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float
 from tyro.conf import Positional, arg
 
+from dfq_jax.base import environment, require, write_atomically
 from dfq_jax.cli.models import Model, model_of, resolve
-from dfq_jax.cli.options import Count, ModelName, OptionalFile, Weights
+from dfq_jax.cli.options import Command, Count, ModelName, OptionalFile, Page, Weights
 from dfq_jax.cli.output import check_targets, write_json
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statistics, on_device
 from dfq_jax.quantizers import dequantized
 from dfq_jax.recipes import RECIPES, Quantized, load
+from dfq_jax.report import sensitivity_page
 from dfq_jax.stages import check_widths, compare_layers, enough_images, equalize
 from dfq_jax.stages import sensitivity as measure
 from dfq_jax.synthesis import SynthesisConfig, synthesize
@@ -58,7 +60,9 @@ def sensitivity(
     images: Count = None,
     noise: bool = False,
     seed: int = 0,
+    report: Page = None,
     json: OptionalFile = None,
+    command: Command = "",
 ) -> None:
     """Print what each layer costs: the divergence of the outputs with its weights or its input alone quantized.
 
@@ -68,9 +72,12 @@ def sensitivity(
       images: How many images to make and measure on; by default 8 of 224 x 224, and up to 32 smaller ones.
       noise: Measure on noise of the moments that BatchNorms promise, and make no images.
       seed: Seed of the images.
+      report: Write a page with the costs as a map of colors.
       json: Write all that was measured, also with all quantized but one layer, for machines.
     """
-    check_targets(json)
+    check_targets(json, report)
+    if report is not None:
+        require("matplotlib", "report")
     if noise and images is not None:
         raise ValueError(f"images: expected none beside --noise, found {images}")
     bits = check_widths("bits", bits)
@@ -84,6 +91,9 @@ def sensitivity(
     for doubt in doubtful_statistics(graph, variables):
         print(f"WARNING: {doubt}")
     print(found.table())
+    if report is not None:
+        page = sensitivity_page(found, model, command=command, versions=environment())
+        write_atomically(report, page.encode())
     if json is not None:
         write_json(json, {"model": model, "seed": seed, **json_format.loads(found.to_json())})
 

@@ -21,6 +21,7 @@ from dfq_jax.data import Accuracy, Dataset, accuracy, load_data, predict
 from dfq_jax.export import artifact
 from dfq_jax.graph import ApplyFn, Graph, as_function, run, trace, where
 from dfq_jax.recipes import Quantized, quantize
+from dfq_jax.report import image_grid
 from dfq_jax.zoo import abstract_model
 
 # Small batches stay in the cache of a CPU; accelerators are fast enough for any.
@@ -65,6 +66,15 @@ class Model:
     def traced_function(self) -> tuple[ApplyFn, Any]:
         """As `function`, run from the graph: the same outputs, and much faster for depthwise networks on CPU."""
         return functools.partial(run, self.graph), self.function[1]
+
+    @functools.cached_property
+    def undone(self) -> Callable[[np.ndarray], Any] | None:
+        """The preprocessing, where it can be undone."""
+        try:
+            image_grid(np.zeros((1, *self.input_shape[1:]), np.float32), self.preprocessing)
+        except ValueError:
+            return None
+        return self.preprocessing
 
     def load_data(self, spec: str, limit: int | None = None) -> Dataset:
         """Labeled images that fit the network.

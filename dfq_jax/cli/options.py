@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import Suppress, UseAppendAction, arg
 
 from dfq_jax.recipes import Recipe
 from dfq_jax.stages import Budget, Convention, LayerRule
@@ -27,6 +27,9 @@ OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
 OptionalData = Annotated[str | None, arg(metavar="DATA")]
 Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
+OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
+Page = Annotated[Path | None, arg(metavar="FILE.html")]
+Command = Annotated[str, Suppress]  # as it was typed, for who wants to repeat it
 Count = Annotated[int | None, arg(metavar="N")]
 LayerBits = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="LAYERS=BITS", help=LAYER_BITS_HELP)]
 Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]

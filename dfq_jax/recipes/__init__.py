@@ -2,7 +2,7 @@
 
 from dfq_jax.recipes.images import is_synthesized
 from dfq_jax.recipes.pipeline import quantize
-from dfq_jax.recipes.quantized import Quantized, load
+from dfq_jax.recipes.quantized import Quantized, load, load_report
 from dfq_jax.recipes.recipe import RECIPES, Recipe, get_recipe
 from dfq_jax.recipes.steps import STAGES, remove_checkpoints
 
@@ -14,6 +14,7 @@ __all__ = [
     "get_recipe",
     "is_synthesized",
     "load",
+    "load_report",
     "quantize",
     "remove_checkpoints",
 ]

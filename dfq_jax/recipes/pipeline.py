@@ -34,7 +34,16 @@ from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
 from dfq_jax.recipes.steps import DRAWING, Work, remove_checkpoints, run_steps
-from dfq_jax.report import Details, Report, doubtful_result, doubtful_structure, examine, layer_reports, packed_size
+from dfq_jax.report import (
+    Details,
+    Report,
+    doubtful_result,
+    doubtful_structure,
+    examine,
+    image_grid,
+    layer_reports,
+    packed_size,
+)
 from dfq_jax.stages import Allocation, Budget, Comparison, Convention, Sensitivity, allocate, enough_images, sensitivity
 
 
@@ -55,7 +64,7 @@ def quantize(
     on_stage: Callable[[str], None] | None = None,
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
-    details: bool = False,
+    details: bool | Callable[[np.ndarray], Any] = False,
 ) -> Quantized:
     """Quantize a trained network without data.
 
@@ -87,7 +96,8 @@ def quantize(
       keep_checkpoint: leave the files there at the end, for what is still to be done with the network: the same call
         has its images, blocks and student at once.
       details: measure in the end what a page of the report shows: the error of each layer, its values against its
-        steps, and pictures of the images (see `report.examine`); `quantized.report.save_html` writes the page.
+        steps, and pictures of the images (see `report.examine`); `quantized.report.save_html` writes the page. In
+        place of True, the preprocessing that makes images of pixels 0...255, which is undone for the pictures.
 
     Returns:
       The quantized network.
@@ -106,14 +116,15 @@ def quantize(
         error is as large as they are. The head of the report says so too.
     """
     recipe = get_recipe(recipe)
-    if details:  # what it takes is there, before any long work
-        require("PIL.Image", "report")
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
     if not isinstance(budget, Budget | None):
         raise TypeError(f"budget: expected a Budget or None, found {budget!r}.")
     key = _as_key(key)
     keys = dict(zip(DRAWING, jax.random.split(key, len(DRAWING)), strict=True))
     input_shape = _as_shape(input_shape)
+    preprocessing = details if callable(details) else None
+    if details:
+        _check_pictures(input_shape, preprocessing)
     clock = _Clock(on_stage)
     apply_fn, variables = as_function(model, variables)
     variables = on_device(variables)
@@ -146,7 +157,7 @@ def quantize(
     extra = None
     if details:
         with clock("details"):
-            extra = _details(graph, result, found, costs)
+            extra = _details(graph, result, found, costs, preprocessing)
     report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds, details=extra)
     if checkpoint is not None and not keep_checkpoint:
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
@@ -186,10 +197,11 @@ def _allocated(
     return found, allocate(graph, variables, found, budget, judging, **settings)
 
 
-def _details(graph: Graph, result: Candidate, images: Images, costs: Sensitivity | None) -> Details:
+def _details(graph: Graph, result: Candidate, images: Images, costs: Sensitivity | None, preprocessing: Any) -> Details:
     """What a page shows of the result, on the images; noise is nothing to look at."""
     is_noise = images.kind != THESE_IMAGES
-    found = examine(graph, *result.networks, images.images, kind="arrays of Gaussian noise" if is_noise else "images")
+    kind = "arrays of Gaussian noise" if is_noise else "images"
+    found = examine(graph, *result.networks, images.images, kind=kind, preprocessing=preprocessing)
     pictures = () if is_noise else found.pictures
     return dataclasses.replace(
         found, pictures=pictures, sensitivity=None if costs is None else json.loads(costs.to_json())
@@ -256,6 +268,13 @@ def _as_key(key: Any) -> Key[Array, ""]:
     if getattr(key, "dtype", None) == jnp.uint32 and getattr(key, "shape", None) == (2,):
         return jax.random.wrap_key_data(key)
     raise TypeError(f"key: expected a JAX key or an integer seed, found {key!r}.")
+
+
+def _check_pictures(shape: tuple[int, ...], preprocessing: Any) -> None:
+    """Refuse, before any long work, what pictures could not be made with."""
+    require("PIL.Image", "report")
+    if len(shape) == 4:
+        image_grid(np.zeros((1, *shape[1:]), np.float32), preprocessing)
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:

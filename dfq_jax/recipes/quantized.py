@@ -166,6 +166,18 @@ def load(path: str | Path, model: Any, variables: Any = None) -> Quantized:
     )
 
 
+def load_report(path: str | Path) -> tuple[Report, str | None]:
+    """The report in a file, and the name of the model that the file says it was made from; no model is needed.
+
+    Raises:
+      ArtifactError: as `load`.
+    """
+    _, header = artifact.load(path)
+    if "report" not in header:
+        raise artifact.ArtifactError(f"{path}: the header lacks a report; was it written by Quantized.save?")
+    return _record(path, header, "report", report_from), header.get("model")
+
+
 def _record(path: str | Path, header: Mapping[str, Any], name: str, build: Callable[[Any], Any]) -> Any:
     """One of the records in a header."""
     try:

@@ -8,7 +8,7 @@ from dfq_jax.report import figures
 from dfq_jax.report.markup import Markup, element
 from dfq_jax.stages import Sensitivity
 
-TITLES = {"weights": "weights alone", "input": "input alone", "both": "both", "without": "all but both"}
+TITLES = {"weights": "its weights alone", "input": "its input alone", "both": "both"}
 
 
 def sensitivity_words(found: Sensitivity) -> list[str]:
@@ -23,8 +23,13 @@ def sensitivity_words(found: Sensitivity) -> list[str]:
     ]
 
 
+def _short(value: float) -> str:
+    """A number in few characters."""
+    return f"{value:.2g}" if value >= 1e-3 or value <= 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
 def heat_map(found: Sensitivity) -> Markup:
-    """A row for each layer, a column for each width of weights, of input, of both, and of all but these."""
+    """A row for each layer, a column for each width of weights, of input, and of both."""
     values = np.concatenate([getattr(found, part) for part in TITLES], axis=1)
     colors = figures.heat(values)
     groups = [element("th", "", rowspan="2")]
@@ -34,13 +39,13 @@ def heat_map(found: Sensitivity) -> Markup:
             element("td", class_="gap", rowspan="2"),
             element("th", title, colspan=str(len(found.bits)), scope="colgroup"),
         ]
-        widths += [element("th", f"{bits} b", scope="col") for bits in found.bits]
+        widths += [element("th", str(bits), scope="col") for bits in found.bits]
     rows = []
     for number, name in enumerate(found.layers):
         cells = [element("th", name, scope="row")]
         for place, (value, (ground, ink)) in enumerate(zip(values[number], colors[number], strict=True)):
             cells += [element("td", class_="gap")] if place % len(found.bits) == 0 else []
-            cells.append(element("td", f"{value:.2g}", style=f"background:{ground};color:{ink}"))
+            cells.append(element("td", _short(value), style=f"background:{ground};color:{ink}"))
         data = {"data_order": str(number), "data_worst": f"{found.both[number, 0]:.6g}"}
         rows.append(element("tr", *cells, **data))
     head = element("thead", element("tr", *groups), element("tr", *widths))

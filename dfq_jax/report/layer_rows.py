@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from dfq_jax.report import figures
 from dfq_jax.report.details import LayerDetails, Spread
 from dfq_jax.report.markup import Markup, element
-from dfq_jax.report.words import decimals
+from dfq_jax.report.words import decimals, or_exact
 
 if TYPE_CHECKING:
     from dfq_jax.report.report import LayerReport, Report
@@ -32,31 +33,31 @@ def layer_rows(report: Report) -> list[Markup]:
 
 
 def _row(number: int, layer: LayerReport, details: LayerDetails | None, is_open: bool) -> Markup:
-    figures_of = {"weights": layer.weight_sqnr, "inputs": None, "own": None, "carried": None}
+    found = {"weights": None if layer.weight_bits is None else or_exact(layer.weight_sqnr)}
     if details is not None:
-        read = None if details.inputs is None else details.inputs.sqnr
-        figures_of.update(inputs=read, own=details.own, carried=details.carried)
-    data = {f"data_{key}": f"{value:.4f}" for key, value in figures_of.items() if value is not None}
+        read = None if details.inputs is None else or_exact(details.inputs.sqnr)
+        found.update(inputs=read, own=or_exact(details.own), carried=or_exact(details.carried))
+    data = {f"data_{key}": f"{value:.4f}" for key, value in found.items() if value is not None and math.isfinite(value)}
     bits = "".join(
         f"{letter}{width or '–'} " for letter, width in (("W", layer.weight_bits), ("A", layer.activation_bits))
     )
-    bars = [_bar(key, word, figures_of[key]) for key, _, word in BARS if details is not None or key == "weights"]
+    bars = [_bar(key, word, found[key]) for key, _, word in BARS if key in found]
     summary = element(
         "summary",
         element("span", str(number), class_="number"),
         element("span", layer.name, class_="name"),
         element("span", bits),
-        *bars,
+        element("span", *bars, class_="bars"),
     )
     order = {"data_order": str(number), "data_bits": str(layer.weight_bits or 32)}
     return element("details", summary, _inside(layer, details), class_="layer", open=is_open, **order, **data)
 
 
 def _bar(key: str, word: str, value: float | None) -> Markup:
-    """A figure in decibel; none is known of what is exact, or in float."""
+    """A figure in decibel; None for what is in float."""
     share = 100.0 if value is None else min(max(value / figures.MOST_DECIBEL, 0.0), 1.0) * 100
     filled = element("i", element("i", style=f"width:{share:.0f}%"))
-    text = "–" if value is None else f"{value:.1f} dB"
+    text = "–" if value is None else "exact" if math.isinf(value) else f"{value:.1f} dB"
     head = element("span", word, element("b", text))
     return element("span", head, filled if value is not None else "", class_=f"bar {key}")
 

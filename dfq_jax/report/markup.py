@@ -26,7 +26,7 @@ def element(tag: str, *content: str, **attributes: str | bool | None) -> Markup:
             name = name.rstrip("_").replace("_", "-")
             said += f" {name}" if value is True else f' {name}="{html.escape(value)}"'
     inner = joined(*content)
-    return Markup(f"<{tag}{said}>" if tag in ("img", "meta") else f"<{tag}{said}>{inner}</{tag}>")
+    return Markup(f"<{tag}{said}>" if tag in ("br", "img") else f"<{tag}{said}>{inner}</{tag}>")
 
 
 def joined(*content: str) -> Markup:

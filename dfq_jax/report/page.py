@@ -25,6 +25,7 @@ WITHOUT_DETAILS = (
     "images, and are measured where asked for (dfq-jax quantize --report, or dfq_jax.quantize(..., details=True)) and "
     "kept in the saved file."
 )
+OF_BUDGET = "bits by layer: "
 VERDICT = re.compile(r"(.*): (kept|dropped), (.*)", re.DOTALL)
 
 
@@ -113,10 +114,10 @@ def _cards(report: Report) -> Markup:
 def _decisions(steps: Sequence[str]) -> Markup:
     """What was decided on the way, in order."""
     items = []
-    for step in steps:
+    for step in (step for step in steps if not step.startswith(OF_BUDGET)):
         found = VERDICT.fullmatch(step)
         words, verdict, why = found.groups() if found else (step, "done", "")
-        text = [words, element("br"), element("small", why)] if why else [words]
+        text = [words, element("br"), element("small", why.replace("->", "→"))] if why else [words]
         items.append(element("li", element("span", verdict, class_=f"verdict {verdict}"), element("span", *text)))
     return element("ul", *items, class_="decisions")
 
@@ -167,7 +168,13 @@ def _bits(report: Report) -> Markup:
     if len({*weights}) == len({*inputs}) == 1:
         return Markup()
     figure = element("figure", figures.widths(weights, inputs, "Bits of each layer"), class_="wide")
-    return element("section", element("h2", "Bits by layer"), figure)
+    shown = [element("h2", "Bits by layer"), figure]
+    budget = [step.removeprefix(OF_BUDGET) for step in report.steps if step.startswith(OF_BUDGET)]
+    if budget:
+        items = [element("li", step.replace("->", "→")) for step in budget]
+        words = "Chosen within the budget, by the divergence of the outputs from the float network's:"
+        shown += [element("p", words, class_="soft"), element("ol", *items)]
+    return element("section", *shown)
 
 
 def _layers(report: Report) -> Markup:

@@ -166,7 +166,7 @@ class Report:
 def _hanging(name: str, value: str) -> list[str]:
     """Lines of text beside its name."""
     breaks: Any = {"break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(value, WIDTH, initial_indent=name, subsequent_indent=" " * len(name), **breaks)
+    lines = textwrap.wrap(value, WIDTH, initial_indent=name, subsequent_indent=" " * (len(name) + 2), **breaks)
     return lines or [name.rstrip()]
 
 

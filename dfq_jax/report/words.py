@@ -55,7 +55,7 @@ def sentences(report: Report) -> list[str]:
 def _errors(details: Details) -> list[str]:
     """Where the error is made."""
     errors = [
-        LayerError(name=layer.name, **{part: _or_exact(getattr(layer, part)) for part in ("sqnr", "own", "carried")})
+        LayerError(name=layer.name, **{part: or_exact(getattr(layer, part)) for part in ("sqnr", "own", "carried")})
         for layer in details.layers
     ]
     worst = sorted(errors, key=lambda error: error.own)[:3]
@@ -63,11 +63,11 @@ def _errors(details: Details) -> list[str]:
     said = [f"The layers with the largest errors of their own are {names}."]
     falls_at = LayerComparison(layers=tuple(errors)).falls_at
     if falls_at is not None:
-        said.append(f"The error first becomes much larger than before at {falls_at}: more bits there help most.")
+        said.append(f"The error first becomes much larger than before at {falls_at}.")
     return said
 
 
-def _or_exact(value: float | None) -> float:
+def or_exact(value: float | None) -> float:
     """What a file cannot say: without an error a ratio to it is infinite."""
     return math.inf if value is None else value
 
