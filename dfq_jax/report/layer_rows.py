@@ -38,9 +38,7 @@ def _row(number: int, layer: LayerReport, details: LayerDetails | None, is_open:
         read = None if details.inputs is None else or_exact(details.inputs.sqnr)
         found.update(inputs=read, own=or_exact(details.own), carried=or_exact(details.carried))
     data = {f"data_{key}": f"{value:.4f}" for key, value in found.items() if value is not None and math.isfinite(value)}
-    bits = "".join(
-        f"{letter}{width or '–'} " for letter, width in (("W", layer.weight_bits), ("A", layer.activation_bits))
-    )
+    bits = f"W{layer.weight_bits or '–'} A{layer.activation_bits or '–'}"
     bars = [_bar(key, word, found[key]) for key, _, word in BARS if key in found]
     summary = element(
         "summary",
@@ -55,11 +53,11 @@ def _row(number: int, layer: LayerReport, details: LayerDetails | None, is_open:
 
 def _bar(key: str, word: str, value: float | None) -> Markup:
     """A figure in decibel; None for what is in float."""
-    share = 100.0 if value is None else min(max(value / figures.MOST_DECIBEL, 0.0), 1.0) * 100
-    filled = element("i", element("i", style=f"width:{share:.0f}%"))
-    text = "–" if value is None else "exact" if math.isinf(value) else f"{value:.1f} dB"
-    head = element("span", word, element("b", text))
-    return element("span", head, filled if value is not None else "", class_=f"bar {key}")
+    if value is None:
+        return element("span", element("span", word, element("b", "–")), class_=f"bar {key}")
+    share = 100 * min(max(value / figures.MOST_DECIBEL, 0.0), 1.0)
+    head = element("span", word, element("b", "exact" if math.isinf(value) else f"{value:.1f} dB"))
+    return element("span", head, element("i", element("i", style=f"width:{share:.0f}%")), class_=f"bar {key}")
 
 
 def _inside(layer: LayerReport, details: LayerDetails | None) -> Markup:
