@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import html
 import io
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,6 +74,10 @@ def linen():
 
 def with_preprocessing():
     return Net(), _variables(Net()), SHAPE, lambda images: (images[:, ::2, ::2] / 255.0 - 0.5).astype("float32")
+
+
+def curved():
+    return Net(), _variables(Net()), SHAPE, lambda images: ((images / 255.0) ** 0.5).astype("float32")
 
 
 def resized():
@@ -221,6 +228,8 @@ def test_models_lists_the_zoo():
     assert [line.split()[0] for line in lines[1:]] == [entry.name for entry in zoo.list_models()]
     assert "fashion_resnet20" in text and "bundled" in text
     assert "25.6 M" in text and "4089 M" in text  # parameters and MACs of ResNet-50
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert "ImageNet-1k" not in text and "ImageNet-1k" in succeed("models", "--verbose").out
 
 
 def test_models_builds_none_and_writes_json(tmp_path, monkeypatch):
@@ -267,6 +276,56 @@ def test_inspect_shows_errors_of_a_saved_network():
     assert all(float(line.split()[1]) > 0 for line in errors[1:])
 
 
+def test_the_summary_first_and_layers_on_demand():
+    args = (*QUANTIZE, "--recipe", "noise", "--images", 8)
+    brief, whole = succeed(*args).out, succeed(*args, "--layers").out
+    assert "Conv_1" not in brief and "Conv_1" in whole
+    assert max(map(len, whole.splitlines())) <= 80
+
+
+def test_pages_and_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    target, folder, net = tmp_path / "page.html", tmp_path / "images", tmp_path / "net.safetensors"
+    args = ("quantize", "user_nets:linen", *SMALL, "--report", target, "--save-images", folder, "--output", net)
+    succeed(*args)
+    assert sorted(path.name for path in folder.iterdir()) == [*(f"{i:04d}.png" for i in range(8)), "grid.png"]
+    page = target.read_text()
+    assert page.count('class="layer"') == 3 and "Error along the network" in page
+    assert shlex.join(["dfq-jax", *map(str, args)]) in html.unescape(page)
+    # The file holds all of it, and its model is not run.
+    result = succeed("report", net)
+    assert result.out == f"{tmp_path / 'net.html'}\n" and result.err == ""
+    shown = re.compile(r">(exact|inf dB)<")
+    assert shown.sub("", (tmp_path / "net.html").read_text()) == shown.sub("", page)
+    # What has no details says so.
+    succeed("report", "linen.safetensors", "--output", tmp_path / "brief.html")
+    assert "no histograms and no pictures" in (tmp_path / "brief.html").read_text()
+
+
+def test_pages_of_preprocessing_that_cannot_be_undone(tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "page.html"
+    succeed("quantize", "user_nets:curved", *SMALL, "--report", target)
+    assert "data:image/png" in target.read_text()
+
+
+def test_sensitivity_as_a_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    args = ("sensitivity", "user_nets:linen", "--bits", "2", "8", "--noise", "--report", tmp_path / "page.html")
+    succeed(*args)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<td style=") == 3 * 3 * 2 and shlex.join(["dfq-jax", *map(str, args)]) in html.unescape(page)
+
+
+@pytest.mark.parametrize("flag", ["--report", "--save-images"])
+def test_pages_need_an_extra(flag, monkeypatch, tmp_path):
+    for name in ("matplotlib", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(progress.Reporter, "on_progress", lambda *_: pytest.fail("it is said too late"))
+    result = run(*QUANTIZE, *SMALL, flag, tmp_path / "page.html")
+    assert result.code == 2 and "pip install 'dfq_jax[report]'" in result.err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("noise", [False, True])
 def test_sensitivity(tmp_path, noise):
     options = ["--noise"] if noise else ["--images", "8"]
@@ -277,7 +336,7 @@ def test_sensitivity(tmp_path, noise):
         len(facts[part]) == 3 for part in ("weights", "input", "both", "without")
     )
     assert all(name in result.out for name in facts["layers"])
-    assert "weights 2" in result.out
+    assert "weights alone  2 bits   8 bits" in result.out and max(map(len, result.out.splitlines())) <= 80
 
 
 def check_json(facts: dict, *, n: int, bits: tuple[int, int]) -> None:
@@ -473,6 +532,12 @@ REFUSED = {
     "no edge bits": ((*QUANTIZE, "--edge-bits", "some"), "--edge-bits"),
     "layer bits": ((*QUANTIZE, "--layer-bits", "Conv_0"), "expected words like 'head=float'"),
     "layer pattern": ((*QUANTIZE, "--layer-bits", "Conv_(=w8"), "pattern: expected a regular expression"),
+    "page's folder": ((*QUANTIZE, "--report", "absent/page.html"), "there is no folder"),
+    "images of noise": ((*QUANTIZE, "--recipe", "instant", "--save-images", "pictures"), "a recipe that makes images"),
+    "images in a file": ((*QUANTIZE, "--save-images", "data.npz"), "is a file"),
+    "images nowhere": ((*QUANTIZE, "--save-images", "absent/pictures"), "there is no folder"),
+    "page of no network": (("report", "nameless.safetensors"), "the header lacks a report"),
+    "page over the network": (("report", "linen.safetensors", "--output", "linen.safetensors"), "two different files"),
     "no such layer": (
         (*QUANTIZE, *SMALL, "--layer-bits", "Conv_2=w8"),
         "'Conv_2=w8' matches no layer; the closest are 'Conv_1'",

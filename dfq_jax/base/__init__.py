@@ -23,10 +23,11 @@ from dfq_jax.base.loop import Loop, Plan, Progress, Turn
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
-from dfq_jax.base.text import aligned
+from dfq_jax.base.text import LINE, aligned, hanging
 from dfq_jax.base.threads import side_by_side
 
 __all__ = [
+    "LINE",
     "NO_YNN",
     "RUN_ONCE",
     "Loop",
@@ -44,6 +45,7 @@ __all__ = [
     "descend",
     "environment",
     "full_precision",
+    "hanging",
     "in_pieces",
     "init_state",
     "is_non_negative",

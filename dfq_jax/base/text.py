@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from typing import Any
+
+LINE = 80  # characters of a terminal's line
 
 
 def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | None = None) -> list[str]:
@@ -25,3 +29,14 @@ def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | 
         cells = ("" if len(first) > widths[0] else first, *rest)
         lines.append("  ".join(map(str.ljust, cells, widths)).rstrip())
     return lines
+
+
+def hanging(name: str, text: str) -> list[str]:
+    """Lines of a text beside its name.
+
+    >>> hanging("images  ", "one " * 20)[1]
+    '          one one'
+    """
+    breaks: Any = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(text, LINE, initial_indent=name, subsequent_indent=" " * (len(name) + 2), **breaks)
+    return lines or [name.rstrip()]

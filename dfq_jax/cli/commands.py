@@ -190,12 +190,13 @@ def evaluate(
         write_json(json, {"model": name, "file": str(file), **measured, **facts})
 
 
-def models(*, json: OptionalFile = None) -> None:
+def models(*, verbose: bool = False, json: OptionalFile = None) -> None:
     """List the models of the zoo.
 
     Top-1 is that of the float network as its source published it, or as measured for the bundled ones.
 
     Args:
+      verbose: Also say how many classes there are, in what data set, and whose weights these are.
       json: Write the list, for machines.
     """
     check_targets(json)
@@ -213,13 +214,19 @@ def models(*, json: OptionalFile = None) -> None:
         }
         for entry in zoo.list_models()
     ]
-    header = ("name", "input", "classes", "parameters", "MACs", "float top-1 %", "weights", "trained on", "source")
+    titles = ("name", "input", "classes", "weights", "MACs", "top-1 %", "from", "trained on", "source")
     texts = {"input": lambda shape: "x".join(map(str, shape)), "parameters": _short, "macs": _short}
     texts["float_top1"] = lambda percent: "" if percent is None else f"{percent:.2f}"
-    rows = [tuple(texts.get(name, str)(value) for name, value in model.items()) for model in facts]
-    print_table(header, rows, right=("classes", "parameters", "MACs", "float top-1 %"))
+    columns = [(n, t) for n, t in zip(facts[0], titles, strict=True) if verbose or n not in VERBOSE]
+    if not verbose:
+        texts["weights"] = lambda origin: origin.split()[0]  # without the name of the extra
+    rows = [tuple(texts.get(name, str)(model[name]) for name, _ in columns) for model in facts]
+    print_table([title for _, title in columns], rows, right=("classes", "weights", "MACs", "top-1 %"))
     if json is not None:
         write_json(json, {"models": facts})
+
+
+VERBOSE = ("classes", "trained_on", "source")  # columns that are too many for a line
 
 
 def _short(number: int) -> str:

@@ -6,14 +6,13 @@ import dataclasses
 import json
 import math
 import os
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from dfq_jax.base import aligned, known_fields, write_atomically
+from dfq_jax.base import LINE, aligned, hanging, known_fields, write_atomically
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, quantization
 from dfq_jax.report.details import Details, details_from
@@ -26,7 +25,6 @@ FLOAT_SHARE = 0.25
 # Below these a result is said to have fallen apart: percent of equal classes, and decibel, at which the error is as
 # large as the outputs.
 LEAST_AGREEMENT, LEAST_SQNR = 50.0, 0.0
-WIDTH = 80  # of lines, in characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,11 +130,11 @@ class Report:
         """Plain text in lines of 80 characters: the summary, the table of layers if asked for, and what is in float."""
         lines = []
         for name, value in self.summary():
-            lines += _hanging(f"{name:<16}", value)
+            lines += hanging(f"{name:<16}", value)
         if layers:
-            lines += aligned([self.HEADER, *self.rows()], width=WIDTH)
+            lines += aligned([self.HEADER, *self.rows()], width=LINE)
         for name, reason in self.skipped:
-            lines += _hanging("not quantized: ", f"{name}: {reason}")
+            lines += hanging("not quantized: ", f"{name}: {reason}")
         return "\n".join(lines)
 
     __str__ = table
@@ -161,13 +159,6 @@ class Report:
         except ImportError as error:
             return element("pre", self.table(), element("p", str(error)))
         return element("iframe", srcdoc=page, style="width:100%;height:40em;border:0")
-
-
-def _hanging(name: str, value: str) -> list[str]:
-    """Lines of text beside its name."""
-    breaks: Any = {"break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(value, WIDTH, initial_indent=name, subsequent_indent=" " * (len(name) + 2), **breaks)
-    return lines or [name.rstrip()]
 
 
 def report_from(fields: Mapping[str, Any]) -> Report:

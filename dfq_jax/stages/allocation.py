@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import Progress, aligned, check_field
+from dfq_jax.base import LINE, Progress, aligned, check_field
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import storage_bits
 from dfq_jax.stages.assignment import Limit, cheapest
@@ -56,7 +56,7 @@ class Allocation:
             )
         lines = [f"{name}: {used:.6g} of {most:.6g}" for name, (used, most) in self.used.items()]
         lines += self.decisions
-        return "\n".join(lines + aligned(rows))
+        return "\n".join(lines + aligned(rows, width=LINE))
 
     __str__ = table
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import aligned, batches, full_precision
+from dfq_jax.base import LINE, aligned, batches, full_precision
 from dfq_jax.graph import (
     Graph,
     LayerCall,
@@ -75,7 +75,7 @@ class LayerComparison:
         for layer in self.layers:
             cells = (f"{value:.1f}" for value in (layer.sqnr, layer.own, layer.carried))
             rows.append((layer.name, *cells, "falls here" if layer.name == self.falls_at else ""))
-        return "\n".join(aligned(rows))
+        return "\n".join(aligned(rows, width=LINE))
 
     __str__ = table
 

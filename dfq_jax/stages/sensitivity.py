@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import Progress, aligned, check_field, known_fields
+from dfq_jax.base import LINE, Progress, aligned, check_field, hanging, known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS, MIN_BITS
 from dfq_jax.stages.convention import Convention
@@ -58,12 +58,13 @@ class Sensitivity:
 
     def table(self) -> str:
         """Plain text: a row for each layer, the largest divergences first."""
-        header = ["layer", *(f"{part} {b}" for part in ("weights", "input") for b in self.bits)]
         order = np.argsort(-self.both[:, 0], kind="stable")
-        rows = [[self.layers[i], *(f"{v:.3g}" for part in (self.weights, self.input) for v in part[i])] for i in order]
         totals = ", ".join(f"{b} bits {v:.3g}" for b, v in zip(self.bits, self.total, strict=True))
-        lines = [f"divergence from the float network, on {self.measured_on}; all quantized to {totals}"]
-        return "\n".join(lines + aligned([header, *rows]))
+        lines = hanging("divergence from the float network, ", f"on {self.measured_on}; all quantized to {totals}")
+        for title, part in (("weights alone", self.weights), ("input alone", self.input)):
+            rows = [[self.layers[i], *(f"{v:.2g}" for v in part[i])] for i in order]
+            lines += ["", *aligned([[title, *(f"{b} bits" for b in self.bits)], *rows], width=LINE)]
+        return "\n".join(lines)
 
     __str__ = table
 
