@@ -140,7 +140,7 @@ def examine(
     for layer, error in zip(graph.layers, errors.layers, strict=True):
         weights, scales = _weights(kernels[layer.kernel], qkernels[layer.kernel])
         read = inputs.get(layer.tensor)
-        levels = {"weights": weights, "scales": scales, "inputs": read}
+        levels: dict[str, Any] = {"weights": weights, "scales": scales, "inputs": read}
         layers.append(LayerDetails(**dataclasses.asdict(error), **levels))
     shown = _pictures(graph, variables, qvariables, seen, preprocessing) if seen.ndim == 4 else ()
     return Details(measured_on=f"{len(seen)} {kind}", layers=tuple(layers), pictures=shown)

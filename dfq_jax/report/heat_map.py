@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dfq_jax.report import figures
-from dfq_jax.report.markup import Markup, element
+from dfq_jax.report.markup import Markup, breakable, element
 from dfq_jax.stages import Sensitivity
 
 TITLES = {"weights": "its weights alone", "input": "its input alone", "both": "both"}
@@ -18,7 +18,7 @@ def sensitivity_words(found: Sensitivity) -> list[str]:
     totals = ", ".join(f"{bits} bits {total:.3g}" for bits, total in zip(found.bits, found.total, strict=True))
     return [
         f"How far the outputs move from the float network's (Kullback-Leibler divergence in nats, on "
-        f"{found.measured_on}) with one layer alone quantized, or all but one. Small is good.",
+        f"{found.measured_on}) with one layer alone quantized. Small is good.",
         f"Of most cost at {found.bits[0]} bits: {names}. With all quantized: {totals}.",
     ]
 
@@ -42,7 +42,7 @@ def heat_map(found: Sensitivity) -> Markup:
         widths += [element("th", str(bits), scope="col") for bits in found.bits]
     rows = []
     for number, name in enumerate(found.layers):
-        cells = [element("th", name, scope="row")]
+        cells = [element("th", breakable(name), scope="row")]
         for place, (value, (ground, ink)) in enumerate(zip(values[number], colors[number], strict=True)):
             cells += [element("td", class_="gap")] if place % len(found.bits) == 0 else []
             cells.append(element("td", _short(value), style=f"background:{ground};color:{ink}"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dfq_jax.report import figures
 from dfq_jax.report.details import LayerDetails, Spread
-from dfq_jax.report.markup import Markup, element
+from dfq_jax.report.markup import Markup, breakable, element
 from dfq_jax.report.words import decimals, or_exact
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _row(number: int, layer: LayerReport, details: LayerDetails | None, is_open:
     summary = element(
         "summary",
         element("span", str(number), class_="number"),
-        element("span", layer.name, class_="name"),
+        element("span", breakable(layer.name), class_="name"),
         element("span", bits),
         element("span", *bars, class_="bars"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 
 
 class Markup(str):
@@ -32,3 +33,12 @@ def element(tag: str, *content: str, **attributes: str | bool | None) -> Markup:
 def joined(*content: str) -> Markup:
     """Text and elements after one another."""
     return Markup("".join(item if isinstance(item, Markup) else html.escape(item) for item in content))
+
+
+def breakable(name: str) -> Markup:
+    """A name whose lines may end after its separators.
+
+    >>> breakable("block_0/conv")
+    'block_<wbr>0/<wbr>conv'
+    """
+    return Markup(re.sub(r"[/_.]", r"\g<0><wbr>", html.escape(name)))

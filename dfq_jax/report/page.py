@@ -181,7 +181,10 @@ def _layers(report: Report) -> Markup:
     """All layers, to sort and to open."""
     keys = [("order", "order in the network", False), ("bits", "bits", False)]
     keys += [(key, label, False) for key, label, _ in BARS]
-    words = "Worst first by any figure; press twice for best first. Open a layer to see its values against its steps."
+    words = (
+        "Worst first by any figure; press twice for best first. Open a layer to see its values against its steps: "
+        "the clipping range is shaded, a line stands at each level, and heights are square roots of counts."
+    )
     rows = element("div", *layer_rows(report), id="layers", data_sortable=True)
     return element("section", element("h2", "Layers"), element("p", words, class_="soft"), sorts("layers", keys), rows)
 
