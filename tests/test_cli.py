@@ -302,6 +302,19 @@ def test_pages_and_pictures(tmp_path):
     assert "no histograms and no pictures" in (tmp_path / "brief.html").read_text()
 
 
+def test_a_page_of_figures_that_are_none(tmp_path):
+    pytest.importorskip("matplotlib")
+    header = artifact.load("linen.safetensors")[1]["report"]
+    spread = {"counts": ["many"], "first": 0, "last": 1, "low": 0, "high": 1, "step": 0, "clipped": 0, "sqnr": None}
+    layer = {"sqnr": 1, "own": 1, "carried": 1, "weights": spread, "scales": [1, 1], "inputs": None}
+    layers = [{"name": found["name"], **layer} for found in header["layers"]]
+    header["details"] = {"measured_on": "", "layers": layers, "pictures": [], "sensitivity": None}
+    artifact.save(tmp_path / "odd.safetensors", {"a": np.zeros(1)}, header={"report": header})
+    result = run("report", tmp_path / "odd.safetensors")
+    assert result.code == 2 and "odd.safetensors: its report cannot be shown" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
+
+
 def test_pages_of_preprocessing_that_cannot_be_undone(tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "page.html"

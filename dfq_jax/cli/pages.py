@@ -26,7 +26,10 @@ def report(file: Positional[Saved], *, output: Page = None) -> None:
     target = file.with_suffix(".html") if output is None else output
     check_targets(target, file)
     found, model = load_report(file)
-    found.save_html(target, title=model or file.name)
+    try:
+        found.save_html(target, title=model or file.name)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: its report cannot be shown ({type(error).__name__}: {error})") from error
     print(target)
 
 

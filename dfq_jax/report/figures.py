@@ -83,8 +83,8 @@ def histogram(spread: Spread, title: str, label: str) -> Markup:
     axes.axvspan(spread.low - step / 2, spread.high + step / 2, color=SECOND, alpha=0.12, linewidth=0)
     edges = np.linspace(spread.first, spread.last, len(heights) + 1)
     axes.stairs(heights, edges, fill=True, color=FIRST, clip_on=False)
-    levels = np.arange(round((spread.high - spread.low) / step) + 1) * step + spread.low
-    if len(levels) <= MOST_STEPS:
+    if (spread.high - spread.low) / step < MOST_STEPS:
+        levels = np.arange(spread.low, spread.high + step / 2, step)
         x = np.stack([levels, levels, np.full_like(levels, np.nan)], 1).reshape(-1)
         axes.plot(x, np.tile([0.0, 1.05, np.nan], len(levels)), color=SECOND, linewidth=0.6, clip_on=False)
     for end in (spread.low - step / 2, spread.high + step / 2):
