@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tyro.conf import Positional, arg
 
-from dfq_jax.base import environment, require, write_atomically
+from dfq_jax.base import environment, hanging, require, write_atomically
 from dfq_jax.cli.models import Model, model_of, resolve
 from dfq_jax.cli.options import Command, Count, ModelName, OptionalFile, Page, Weights
 from dfq_jax.cli.output import check_targets, write_json
@@ -89,7 +89,7 @@ def sensitivity(
         display.stage("measuring the sensitivity of layers")
         found = measure(graph, variables, seen, bits=bits, on_progress=reporter.on_progress)
     for doubt in doubtful_statistics(graph, variables):
-        print(f"WARNING: {doubt}")
+        print("\n".join(hanging("WARNING: ", doubt)))
     print(found.table())
     if report is not None:
         page = sensitivity_page(found, model, command=command, versions=environment())

@@ -60,7 +60,7 @@ class Sensitivity:
         """Plain text: a row for each layer, the largest divergences first."""
         order = np.argsort(-self.both[:, 0], kind="stable")
         totals = ", ".join(f"{b} bits {v:.3g}" for b, v in zip(self.bits, self.total, strict=True))
-        lines = hanging("divergence from the float network, ", f"on {self.measured_on}; all quantized to {totals}")
+        lines = hanging("", f"divergence from the float network, on {self.measured_on}; all quantized to {totals}")
         for title, part in (("weights alone", self.weights), ("input alone", self.input)):
             rows = [[self.layers[i], *(f"{v:.2g}" for v in part[i])] for i in order]
             lines += ["", *aligned([[title, *(f"{b} bits" for b in self.bits)], *rows], width=LINE)]
