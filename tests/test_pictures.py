@@ -66,6 +66,7 @@ def test_without_preprocessing_values_are_spread():
     assert len(np.unique(pictures(np.full((1, 2, 2, 1), 7.0)))) == 1  # of one value
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("images", "preprocessing", "words"),
     [

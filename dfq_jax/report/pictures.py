@@ -56,7 +56,7 @@ def image_grid(
 
 def pictures(
     images: Float[Any, "n h w c"], preprocessing: Callable[[np.ndarray], Any] | None = None
-) -> UInt8[np.ndarray, "n h w 3"]:
+) -> UInt8[np.ndarray, "n height width 3"]:
     """A picture of each image, as `image_grid` shows them."""
     values = np.asarray(images, np.float32)
     if values.ndim != 4 or 0 in values.shape:
