@@ -1,5 +1,6 @@
 """`quantize` from end to end on tiny networks: what it gives, reports, saves and refuses."""
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -28,6 +29,7 @@ from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError, GraphWarning
 from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS
 from dfq_jax.quantizers.qtensor import QTensor
+from dfq_jax.recipes import steps as recipe_steps
 from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import load
 from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
@@ -970,6 +972,25 @@ def test_no_worse_than_instant():
     result = quantized_on(case, with_an_outlier(images), ruined, "w4a4")
     assert result.report.steps[-1].startswith("the result of the recipe instant in its place: kept")
     jax.tree.map(np.testing.assert_array_equal, result.variables, instant.variables)
+
+
+def test_what_instant_begins_with_is_computed_once(monkeypatch):
+    calls = collections.Counter()
+    for name in ("equalize", "analytic_summaries", "quantize_params"):
+
+        def counted(*args, name=name, function=getattr(recipe_steps, name)):
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(recipe_steps, name, counted)
+    recipe = RECIPES["fast"].replace(**SMALL, reconstruction=None)
+    shared = run(CHAIN.model, CHAIN.variables, recipe=recipe)
+    assert calls == {"equalize": 1, "analytic_summaries": 2, "quantize_params": 2}
+    assert any("instant in its place" in step for step in shared.report.steps)
+    calls.clear()
+    # Other first ranges share nothing.
+    run(CHAIN.model, CHAIN.variables, recipe=recipe.replace(range_search=None, synthesis_num_images=32))
+    assert calls == {"equalize": 2, "analytic_summaries": 2, "quantize_params": 4}
 
 
 def test_a_result_that_falls_apart_is_told():

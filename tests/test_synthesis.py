@@ -32,6 +32,7 @@ from dfq_jax.synthesis import (
     source,
     step,
     synthesize,
+    synthesize_sets,
 )
 from dfq_jax.synthesis import loop as synthesis_loop
 from dfq_jax.synthesis.objective import OffsetMoments, Targets
@@ -583,6 +584,75 @@ def test_lanes_fit_the_memory(monkeypatch, cores):
     assert 1 <= synthesis_loop.default_lanes(GRAPH, "cpu", 50) < 8
     monkeypatch.setattr(synthesis_loop, "memory_size", lambda: 1)
     assert synthesis_loop.default_lanes(GRAPH, "cpu", 50) == 1
+
+
+# --- sets side by side ---
+
+SETS = [
+    (jax.random.key(1), dataclasses.replace(CONFIG, num_images=12, chunk=6, response_weight=0.1, **PYRAMID)),
+    (jax.random.key(2), dataclasses.replace(CONFIG, num_images=3, batch_size=3, response_weight=0.1, **FOURIER)),
+    (jax.random.key(3), dataclasses.replace(CONFIG, num_images=4, response_weight=0.1, **PYRAMID)),
+]
+
+
+def make_sets(sets=SETS, **arguments):
+    return synthesize_sets(GRAPH, VARIABLES, sets, **arguments)
+
+
+def same_sets(made, sets=SETS):
+    """Whether they are as if each were made alone."""
+    alone = [make(config, key) for key, config in sets]
+    results = [
+        same_bits(a.images, b.images) and same_bits(a.labels, b.labels) and a.layer_losses == b.layer_losses
+        for a, b in zip(made, alone, strict=True)
+    ]
+    return all(results) and all(found.completed for found in made)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_sets_change_nothing(cores, count):
+    cores(count)
+    reports = []
+    assert same_sets(make_sets(on_progress=reports.append))
+    assert {r.num_batches for r in reports} == {5} and [r.done for r in reports][-1] == 100
+    assert sorted({(r.batch, r.step) for r in reports}) == [(b, s) for b in range(1, 6) for s in (10, 20)]
+    assert all(a.done <= b.done for a, b in itertools.pairwise(reports)) and reports[-1].eta == 0
+
+
+def test_sets_that_share_statistics_of_their_own(cores):
+    cores(2)
+    sets = [(key, dataclasses.replace(config, statistics="set")) for key, config in SETS]
+    assert same_sets(make_sets(sets), sets)
+
+
+def test_a_program_of_two_sets_is_compiled_once(cores):
+    cores(4)
+    config = dataclasses.replace(CONFIG, learning_rate=0.0997)
+    other = dataclasses.replace(config, source="pyramid")
+    with Compilations() as compiled:
+        make_sets([(jax.random.key(1), config), (jax.random.key(2), config), (KEY, other)])
+    assert compiled["advance_batch"] == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 3)])
+def test_sets_resume(tmp_path, cores, before, after):
+    path = tmp_path / "work.npz"
+    cores(before)
+    made = make_sets(checkpoint=path, on_progress=interrupt_at(3, 10))
+    assert not any(found.completed for found in made)
+    cores(after)
+    reports = []
+    assert same_sets(make_sets(checkpoint=path, keep_checkpoint=True, on_progress=reports.append))
+    assert len(reports) < 10 and os.listdir(tmp_path) == ["work.npz"]
+    assert same_sets(make_sets(checkpoint=path, on_progress=lambda _: pytest.fail("images are made again")))
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="belongs to other work"):
+        make_sets(checkpoint=interrupted(path), sets=SETS[:2])
+
+
+def test_sets_name_the_batch_at_fault():
+    with pytest.raises(SynthesisError, match="at step 10 of batch 1"):
+        make_sets([SETS[0], (KEY, dataclasses.replace(CONFIG, learning_rate=1e30))])
 
 
 # --- augmentation ---

@@ -25,6 +25,7 @@ from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
 from dfq_jax.base.text import LINE, aligned, hanging
 from dfq_jax.base.threads import side_by_side
+from dfq_jax.base.together import Together
 
 __all__ = [
     "LINE",
@@ -34,6 +35,7 @@ __all__ = [
     "Plan",
     "Progress",
     "State",
+    "Together",
     "Turn",
     "aligned",
     "batches",

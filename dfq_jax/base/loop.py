@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ class Loop:
       plan: in which order.
       key: that all keys are folded from.
       work: by batch, what its compiled calls made of it so far: a pytree of arrays.
-      compiled: whether threads find what they call compiled.
+      compiled: the programs that threads find compiled.
       seen: by batch, the steps that it has seen.
       best: by batch, its lowest loss and the step of that.
       stopped: batches that reached a plateau.
@@ -121,7 +121,7 @@ class Loop:
     def __init__(self, plan: Plan, key: Key[Array, ""]):
         self.plan, self.key, self.started = plan, key, time.perf_counter()
         self.work: dict[int, Any] = {}
-        self.compiled = False
+        self.compiled: set[Hashable] = set()
         self.seen = dict.fromkeys(range(plan.num_batches), 0)
         self.best: dict[int, tuple[float, int]] = {}
         self.stopped: set[int] = set()
@@ -143,6 +143,10 @@ class Loop:
         """
         raise NotImplementedError
 
+    def program(self, batch: int) -> Hashable:
+        """What tells the compiled function that works on a batch from others; by default it is one for all."""
+        return None
+
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         """What a checkpoint belongs to besides the key: settings, and a tree of arrays."""
         raise NotImplementedError
@@ -161,6 +165,10 @@ class Loop:
         """A tree like the saved work on a batch, of arrays or `ShapeDtypeStruct`."""
         return jax.eval_shape(lambda: self.begin(batch))
 
+    def turn(self, batch: int, begin: int) -> Turn:
+        """The compiled call of a batch that has seen `begin` steps."""
+        return self.plan.turn(batch, begin)
+
     # --- the loop ---
 
     def run(
@@ -175,14 +183,14 @@ class Loop:
 
         Ctrl-C ends it after the compiled calls in progress, and saves; the second one raises.
         """
-        saved = None if checkpoint is None else Checkpoint(checkpoint, self._identity())
+        saved = None if checkpoint is None else Checkpoint(checkpoint, self.identity())
         if saved is not None:
             self._restore(saved)
         first, begun = self.done, time.perf_counter()
         last_save = begun
         with products(precision), catch_interrupt() as interrupted:
             while waiting := self.waiting():
-                turns = [self.plan.turn(batch, self.seen[batch]) for batch in waiting[: self.plan.lanes]]
+                turns = [self.turn(batch, self.seen[batch]) for batch in waiting[: self.plan.lanes]]
                 losses = self._visit(turns)
                 self.seen.update({turn.batch: turn.end for turn in turns})
                 for turn, latest in zip(turns, losses, strict=True):
@@ -223,9 +231,11 @@ class Loop:
             self.work[turn.batch] = self.prepare(turn, self.work[turn.batch])
         if len(turns) == 1:
             return list(map(self._call, turns))
-        if not self.compiled:  # once, for all threads
-            self._call(turns[0]._replace(end=turns[0].begin))
-            self.compiled = True
+        # Once, for all threads: two of them may not compile the same program at once.
+        new = {self.program(turn.batch): turn._replace(end=turn.begin) for turn in turns}
+        new = {program: turn for program, turn in new.items() if program not in self.compiled}
+        side_by_side(self._call, list(new.values()), self.plan.lanes)
+        self.compiled.update(new)
         return side_by_side(lambda turn: jax.block_until_ready(self._call(turn)), turns, self.plan.lanes)
 
     def _call(self, turn: Turn) -> Array:
@@ -250,7 +260,8 @@ class Loop:
 
     # --- checkpoints ---
 
-    def _identity(self) -> str:
+    def identity(self) -> str:
+        """What a checkpoint must have been made for."""
         settings, arrays = self.origin()
         key = jax.random.key_data(self.key).tolist()
         return " ".join(map(str, (*settings, key, self.plan.chunk, fingerprint(arrays))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dfq_jax.base import RUN_ONCE, cpu_jit
-from dfq_jax.graph import Graph, GraphWarning, check_images
+from dfq_jax.graph import Graph, check_images
 from dfq_jax.recipes.judge import MOMENT_NOISE
 from dfq_jax.recipes.recipe import Recipe
 from dfq_jax.stages import Convention
-from dfq_jax.synthesis import Synthesis, synthesize
+from dfq_jax.synthesis import Synthesis, synthesize_sets
 
 ANALYTIC_IMAGES = 32
 MIN_HELD_OUT = 8  # fewer images decide nothing
@@ -71,7 +70,7 @@ def find_images(
     given: Any,
     **options: Any,
 ) -> Images:
-    """The images given, or what the recipe takes; `options` are `synthesize`'s."""
+    """The images given, or what the recipe takes; `options` are `synthesize_sets`'."""
     if given is not None:
         given = jnp.asarray(given)
         check_images(graph, given)
@@ -105,26 +104,20 @@ def _synthesized(
 ) -> Images:
     """Images to fit to, and images of another key and source to judge on."""
     whole, held_out = recipe.synthesis, _num_held_out(recipe, recipe.synthesis.num_images)
-
-    def make(name: str, count: int, source: str, checkpoint: Any) -> Synthesis:
-        sizes: Any = {"num_images": count, "batch_size": min(whole.batch_size, count)}
-        config = dataclasses.replace(whole, source=source, **sizes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
-            files: Any = {"checkpoint": checkpoint, "keep_checkpoint": True}
-            made = synthesize(graph, variables, keys[name], config, **files, **options)
-        if not made.completed:
-            raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
-        return made
-
-    made = make("images", whole.num_images - held_out, whole.source, checkpoint)
-    found = Images(made.images, _origin(made, whole.steps), num_fitted=len(made.images), checkpoint=checkpoint)
-    if not held_out:
-        return found
-    source = recipe.judge_source or whole.source
-    judging = make(JUDGING, held_out, source, file_of(checkpoint, JUDGING))
-    origin = f"{found.origin}, and {held_out} of the source {source!r} to judge on"
-    return found._replace(images=jnp.concatenate([made.images, judging.images]), origin=origin)
+    sizes = {"images": whole.num_images - held_out, JUDGING: held_out}
+    sources = {"images": whole.source, JUDGING: recipe.judge_source or whole.source}
+    sets = []
+    for name in (name for name, count in sizes.items() if count):
+        settings: Any = {"num_images": sizes[name], "batch_size": min(whole.batch_size, sizes[name])}
+        sets.append((keys[name], dataclasses.replace(whole, source=sources[name], **settings)))
+    made = synthesize_sets(graph, variables, sets, checkpoint=checkpoint, keep_checkpoint=True, **options)
+    if not all(images.completed for images in made):
+        raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
+    origin = _origin(made[0], whole.steps)
+    if held_out:
+        origin += f", and {held_out} of the source {sources[JUDGING]!r} to judge on"
+    images = jnp.concatenate([images.images for images in made])
+    return Images(images, origin, num_fitted=sizes["images"], checkpoint=checkpoint)
 
 
 def _origin(made: Synthesis, steps: int) -> str:

@@ -56,6 +56,7 @@ class Work:
       keys: for each step that draws at random, by its name.
       on_progress: called while blocks are reconstructed and during fine-tuning.
       checkpoint: the file of images; long steps keep theirs beside it.
+      begun: what `_equalize` decides between, by where ranges come from; a recipe compared with begins so, too.
     """
 
     graph: Graph
@@ -66,6 +67,12 @@ class Work:
     keys: Mapping[str, Key[Array, ""]]
     on_progress: Callable[[Progress], None] | None = None
     checkpoint: str | Path | None = None
+    begun: dict[tuple[bool, str], tuple[Candidate, Candidate]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ranges_are_analytic(self) -> bool:
+        """Whether the first ranges come from BatchNorm parameters."""
+        return self.images.analytic or (self.recipe.range_search is not None and bool(self.graph.batch_norms))
 
     @functools.cached_property
     def judge(self) -> Judge:
@@ -90,10 +97,17 @@ def _equalize(work: Work, start: Candidate) -> Candidate:
     """Equalized weight ranges, unless nearest rounding loses by them, as far as there is a judge."""
     if not find_pairs(work.graph)[0]:
         return start
-    other = dataclasses.replace(start, variables=equalize(work.graph, start.variables))
     if not work.judge.can_judge:
-        return other.noting("equalization")
-    return work.judge.choose("equalization", *(_quantize(work, _measure(work, c)) for c in (start, other)))
+        return _equalized(work, start).noting("equalization")
+    ranges = work.ranges_are_analytic, work.recipe.estimator
+    if ranges not in work.begun:
+        first, second = (_quantize(work, _measure(work, c)) for c in (start, _equalized(work, start)))
+        work.begun[ranges] = first, second
+    return work.judge.choose("equalization", *work.begun[ranges])
+
+
+def _equalized(work: Work, start: Candidate) -> Candidate:
+    return dataclasses.replace(start, variables=equalize(work.graph, start.variables))
 
 
 def _measure(work: Work, start: Candidate) -> Candidate:
@@ -103,7 +117,7 @@ def _measure(work: Work, start: Candidate) -> Candidate:
         return start
     if not convention.quantizes_activations(graph):
         ranges = {}
-    elif work.images.analytic or (recipe.range_search is not None and graph.batch_norms):
+    elif work.ranges_are_analytic:
         summaries = analytic_summaries(graph, variables)
         ranges = apply_estimator(graph, summaries, convention, ESTIMATORS[recipe.estimator])
     else:
@@ -275,7 +289,7 @@ STAGES = {
 
 def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) -> None:
     """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
-    files = [checkpoint, file_of(checkpoint, JUDGING)] if images else []
+    files = [checkpoint] if images else []
     files += [file_of(checkpoint, name) for name in LONG_STEPS if STEPS[name].is_in(recipe)]
     for file in files:
         remove_checkpoint(file)

@@ -7,7 +7,7 @@ What is asked of them (`objective`), where they come from (`source`: their pixel
 """
 
 from dfq_jax.synthesis.config import DGH, GENIE, SOURCES, SynthesisConfig
-from dfq_jax.synthesis.loop import Synthesis, SynthesisError, synthesize
+from dfq_jax.synthesis.loop import Synthesis, SynthesisError, synthesize, synthesize_sets
 from dfq_jax.synthesis.refine import RefineConfig, refine
 from dfq_jax.synthesis.statistics import StatisticErrors, statistic_errors
 from dfq_jax.synthesis.step import advance_batch, init_batch
@@ -26,4 +26,5 @@ __all__ = [
     "refine",
     "statistic_errors",
     "synthesize",
+    "synthesize_sets",
 ]

@@ -8,6 +8,8 @@ https://distill.pub/2017/feature-visualization).
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,9 @@ from jaxtyping import Array, Float, Key
 def init_coefficients(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "n 2 c *h"]:
     """Standard Gaussian real and imaginary parts for images of `shape` `[N, *spatial, C]`; the key is consumed."""
     count, *spatial, channels = shape
-    return jax.random.normal(key, (count, 2, channels, *spatial[:-1], spatial[-1] // 2 + 1), jnp.float32)
+    found = (count, 2, channels, *spatial[:-1], spatial[-1] // 2 + 1)
+    # Drawn as one line, the same values: for several axes the compiler takes ten times as long.
+    return jax.random.normal(key, (math.prod(found),), jnp.float32).reshape(found)
 
 
 def sum_of_waves(

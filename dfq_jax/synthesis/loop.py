@@ -7,7 +7,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, memory_size, platform_of, usable_cores
+from dfq_jax.base import Loop, Plan, Progress, State, Together, Turn, memory_size, platform_of, usable_cores
 from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -107,20 +107,57 @@ def synthesize(
     Warns:
       GraphWarning: BatchNorm statistics look as if they were never updated.
     """
-    check_synthesizable(graph, variables, config)
+    loop = _ImageLoop(graph, variables, key, config, optimizer)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)
-    loop = _ImageLoop(graph, variables, key, config, optimizer)
     completed = loop.run(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
     return loop.result(completed)
 
 
+def synthesize_sets(
+    graph: Graph,
+    variables: Any,
+    sets: Sequence[tuple[Key[Array, ""], SynthesisConfig]],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
+) -> list[Synthesis]:
+    """Make several sets of images as if by `synthesize`, the same bit for bit, and side by side on CPU.
+
+    >>> configs = [dfq_jax.SynthesisConfig(num_images=n, batch_size=n, steps=1) for n in (4, 2)]
+    >>> made = synthesize_sets(graph, variables, list(zip(jax.random.split(jax.random.key(0)), configs)))
+    >>> [found.images.shape for found in made]
+    [(4, 6), (2, 6)]
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      sets: the key, consumed, and the config of each; they have the same number of steps.
+      on_progress: as of `synthesize`; the batches of all sets count.
+      checkpoint: as of `synthesize`, one for all sets.
+      keep_checkpoint: as of `synthesize`.
+
+    Returns:
+      What `synthesize` returns, of each; after Ctrl-C of those that have begun, not completed. It warns of nothing.
+    """
+    parts = [_ImageLoop(graph, variables, key, config, None) for key, config in sets]
+    platform, in_turn = platform_of(variables), any(part.plan.in_turn for part in parts)
+    total = sum(part.plan.num_batches for part in parts)
+    lanes = 1 if in_turn else min(default_lanes(part.graph, platform, total) for part in parts)
+    completed = Together(parts, lanes=lanes).run(
+        on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=sets[0][1].precision
+    )
+    return [part.result(completed) for part in parts if part.work]
+
+
 class _ImageLoop(Loop):
     """The loop of one call of `synthesize`: its work on a batch is a state, targets, and losses of the latest step."""
 
     def __init__(self, graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any):
+        check_synthesizable(graph, variables, config)
         # Trace at the batch that is used, so that weights of any tree compile once.
         self.graph = graph.at((config.batch_size, *graph.input.shape[1:]), jnp.float32)
         self.variables = jax.tree.map(jnp.asarray, variables)  # NumPy arrays would travel at every step
@@ -145,6 +182,10 @@ class _ImageLoop(Loop):
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         optimizer = jax.eval_shape(_init, self.graph, self.settings, self.optimizer, self.key)[0].optimizer
         return (self.graph.digest, dataclasses.asdict(self.config), optimizer), self.variables
+
+    def program(self, batch: int) -> Hashable:
+        """What it is compiled for."""
+        return self.graph, self.settings, self.optimizer
 
     def keys(self, batch: int) -> Key[Array, "2"]:
         """To begin a batch with, and of its steps."""
