@@ -163,8 +163,8 @@ RECIPES: dict[str, Recipe] = {
             batch_norm=BatchNormConfig(),
             bias_correction=True,
         ),
-        # The winners of the ablation tables; each step stays only where it helps by the judge. Where blocks are learned,
-        # the search of ranges tensor by tensor before it is not worth its time.
+        # The winners of the ablation tables; each step stays only where it helps by the judge. Where blocks are
+        # learned, the search of ranges tensor by tensor before it is not worth its time.
         Recipe(
             name="fast",
             equalize=True,

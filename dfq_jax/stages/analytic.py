@@ -40,8 +40,8 @@ from dfq_jax.stages.rounding import GPTQConfig, gptq
 # Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
 # pooling) would have no spread. Natural images have some; the exact value matters little.
 SPATIAL_CORRELATION = 0.25
-# How many samples: each pixel of one tells something, large ones cost time in proportion.
-MIN_SAMPLES, MAX_SAMPLES, SAMPLED_VALUES = 8, 32, 32 * 64 * 64 * 3
+# How many samples: each pixel of one tells something, but behind a global pooling one sample is one value.
+NUM_SAMPLES = 32
 # Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
 # takes the compiler minutes. The number is prime, so that where samples repeat, they do at other channels.
 POOL = 4_194_301
@@ -183,7 +183,7 @@ def noise_of_moments(graph: Graph, variables: Any, num_samples: int | None = Non
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
     graph.require_batch_norms("so nothing is known of its activations without images.")
     if num_samples is None:
-        num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, SAMPLED_VALUES // math.prod(graph.input.shape[1:])))
+        num_samples = NUM_SAMPLES
     leaves = graph.leaves_by_path(variables)
     paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
     pool, images = _pool((num_samples, *graph.input.shape[1:]))
