@@ -26,7 +26,8 @@ def test_commands_are_known(capsys):
     pytest.importorskip("tyro")
     from dfq_jax.cli import main
 
-    assert {c.split()[1] for c in commands()} == {"models", "inspect", "sensitivity", "quantize", "evaluate", "export"}
+    known = {"models", "inspect", "sensitivity", "quantize", "report", "evaluate", "export"}
+    assert {c.split()[1] for c in commands()} == known
     for command in commands():
         words = shlex.split(command)
         assert main([words[1], "--help"]) == 0
