@@ -77,9 +77,12 @@ class Images:
 
 
 def run(
-    network: Network, recipe: Recipe, convention: Convention, key: int, images: Images
+    network: Network, recipe: Recipe, convention: Convention, key: int, images: Images, **options: Any
 ) -> tuple[Quantized, np.ndarray]:
-    """The quantized network; its drop of top-1, its agreement, and the seconds it took with those of its images."""
+    """The quantized network; its drop of top-1, its agreement, and the seconds it took with those of its images.
+
+    `options` are `quantize`'s.
+    """
     file = images.file(recipe, key) if recipe.source == "synthesis" else None
     quantized = quantize(
         network.module,
@@ -90,6 +93,7 @@ def run(
         key=key,
         checkpoint=file,
         keep_checkpoint=True,
+        **options,
     )
     seconds = dict(quantized.report.seconds)
     if file is not None:
