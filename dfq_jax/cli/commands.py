@@ -27,6 +27,7 @@ from dfq_jax.cli.options import (
     OptionalModel,
     Saved,
     SynthesisOptions,
+    TargetOptions,
     Weights,
 )
 from dfq_jax.cli.output import (
@@ -53,6 +54,7 @@ def quantize(
     bits: str = "w8a8",
     convention: ConventionOptions = ConventionOptions(),
     budget: BudgetOptions = BudgetOptions(),
+    target: TargetOptions = TargetOptions(),
     seed: int = 0,
     synthesis: SynthesisOptions = SynthesisOptions(),
     evaluate: OptionalData = None,
@@ -80,15 +82,15 @@ def quantize(
     began = time.perf_counter()
     check_targets(output, json, resume)
     settings = {"recipe": synthesis.within(get_recipe(recipe)), "convention": convention.of(bits), "key": seed}
-    settings["budget"] = budget.budget()
-    target = resolve(model, checkpoint)
-    data = None if evaluate is None else target.load_data(evaluate, limit)
+    settings |= {"budget": budget.budget(), "target": target.target()}
+    network = resolve(model, checkpoint)
+    data = None if evaluate is None else network.load_data(evaluate, limit)
     with _resuming(resume):
         with open_display() as display, warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphWarning)  # the table begins with it
             reporter = Reporter(display)
-            quantized = target.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
-            found = {} if data is None else _measure(target, quantized, data, reporter)
+            quantized = network.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
+            found = {} if data is None else _measure(network, quantized, data, reporter)
         if output is not None:
             quantized.save(output, model=model, seed=seed)
         _print(quantized, found)

@@ -24,6 +24,7 @@ from dfq_jax.synthesis import Synthesis, synthesize
 ANALYTIC_IMAGES = 32
 MIN_HELD_OUT = 8  # fewer images decide nothing
 JUDGING = "judging"  # what the images to judge on have as their name, and their key
+TARGET = "target"  # likewise those that a target is measured on
 THESE_IMAGES = "these images"
 
 
@@ -100,29 +101,44 @@ def _num_held_out(recipe: Recipe, count: int) -> int:
     return held_out if held_out >= MIN_HELD_OUT else 0
 
 
+def make_images(
+    graph: Graph,
+    variables: Any,
+    recipe: Recipe,
+    keys: Mapping[str, Key[Array, ""]],
+    *,
+    name: str,
+    count: int,
+    source: str,
+    checkpoint: Any,
+    **options: Any,
+) -> Synthesis:
+    """Images as a recipe makes them, with the key of a name and the file of that name beside `checkpoint`."""
+    sizes: Any = {"num_images": count, "batch_size": min(recipe.synthesis.batch_size, count)}
+    config = dataclasses.replace(recipe.synthesis, source=source, **sizes)
+    file = checkpoint if name == "images" else file_of(checkpoint, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
+        made = synthesize(graph, variables, keys[name], config, checkpoint=file, keep_checkpoint=True, **options)
+    if not made.completed:
+        raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
+    return made
+
+
 def _synthesized(
-    graph: Graph, variables: Any, recipe: Recipe, keys: Mapping[str, Key[Array, ""]], *, checkpoint: Any, **options: Any
+    graph: Graph, variables: Any, recipe: Recipe, keys: Mapping[str, Key[Array, ""]], **options: Any
 ) -> Images:
     """Images to fit to, and images of another key and source to judge on."""
     whole, held_out = recipe.synthesis, _num_held_out(recipe, recipe.synthesis.num_images)
-
-    def make(name: str, count: int, source: str, checkpoint: Any) -> Synthesis:
-        sizes: Any = {"num_images": count, "batch_size": min(whole.batch_size, count)}
-        config = dataclasses.replace(whole, source=source, **sizes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraphWarning)  # what it would say has been said
-            files: Any = {"checkpoint": checkpoint, "keep_checkpoint": True}
-            made = synthesize(graph, variables, keys[name], config, **files, **options)
-        if not made.completed:
-            raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
-        return made
-
-    made = make("images", whole.num_images - held_out, whole.source, checkpoint)
-    found = Images(made.images, _origin(made, whole.steps), num_fitted=len(made.images), checkpoint=checkpoint)
+    make = functools.partial(make_images, graph, variables, recipe, keys, **options)
+    made = make(name="images", count=whole.num_images - held_out, source=whole.source)
+    found = Images(
+        made.images, _origin(made, whole.steps), num_fitted=len(made.images), checkpoint=options["checkpoint"]
+    )
     if not held_out:
         return found
     source = recipe.judge_source or whole.source
-    judging = make(JUDGING, held_out, source, file_of(checkpoint, JUDGING))
+    judging = make(name=JUDGING, count=held_out, source=source)
     origin = f"{found.origin}, and {held_out} of the source {source!r} to judge on"
     return found._replace(images=jnp.concatenate([made.images, judging.images]), origin=origin)
 

@@ -57,6 +57,8 @@ class Report:
       layers: one entry for each layer.
       skipped: what was left in float, and why.
       steps: what was decided on the way, in order.
+      target: what was asked for by a target, whether it is met, and what the network found has on the target's images;
+        None without one.
     """
 
     recipe: str
@@ -73,6 +75,7 @@ class Report:
     size: dict[str, int]
     compared_on: str = "these images"
     warnings: tuple[str, ...] = ()
+    target: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
@@ -91,6 +94,8 @@ class Report:
         compared += [] if self.sqnr is None else [f"output SQNR {self.sqnr:.1f} dB"]
         if compared:
             rows.append(("compared", f"{', '.join(compared)} (on {self.compared_on})"))
+        if self.target is not None:
+            rows.append(("target", self.target["text"]))
         ratio = self.size["quantized"] / self.size["float"]
         rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
         rows += [("", step) for step in self.steps]
