@@ -23,6 +23,7 @@ from dfq_jax.synthesis import Synthesis, synthesize_sets
 ANALYTIC_IMAGES = 32
 MIN_HELD_OUT = 8  # fewer images decide nothing
 JUDGING = "judging"  # what the images to judge on have as their name, and their key
+TARGET = "target"  # likewise those that a target is measured on
 THESE_IMAGES = "these images"
 
 
@@ -97,6 +98,29 @@ def file_of(checkpoint: str | Path | None, name: str) -> str | None:
 def _num_held_out(recipe: Recipe, count: int) -> int:
     held_out = round(recipe.held_out * count)
     return held_out if held_out >= MIN_HELD_OUT else 0
+
+
+def make_images(
+    graph: Graph,
+    variables: Any,
+    recipe: Recipe,
+    keys: Mapping[str, Key[Array, ""]],
+    *,
+    name: str,
+    count: int,
+    source: str,
+    checkpoint: Any,
+    **options: Any,
+) -> Synthesis:
+    """More images as a recipe makes them, with the key of a name and the file of that name beside `checkpoint`."""
+    sizes: Any = {"num_images": count, "batch_size": min(recipe.synthesis.batch_size, count)}
+    config = dataclasses.replace(recipe.synthesis, source=source, **sizes)
+    file = file_of(checkpoint, name)
+    sets = [(keys[name], config)]
+    (made,) = synthesize_sets(graph, variables, sets, checkpoint=file, keep_checkpoint=True, **options)
+    if not made.completed:
+        raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
+    return made
 
 
 def _synthesized(

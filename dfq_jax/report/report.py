@@ -64,6 +64,8 @@ class Report:
       versions: of the packages that it was computed with.
       command: that did it, where it was one.
       details: errors and values of each layer and pictures of the images, where asked for.
+      target: what was asked for by a target, whether it is met, and what the network found has on the target's images;
+        None without one.
     """
 
     recipe: str
@@ -83,6 +85,7 @@ class Report:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     command: str = ""
     details: Details | None = None
+    target: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
@@ -101,6 +104,8 @@ class Report:
         compared += [] if self.sqnr is None else [f"output SQNR {self.sqnr:.1f} dB"]
         if compared:
             rows.append(("compared", f"{', '.join(compared)} (on {self.compared_on})"))
+        if self.target is not None:
+            rows.append(("target", self.target["text"]))
         ratio = self.size["quantized"] / self.size["float"]
         rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
         rows += [("", step) for step in self.steps]
