@@ -1175,7 +1175,7 @@ def test_best_learns_rounding(build, tmp_path):
         on_progress=seen.append,
     )
     assert any("blocks kept" in step for step in result.report.steps)
-    assert {p.num_batches for p in seen} == {1, len(result.graph.blocks)}  # of images, then blocks
+    assert {p.num_batches for p in seen} == {2, len(result.graph.blocks)}  # of both sets of images, then blocks
     result.save(tmp_path / "net.safetensors")
     again = load(tmp_path / "net.safetensors", case.model, case.variables)
     assert again.recipe == recipe
