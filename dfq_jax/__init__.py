@@ -29,7 +29,7 @@ from dfq_jax.graph import (
     trace,
 )
 from dfq_jax.quantizers import QTensor, QuantizerParams, dequantize, fake_quant, params_from_range
-from dfq_jax.recipes import RECIPES, Quantized, Recipe, load, quantize
+from dfq_jax.recipes import RECIPES, Quantized, Recipe, Target, load, quantize
 from dfq_jax.report import Report, image_grid
 from dfq_jax.stages import (
     ESTIMATORS,
@@ -97,6 +97,7 @@ __all__ = [
     "Synthesis",
     "SynthesisConfig",
     "SynthesisError",
+    "Target",
     "absorb_high_bias",
     "adapt_batch_norm",
     "allocate",

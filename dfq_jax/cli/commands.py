@@ -31,6 +31,7 @@ from dfq_jax.cli.options import (
     Page,
     Saved,
     SynthesisOptions,
+    TargetOptions,
     Weights,
 )
 from dfq_jax.cli.output import (
@@ -58,6 +59,7 @@ def quantize(
     bits: str = "w8a8",
     convention: ConventionOptions = ConventionOptions(),
     budget: BudgetOptions = BudgetOptions(),
+    target: TargetOptions = TargetOptions(),
     seed: int = 0,
     synthesis: SynthesisOptions = SynthesisOptions(),
     evaluate: OptionalData = None,
@@ -92,17 +94,17 @@ def quantize(
     began = time.perf_counter()
     check_targets(output, json, resume, report)
     settings = {"recipe": synthesis.within(get_recipe(recipe)), "convention": convention.of(bits), "key": seed}
-    settings["budget"] = budget.budget()
-    target = resolve(model, checkpoint)
-    check_pages(report, save_images, target, settings["recipe"])
-    settings["details"] = report is not None and (target.undone or True)
-    data = None if evaluate is None else target.load_data(evaluate, limit)
+    settings |= {"budget": budget.budget(), "target": target.target()}
+    network = resolve(model, checkpoint)
+    check_pages(report, save_images, network, settings["recipe"])
+    settings["details"] = report is not None and (network.undone or True)
+    data = None if evaluate is None else network.load_data(evaluate, limit)
     with _resuming(resume):
         with open_display() as display, warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphWarning)  # the table begins with it
             reporter = Reporter(display)
-            quantized = target.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
-            found = {} if data is None else _measure(target, quantized, data, reporter)
+            quantized = network.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
+            found = {} if data is None else _measure(network, quantized, data, reporter)
         quantized = dataclasses.replace(quantized, report=dataclasses.replace(quantized.report, command=command))
         if output is not None:
             quantized.save(output, model=model, seed=seed)
@@ -110,7 +112,7 @@ def quantize(
         if report is not None:
             quantized.report.save_html(report, title=model)
         if save_images is not None:
-            write_images(save_images, quantized.images, target.undone)
+            write_images(save_images, quantized.images, network.undone)
         if json is not None:
             facts = {name: accuracy_facts(found[name].accuracy) if found else None for name in ("float", "quantized")}
             seconds = quantized.report.seconds | {f"evaluate_{name}": m.seconds for name, m in found.items()}

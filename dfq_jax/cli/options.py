@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress, UseAppendAction, arg
 
-from dfq_jax.recipes import Recipe
+from dfq_jax.recipes import Recipe, Target
 from dfq_jax.stages import Budget, Convention, LayerRule
 from dfq_jax.synthesis import SynthesisConfig
 
@@ -70,6 +70,25 @@ class BudgetOptions:
         if self.average_bits is None and self.weight_bytes is None:
             return None
         return Budget(average_weight_bits=self.average_bits, weight_bytes=self.weight_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """How good the network has to be: bits of weights are chosen layer by layer for the smallest that is.
+
+    Attributes:
+      min_agreement: least percent of images, made from the float network, that keep their class.
+      max_divergence: most divergence of the outputs from the float network's on them, in its place.
+    """
+
+    min_agreement: Annotated[float | None, arg(metavar="PERCENT")] = None
+    max_divergence: Annotated[float | None, arg(metavar="NATS")] = None
+
+    def target(self) -> Target | None:
+        """The target, if there is one."""
+        if self.min_agreement is None and self.max_divergence is None:
+            return None
+        return Target(agreement=self.min_agreement, divergence=self.max_divergence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,14 @@ from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import Quantized, load, load_report
 from dfq_jax.recipes.recipe import RECIPES, Recipe, get_recipe
 from dfq_jax.recipes.steps import STAGES, remove_checkpoints
+from dfq_jax.recipes.target import Target
 
 __all__ = [
     "RECIPES",
     "STAGES",
     "Quantized",
     "Recipe",
+    "Target",
     "get_recipe",
     "is_synthesized",
     "load",

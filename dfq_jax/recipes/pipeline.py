@@ -29,11 +29,13 @@ from dfq_jax.graph import (
     on_device,
     trace,
 )
+from dfq_jax.recipes.bits import Outcome, allocated, allocator_of
 from dfq_jax.recipes.images import THESE_IMAGES, Images, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
 from dfq_jax.recipes.steps import DRAWING, Work, remove_checkpoints, run_steps
+from dfq_jax.recipes.target import Target, smallest
 from dfq_jax.report import (
     Details,
     Report,
@@ -44,7 +46,7 @@ from dfq_jax.report import (
     layer_reports,
     packed_size,
 )
-from dfq_jax.stages import Allocation, Budget, Comparison, Convention, Sensitivity, allocate, enough_images, sensitivity
+from dfq_jax.stages import Budget, Comparison, Convention, Sensitivity, choices_within
 
 
 @may_transfer
@@ -58,6 +60,7 @@ def quantize(
     edge_bits: int | None = 8,
     convention: Convention | None = None,
     budget: Budget | None = None,
+    target: Target | None = None,
     key: Key[Array, ""] | int = 0,
     images: Float[Array, "n ..."] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -83,6 +86,9 @@ def quantize(
         `weight_range` names others.
       budget: what the network may take: bits are chosen layer by layer within it, by the divergence of the outputs (see
         `sensitivity` and `allocate`), in place of those of the convention, whose rules still hold.
+      target: how good the network has to be, for the smallest that is, as far as `Target` is met by bits of weights
+        chosen layer by layer: some sizes are tried (see `Quantized.report`). If none is, the best of them is returned,
+        and the report and a warning say so. With it, a checkpoint keeps images alone.
       key: a JAX key or a seed; consumed.
       images: preprocessed images to use in place of what the recipe would take, `[N, H, W, C]`: synthetic images,
         noise, or (recipe "instant") BatchNorm parameters. Ranges, corrections and the comparison are then theirs.
@@ -104,7 +110,7 @@ def quantize(
 
     Raises:
       ValueError, TypeError: arguments, weights or a network that cannot be quantized so, or rules for no layer of it,
-        before any long work; a budget that the fewest bits do not meet; or outputs, of the float or the quantized
+        or a budget that the fewest bits do not meet, before any long work; or outputs, of the float or the quantized
         network, that are no finite numbers.
       OSError: the checkpoint cannot be written.
       KeyboardInterrupt: interrupted during synthesis, reconstruction or fine-tuning; a checkpoint, if asked for, is
@@ -113,12 +119,11 @@ def quantize(
     Warns:
       GraphWarning: BatchNorms were not recognized or their statistics look untrained, or a good part of the network
         stays in float; or the result has fallen apart: fewer than half of the images keep their class, or the outputs'
-        error is as large as they are. The head of the report says so too.
+        error is as large as they are; or no network met the target. The head of the report says so too.
     """
     recipe = get_recipe(recipe)
     convention = _as_convention(convention, bits, edge_bits).with_default(recipe.weight_range)
-    if not isinstance(budget, Budget | None):
-        raise TypeError(f"budget: expected a Budget or None, found {budget!r}.")
+    _check_wishes(budget, target)
     key = _as_key(key)
     keys = dict(zip(DRAWING, jax.random.split(key, len(DRAWING)), strict=True))
     input_shape = _as_shape(input_shape)
@@ -132,21 +137,19 @@ def quantize(
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
         convention.check(graph)
+        if budget is not None:
+            choices_within(graph, budget, convention)
+        if target is not None:
+            target.check(graph, images)
     doubts = _warned(*doubtful_statistics(graph, variables), *doubtful_structure(graph))
     with clock("images"):
         options: Any = {"on_progress": on_progress, "checkpoint": checkpoint}
         found = find_images(graph, variables, recipe, convention, keys, images, **options)
-    start, costs = Candidate(variables=variables), None
-    if budget is not None:
-        with clock("budget"):
-            costs, allocation = _allocated(graph, variables, found, budget, convention, recipe, on_progress)
-        convention = allocation.convention
-        for decision in allocation.decisions:
-            start = start.noting(f"bits by layer: {decision}")
     work = Work(
         graph=graph, variables=variables, recipe=recipe, convention=convention, images=found, keys=keys, **options
     )
-    result = run_steps(work, start, clock)
+    outcome = _quantized(work, budget, target, images, clock)
+    work, result = outcome.work, outcome.network
     with clock("compare"):
         judge = work.judge if found.analytic else dataclasses.replace(work.judge, images=found.images)
         compared = judge.compare(result)
@@ -157,8 +160,10 @@ def quantize(
     extra = None
     if details:
         with clock("details"):
-            extra = _details(graph, result, found, costs, preprocessing)
-    report = _report(work, result, compared, key=key, warnings=doubts, seconds=clock.seconds, details=extra)
+            extra = _details(graph, result, found, outcome.costs, preprocessing)
+    doubts += _warned(*outcome.doubts)
+    facts: Any = {"warnings": doubts, "seconds": clock.seconds, "target": outcome.target, "details": extra}
+    report = _report(work, result, compared, key=key, **facts)
     if checkpoint is not None and not keep_checkpoint:
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
     return Quantized(
@@ -166,9 +171,21 @@ def quantize(
         graph=graph,
         report=report,
         recipe=recipe,
-        convention=convention,
+        convention=work.convention,
         images=found.images,
     )
+
+
+def _quantized(work: Work, budget: Budget | None, target: Target | None, given: Any, clock: _Clock) -> Outcome:
+    """The network, with bits by layer if those are to be chosen."""
+    if target is not None:
+        return smallest(work, target, given, clock)
+    start, costs = Candidate(variables=work.variables), None
+    if budget is not None:
+        with clock("budget"):
+            costs, allocate = allocator_of(work)
+            work, start = allocated(work, allocate(budget))
+    return Outcome(work, run_steps(work, start, clock), costs)
 
 
 def _warned(*doubts: str) -> tuple[str, ...]:
@@ -176,25 +193,6 @@ def _warned(*doubts: str) -> tuple[str, ...]:
     for doubt in doubts:
         warnings.warn(doubt, GraphWarning, stacklevel=4)
     return doubts
-
-
-def _allocated(
-    graph: Graph,
-    variables: Any,
-    images: Images,
-    budget: Budget,
-    convention: Convention,
-    recipe: Recipe,
-    on_progress: Callable[[Progress], None] | None,
-) -> tuple[Sensitivity, Allocation]:
-    """What layers cost, and bits within the budget: by images that steps are fitted to, refined on those held out."""
-    count, fitted, judging = enough_images(graph), None, None
-    if not images.analytic:
-        fitted = images.fitted[:count]
-        judging = images.held_out[:count] if len(images.held_out) else fitted
-    settings: Any = {"convention": convention, "estimator": recipe.estimator, "on_progress": on_progress}
-    found = sensitivity(graph, variables, fitted, **settings)
-    return found, allocate(graph, variables, found, budget, judging, **settings)
 
 
 def _details(graph: Graph, result: Candidate, images: Images, costs: Sensitivity | None, preprocessing: Any) -> Details:
@@ -242,10 +240,19 @@ class _Clock:
             self._on_stage(stage)
         began = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - began, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 3)
 
 
 # --- arguments ---
+
+
+def _check_wishes(budget: Budget | None, target: Target | None) -> None:
+    """Refuse what is no budget or no target, or both at once."""
+    for name, value, kind in (("budget", budget, Budget), ("target", target, Target)):
+        if not isinstance(value, kind | None):
+            raise TypeError(f"{name}: expected a {kind.__name__} or None, found {value!r}.")
+    if budget is not None and target is not None:
+        raise ValueError("target: expected None beside a budget, found both.")
 
 
 def _as_convention(convention: Convention | None, bits: str, edge_bits: int | None) -> Convention:

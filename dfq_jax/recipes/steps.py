@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS
-from dfq_jax.recipes.images import JUDGING, Images, file_of
+from dfq_jax.recipes.images import JUDGING, TARGET, Images, file_of
 from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
 from dfq_jax.stages import (
@@ -259,12 +259,11 @@ STEPS = {
 # Those that draw at random, show progress and can be resumed (`Work.long`): each has a key and a file of its own.
 LONG_STEPS = ("reconstruction", "fine-tuning")
 # All that draws at random. New ones come last: by JAX's default generator the others keep their keys then.
-DRAWING = ("images", *LONG_STEPS, JUDGING)
+DRAWING = ("images", *LONG_STEPS, JUDGING, TARGET)
+Around = Callable[[str], AbstractContextManager[Any]]
 
 
-def run_steps(
-    work: Work, candidate: Candidate, around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext()
-) -> Candidate:
+def run_steps(work: Work, candidate: Candidate, around: Around = lambda _: nullcontext()) -> Candidate:
     """Fold a candidate through the steps of the work's recipe, each in a context by its name."""
     for name, step in STEPS.items():
         if step.is_in(work.recipe):
@@ -279,6 +278,7 @@ STAGES = {
     "images": "making images",
     "budget": "choosing bits for each layer",
     **{name: step.title for name, step in STEPS.items()},
+    "target": "measuring what the target asks for",
     "compare": "comparing with the float network",
     "details": "comparing layer by layer",
 }
@@ -289,7 +289,7 @@ STAGES = {
 
 def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) -> None:
     """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
-    files = [checkpoint] if images else []
+    files = [*([checkpoint] if images else []), file_of(checkpoint, TARGET)]
     files += [file_of(checkpoint, name) for name in LONG_STEPS if STEPS[name].is_in(recipe)]
     for file in files:
         remove_checkpoint(file)

@@ -61,6 +61,8 @@ class Report:
       layers: one entry for each layer.
       skipped: what was left in float, and why.
       steps: what was decided on the way, in order.
+      target: what was asked for by a target, whether it is met, and what the network found has on the target's images;
+        None without one.
       versions: of the packages that it was computed with.
       command: that did it, where it was one.
       details: errors and values of each layer and pictures of the images, where asked for.
@@ -80,6 +82,7 @@ class Report:
     size: dict[str, int]
     compared_on: str = "these images"
     warnings: tuple[str, ...] = ()
+    target: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     command: str = ""
     details: Details | None = None
@@ -101,6 +104,8 @@ class Report:
         compared += [] if self.sqnr is None else [f"output SQNR {self.sqnr:.1f} dB"]
         if compared:
             rows.append(("compared", f"{', '.join(compared)} (on {self.compared_on})"))
+        if self.target is not None:
+            rows.append(("target", self.target["text"]))
         ratio = self.size["quantized"] / self.size["float"]
         rows.append(("weights", f"{self.size['quantized']} bytes packed, {ratio:.2f} of float32"))
         rows += [("", step) for step in self.steps]

@@ -1,6 +1,6 @@
 """The methods, one a file: pure functions of a graph, variables and images that give ranges or better variables."""
 
-from dfq_jax.stages.allocation import Allocation, allocate
+from dfq_jax.stages.allocation import Allocation, allocate, allocator
 from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.stages.budget import TARGETS, Budget
@@ -10,6 +10,7 @@ from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.layer_comparison import LayerComparison, LayerError, compare_layers
+from dfq_jax.stages.limits import Choices, choices_within
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
@@ -22,6 +23,7 @@ __all__ = [
     "Allocation",
     "BatchNormConfig",
     "Budget",
+    "Choices",
     "Comparison",
     "Convention",
     "FinetuneConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "absorb_high_bias",
     "adapt_batch_norm",
     "allocate",
+    "allocator",
     "analytic_comparison",
     "analytic_correction",
     "analytic_summaries",
@@ -47,6 +50,7 @@ __all__ = [
     "batch_norm_moments",
     "candidate_ranges",
     "check_widths",
+    "choices_within",
     "compare",
     "compare_layers",
     "comparer",

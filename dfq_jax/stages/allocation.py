@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from jaxtyping import Array, Float
 
 from dfq_jax.base import LINE, Progress, aligned, check_field
 from dfq_jax.graph import Graph
-from dfq_jax.quantizers import storage_bits
-from dfq_jax.stages.assignment import Limit, cheapest
+from dfq_jax.stages.assignment import cheapest
 from dfq_jax.stages.budget import Budget
 from dfq_jax.stages.convention import Convention
-from dfq_jax.stages.mixed import MixedNetwork, Part, Widths
-from dfq_jax.stages.rules import FLOAT_BITS, LayerRule
+from dfq_jax.stages.limits import Choices, all_widths, choices_within
+from dfq_jax.stages.mixed import MixedNetwork
+from dfq_jax.stages.parts import Part, Widths
+from dfq_jax.stages.rules import LayerRule
 from dfq_jax.stages.sensitivity import Sensitivity, progress
 
 ALONE = "least sum of divergences alone"
@@ -97,21 +98,54 @@ def allocate(
     Raises:
       ValueError: no choice is within the budget, which the message says the least of; or bad arguments.
     """
+    settings: Any = {"convention": convention, "estimator": estimator, "on_progress": on_progress}
+    return allocator(graph, variables, found, images, **settings)(budget)
+
+
+def allocator(
+    graph: Graph,
+    variables: Any,
+    found: Sensitivity,
+    images: Float[Array, "n ..."] | None = None,
+    *,
+    convention: Convention = Convention(),
+    estimator: str = "lp",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Callable[[Budget], Allocation]:
+    """`allocate` for many budgets of one network, which is made ready for measuring once.
+
+    >>> found = dfq_jax.sensitivity(graph, variables, images)
+    >>> within = allocator(graph, variables, found, images)
+    >>> [within(Budget(average_weight_bits=b)).used["average_weight_bits"][0] <= b for b in (3.0, 4.0)]
+    [True, True]
+
+    Args:
+      graph: from `trace`.
+      variables: float variables, as `found` was measured with.
+      found: from `sensitivity`, with the same convention and estimator.
+      images: to judge by, as for `allocate`.
+      convention: all but the bits.
+      estimator: of activation ranges.
+      on_progress: called after each measurement.
+
+    Returns:
+      A function of a budget.
+
+    Raises:
+      ValueError: bad arguments; the function, if no choice is within the budget.
+    """
     check_field("found", found, "a Sensitivity", lambda v: isinstance(v, Sensitivity))
-    check_field("budget", budget, "a Budget", lambda v: isinstance(v, Budget))
-    network = MixedNetwork(graph, variables, images, _all_bits(graph, found, convention), convention, estimator)
+    bits = all_widths(graph, convention, found.bits)
+    network = MixedNetwork(graph, variables, images, bits, convention, estimator)
     names = tuple(network.weights)
     check_field("found", found.layers, f"sensitivities of the layers {names}", lambda v: v == names)
-    search = _Search(network, found, budget, convention, on_progress)
-    widths, divergence = search.run()
-    return search.result(widths, divergence)
 
+    def within(budget: Budget) -> Allocation:
+        choices = choices_within(graph, budget, convention, found.bits)
+        search = _Search(network, found, choices, convention, on_progress)
+        return search.result(*search.run())
 
-def _all_bits(graph: Graph, found: Sensitivity, convention: Convention) -> tuple[int, ...]:
-    """The widths of the sensitivity, and those that the convention gives to tensors."""
-    given = {convention.tensor_bits(graph, tensor) for tensor in graph.tensors}
-    ruled = {bits for rule in convention.rules for name, bits in rule.said.items() if name.endswith("_bits")}
-    return tuple(sorted({*found.bits, *given, *ruled} - {None}))
+    return within
 
 
 class _Search:
@@ -121,83 +155,14 @@ class _Search:
         self,
         network: MixedNetwork,
         found: Sensitivity,
-        budget: Budget,
+        choices: Choices,
         convention: Convention,
         on_progress: Callable[[Progress], None] | None,
     ):
         self.network, self.graph, self.found, self.convention = network, network.graph, found, convention
+        self.options, self.limits, self.chooses_inputs = choices
         self.on_progress, self.began = on_progress, time.perf_counter()
-        self.chooses_inputs = budget.bit_operations is not None
-        self.options = self._options(*budget.widths(found.bits))
-        self.limits = [limit for limit in self._limits(budget) if limit.most is not None]
         self.decisions: list[str] = []
-        least = {part: min(options) for part, options in self.options.items()}
-        for limit in self.limits:
-            if (smallest := limit.used(least)) > limit.most:
-                shown = math.ceil(smallest) if limit.name == "weight_bytes" else smallest
-                raise ValueError(
-                    f"{limit.name}: expected at least {shown:.10g}, what the fewest bits take, found {limit.most:.10g}."
-                )
-
-    def _options(self, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> dict[Part, tuple[int, ...]]:
-        """The widths that each part may have; one where a rule of the convention has chosen."""
-        graph, network = self.graph, self.network
-        every = network.uniform.values()
-
-        def choice(known: set[int], allowed: Sequence[int]) -> tuple[int, ...]:
-            return tuple(known) if len(known) == 1 else tuple(b for b in allowed if b in known)
-
-        options: dict[Part, tuple[int, ...]] = {}
-        for name, part in network.weights.items():
-            options[part] = choice({c.layer_bits(graph, graph.layer(name)) for c in every}, weight_bits)
-        for part in network.inputs.values():
-            tensor = graph.tensor(part[1])
-            known = {c.tensor_bits(graph, tensor) for c in every}
-            given = known if self.chooses_inputs else {self.convention.tensor_bits(graph, tensor)}
-            options[part] = choice(known if len(known) == 1 else given, activation_bits)
-        return options
-
-    def _limits(self, budget: Budget) -> list[Limit]:
-        """The limits of a budget for this network; `most` is None where there is none."""
-        graph, shapes = self.graph, self.graph.shapes_by_path
-        kernels = {part: graph.together(part[1]) for part in dict.fromkeys(self.network.weights.values())}
-        sizes = {part: sum(math.prod(shapes[path].shape) for path in paths) for part, paths in kernels.items()}
-        quantized = {path for paths in kernels.values() for path in paths}
-        rest = sum(4 * math.prod(shape.shape) for path, shape in shapes.items() if path not in quantized)
-        choices = [(part, bits) for part in kernels for bits in self.options[part]]
-        average = {(part, bits): bits * sizes[part] / sum(sizes.values()) for part, bits in choices}
-        stored = {(part, bits): float(sum(self._bytes(path, bits) for path in kernels[part])) for part, bits in choices}
-        first = next(iter(kernels))
-        for bits in self.options[first]:
-            stored[first, bits] += rest
-        return [
-            Limit("average_weight_bits", budget.average_weight_bits, average),
-            Limit("weight_bytes", budget.weight_bytes, stored),
-            self._operations(budget.bit_operations),
-        ]
-
-    def _bytes(self, path: str, bits: int) -> int:
-        """Of a kernel as `packed_size` counts it."""
-        graph, shape = self.graph, self.graph.shapes_by_path[path].shape
-        layer = next(readers[0] for other, readers in graph.kernels.items() if other in graph.together(path))
-        convention = self.network.uniform[bits]
-        scales = math.prod(shape[a] for a in convention.scale_axes(graph, layer))
-        values = 1 if convention.is_symmetric(graph, layer) else 2
-        return -(-math.prod(shape) * storage_bits(bits) // 8) + 4 * scales * values
-
-    def _operations(self, most: float | None) -> Limit:
-        """Multiply-accumulates times bits."""
-        network, single, pairs = self.network, dict[tuple[Part, int], float](), dict[tuple[Part, Part], float]()
-        for layer in self.graph.layers:
-            weights, read = network.weights.get(layer.name), network.inputs.get(layer.name)
-            if weights is not None and read is not None:
-                pairs[weights, read] = pairs.get((weights, read), 0.0) + layer.macs
-                continue
-            part = weights or next(iter(network.weights.values()))
-            for bits in self.options[part]:
-                own = bits if weights is not None else FLOAT_BITS
-                single[part, bits] = single.get((part, bits), 0.0) + layer.macs * FLOAT_BITS * own
-        return Limit("bit_operations", most, single, pairs)
 
     # --- searching ---
 

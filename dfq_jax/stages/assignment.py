@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
-from dfq_jax.stages.mixed import Part, Widths
+from dfq_jax.stages.parts import Part, Widths
 
 SECONDS, GAP = 20.0, 1e-4  # after which, or this close to the optimum, the best found is taken
 

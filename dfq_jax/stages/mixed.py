@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,13 +38,11 @@ from dfq_jax.quantizers import code_limits, params_from_range
 from dfq_jax.stages.analytic import noise_of_moments
 from dfq_jax.stages.comparison import compare_outputs
 from dfq_jax.stages.convention import Convention, Ranges, quantize_layer
+from dfq_jax.stages.parts import Part, Widths, parts_of
 from dfq_jax.stages.ranges import apply_estimator, resolve_estimator, summarize
 
 # Of one call on CPU, where those side by side share the cache: two photographs, or more images that are smaller.
 _VALUES, _IMAGES = 2 * 224 * 224 * 3, 16
-
-Part = tuple[str, str]  # ("weights", path of a kernel) or ("input", name of a tensor)
-Widths = Mapping[Part, int]  # bits of each part that is quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,10 +64,7 @@ class MixedNetwork:
     Attributes:
       graph: from `trace`.
       bits: the widths that there are.
-      uniform: by width, the convention that gives it to all that no rule gives another.
-      weights: by layer, the part that its weights are, unless they stay in float; layers that share a kernel, or whose
-        kernels are stored as one, have one part.
-      inputs: by layer, the part that its input is, unless it stays in float; layers that read one tensor have one part.
+      uniform, weights, inputs: of its `Parts`.
       seen_on: what the divergences are measured on, in words.
     """
 
@@ -85,8 +80,8 @@ class MixedNetwork:
     ):
         check_variables(graph, variables)
         self.graph, self.bits = graph, tuple(bits)
-        self.uniform = {b: uniform(convention, b) for b in self.bits}
-        self.weights, self.inputs = _parts(graph, self.uniform[self.bits[0]])
+        parts = parts_of(graph, convention, self.bits)
+        self.uniform, self.weights, self.inputs = parts.uniform, parts.weights, parts.inputs
         self._first = self._first_blocks()
         self._own = frozenset(self._readers_by_themselves())
         self._leaves = graph.leaves_by_path(jax.device_put(variables))
@@ -198,21 +193,6 @@ class MixedNetwork:
         arguments = self._arguments(widths)
         outputs = _outputs(self.graph, self._own, *arguments, start.inputs[place], self._offsets[place], first)
         return jax.block_until_ready(outputs)
-
-
-def uniform(convention: Convention, bits: int) -> Convention:
-    """The convention with so many bits for all weights and activations, edges included; rules stay."""
-    same = {"edge_bits": None, "edge_input_bits": None, "second_input_bits": None}
-    activation_bits = None if convention.activation_bits is None else bits
-    return dataclasses.replace(convention, weight_bits=bits, activation_bits=activation_bits, **same)
-
-
-def _parts(graph: Graph, convention: Convention) -> tuple[dict[str, Part], dict[str, Part]]:
-    """By layer, what its weights and its input are parts of, where a convention quantizes them."""
-    quantized = [layer for layer in graph.layers if convention.layer_bits(graph, layer) is not None]
-    weights = {layer.name: ("weights", graph.together(layer.kernel)[0]) for layer in quantized}
-    read = {t.name for t in graph.tensors if convention.tensor_bits(graph, t) is not None}
-    return weights, {layer.name: ("input", layer.tensor) for layer in quantized if layer.tensor in read}
 
 
 # --- the programs ---

@@ -16,10 +16,12 @@ from dfq_jax.base import LINE, Progress, aligned, check_field, hanging, known_fi
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS, MIN_BITS
 from dfq_jax.stages.convention import Convention
-from dfq_jax.stages.mixed import MixedNetwork, Widths
+from dfq_jax.stages.mixed import MixedNetwork
+from dfq_jax.stages.parts import Widths
 from dfq_jax.stages.rules import is_bits
 
 PARTS = ("weights", "input", "both", "without")
+WIDTHS = (2, 3, 4, 6, 8)
 # So many images of 224 x 224 take minutes; of small ones there may be more.
 LEAST_IMAGES, MOST_IMAGES, VALUES = 8, 32, 8 * 224 * 224 * 3
 
@@ -98,7 +100,7 @@ def sensitivity(
     variables: Any,
     images: Float[Array, "n ..."] | None = None,
     *,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    bits: Sequence[int] = WIDTHS,
     convention: Convention = Convention(),
     estimator: str = "lp",
     on_progress: Callable[[Progress], None] | None = None,
