@@ -446,6 +446,7 @@ def test_bundled_model(tmp_path):
     bits = {layer["name"]: (layer["weight_bits"], layer["activation_bits"]) for layer in facts["report"]["layers"]}
     assert set(bits.values()) == {(4, 8), (6, 5), (4, 4), (None, None)}
     assert facts["float"]["top1"] > 85
+    assert result.out.splitlines()[-1].startswith("mixed W4.")
     assert f"{facts['quantized']['top1']:.2f}" in result.out
     again = succeed("evaluate", target, "--data", "bundled", "--limit", 64)
     assert f"{facts['quantized']['top1']:.2f}" in again.out
@@ -555,6 +556,12 @@ REFUSED = {
         (*QUANTIZE, *SMALL, "--layer-bits", "Conv_2=w8"),
         "'Conv_2=w8' matches no layer; the closest are 'Conv_1'",
     ),
+    "agreement": ((*QUANTIZE, "--min-agreement", "101"), "a percentage above 0 and up to 100, found 101"),
+    "two targets": (
+        (*QUANTIZE, "--min-agreement", "99", "--max-divergence", "0.1"),
+        "expected an agreement or a divergence, found 99.0 and 0.1",
+    ),
+    "target and budget": ((*QUANTIZE, "--min-agreement", "99", "--average-bits", "4"), "expected None beside a budget"),
     "no images": ((*QUANTIZE, "--images", "0"), "num_images: expected an integer of at least 1, found 0"),
     "no steps": ((*QUANTIZE, "--steps", "-1"), "steps: expected an integer of at least 1, found -1"),
     "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),

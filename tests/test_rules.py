@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -29,7 +30,7 @@ from dfq_jax.quantizers import QTensor, quantization
 from dfq_jax.report import layer_reports, packed_size
 from dfq_jax.runtime import compile_integer
 from dfq_jax.runtime.policy import INT8, UNQUANTIZED, WEIGHT_ONLY
-from dfq_jax.stages import convention_from, estimate_ranges, kind_of, quantize_params, sqnr
+from dfq_jax.stages import TARGETS, convention_from, estimate_ranges, kind_of, quantize_params, sqnr
 
 # In turn, from the first layer on.
 IN_TURN = ("w4a4", "w8a8", "w4a8", "float", "w8a4", "w3a16")
@@ -385,6 +386,32 @@ def test_files_of_mixed_widths(build, name, shortcuts, tmp_path):
         exporter = dataclasses.replace(exporter, module=build().model)
     exporter.write(net, path)
     assert sqnr(outputs, exporter.open(path)(np.asarray(net.images))) > least
+
+
+LEAST = {"onnx": 35, "tflite": 15}  # decibel
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "tflite")) for n in TARGETS])
+@pytest.mark.parametrize("build", [model_grid.mobilenet_v2, model_grid.cifar_resnet8])
+def test_what_budgets_give_a_target_it_runs(build, name, tmp_path):
+    """All pairs of bits that a target has, in one network."""
+    pairs = itertools.product(*TARGETS[name])
+    words = tuple(f"w{weights}a{read}" for weights, read in pairs)
+    net, outputs = written(build, words, "quantized" if name == "integer" else "float")
+    given = {(net.graph.leaves_by_path(net.variables)[layer.kernel].bits) for layer in net.graph.layers}
+    assert given == set(TARGETS[name][0])
+    if name == "integer":
+        plan, variables = compile_integer(net.graph, net.variables, EVERYTHING)
+        assert {layer.decision.runs for layer in plan.layers} == {INT8}
+        assert_same_network(run_integer(plan, variables, net.images), outputs, 0.02)
+        return
+    if name == "onnx":
+        pytest.importorskip("onnxruntime")
+    elif litert() is None:
+        pytest.skip("no LiteRT packages")
+    exporter, path = get_exporter(name), tmp_path / "net"
+    exporter.write(net, path)
+    assert sqnr(outputs, exporter.open(path)(np.asarray(net.images))) > LEAST[name]
 
 
 TYPES = """

@@ -149,7 +149,7 @@ def _print(quantized: Quantized, found: dict[str, Measurement], layers: bool) ->
         return
     rows = [
         (name, with_margin(a), top5_with_margin(a), "" if a.agreement is None else f"{a.agreement:.2f}", str(a.n))
-        for name, (_, a, _) in zip(("float", quantized.convention.name.upper()), found.values(), strict=True)
+        for name, (_, a, _) in zip(("float", quantized.name), found.values(), strict=True)
     ]
     print()
     print_table(("network", "top-1 %", "top-5 %", "agreement %", "images"), rows, right=("agreement %", "images"))
@@ -182,8 +182,7 @@ def evaluate(
     network = (apply_fn, quantized.variables)
     with open_display() as display:
         _, result, seconds = target.measure(Reporter(display), "evaluating the quantized network", network, images)
-    name_of_bits = quantized.convention.name.upper()
-    row = (name_of_bits, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
+    row = (quantized.name, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
     print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
     print(f"convention: {quantized.convention.describe()}")
     if json is not None:

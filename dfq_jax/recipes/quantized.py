@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from dfq_jax.quantizers import quantization, with_quantization
 from dfq_jax.recipes.recipe import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
 from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
-from dfq_jax.stages import Convention, apply_jitted, convention_from
+from dfq_jax.stages import FLOAT_BITS, Convention, apply_jitted, convention_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,20 @@ class Quantized:
     recipe: Recipe
     convention: Convention
     images: Any
+
+    @property
+    def name(self) -> str:
+        """Its bits in short: "W4A8" or, with other ones for some layers, "mixed W4.2A8" as they are on average.
+
+        The average is over weights, and over multiply-accumulates for what is read; float counts as 16.
+        """
+        if not self.convention.rules:
+            return self.convention.name.upper()
+        layers = [*zip(self.graph.layers, self.report.layers, strict=True)]
+        weights = [(found.weight_bits, math.prod(layer.kernel_shape)) for layer, found in layers]
+        reads = [(found.activation_bits, layer.macs) for layer, found in layers]
+        means = (sum((bits or FLOAT_BITS) * n for bits, n in of) / sum(n for _, n in of) for of in (weights, reads))
+        return "mixed W{:.3g}A{:.3g}".format(*means)
 
     @property
     def apply(self) -> Callable[[Any, jax.Array], Any]:

@@ -14,11 +14,12 @@ from dfq_jax.stages.limits import Choices, choices_within
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
-from dfq_jax.stages.rules import LayerRule, kind_of
+from dfq_jax.stages.rules import FLOAT_BITS, LayerRule, kind_of
 from dfq_jax.stages.sensitivity import Sensitivity, check_widths, enough_images, sensitivity
 
 __all__ = [
     "ESTIMATORS",
+    "FLOAT_BITS",
     "TARGETS",
     "Allocation",
     "BatchNormConfig",
