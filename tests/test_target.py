@@ -46,8 +46,8 @@ def test_smaller_than_the_smallest_uniform_one(tmp_path):
     assert least < facts["weight_bytes"] == result.report.size["quantized"] < most
     divergence = compare(graph, variables, result.variables, IMAGES).divergence
     assert divergence == pytest.approx(facts["found"]["divergence"]) and divergence <= target.divergence
-    assert facts["text"] in result.report.table()
-    assert f"target: {facts['weight_bytes']} bytes: agreement" in result.report.table()
+    assert ("target", facts["text"]) in result.report.summary()
+    assert any(f"target: {facts['weight_bytes']} bytes: agreement" in step for step in result.report.steps)
     # Asked for less, less is taken; and what uniform bits meet takes no more than they do.
     assert run(Target(divergence=1.001 * four)).report.size["quantized"] <= size + (most - least) / (SIZES - 1)
     result.save(tmp_path / "net.safetensors")
@@ -83,7 +83,8 @@ def test_images_of_its_own():
     recipe = RECIPES["instant"].replace(**SMALL)
     stages = []
     result = run(Target(agreement=1.0, num_images=24), recipe=recipe, images=None, on_stage=stages.append)
-    facts = result.report.target
+    facts, tried = result.report.target, [step for step in result.report.steps if step.startswith("target: ")]
+    assert len({step.split()[1] for step in tried}) == len(tried) > 2
     assert facts["met"] and facts["text"].endswith("(on 24 images of the source 'pyramid' of their own)")
     assert result.report.agreement is None and facts["found"]["agreement"] >= 1
     assert "target" in stages and "target" in result.report.seconds

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 def allocator_of(work: Work) -> tuple[Sensitivity, Callable[[Budget], Allocation]]:
-    """What layers cost, on images that steps are fitted to, and `allocate` for any budget, refined on those held out."""
+    """What layers cost, by images that steps are fitted to, and `allocate`, refined on those held out."""
     graph, images, convention = work.graph, work.images, work.convention
     count, fitted, judging = enough_images(graph), None, None
     if not images.analytic:
@@ -54,4 +54,4 @@ def allocated(work: Work, allocation: Allocation) -> tuple[Work, Candidate]:
     """The work with these bits, and what its steps begin with."""
     decisions = tuple(f"bits by layer: {decision}" for decision in allocation.decisions)
     start = Candidate(variables=work.variables, decisions=decisions)
-    return dataclasses.replace(work, convention=allocation.convention), start
+    return dataclasses.replace(work, convention=allocation.convention, begun={}), start
