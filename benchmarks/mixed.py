@@ -7,6 +7,10 @@ network: the drop of top-1 on `--data`, the agreement with the float network ove
 the agreement predicted on images made from the network that no recipe has seen, as well as bytes and seconds: means
 over keys, and in brackets the spread (largest minus smallest). Bytes are those of all variables as they are stored,
 the edges' and what stays in float among them; 3 bits are stored as 4.
+
+With `--sizes 99 98`: the smallest network that reaches an agreement of so many percent by images made from the network,
+found by `Target`, against the smallest with the same bits of weights in all layers but the edges that reaches it by the
+same images; activations have 8 bits in both. The agreement on real images stands beside the predicted one.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import numpy as np
 from network import EDGES, Network, add_arguments
 from recipes import Images, field, run, unseen
 
-from dfq_jax import RECIPES, Budget, Convention, Quantized
+from dfq_jax import RECIPES, Budget, Convention, Quantized, Target
 from dfq_jax.stages import Comparison, comparer
 
 
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--edges", default="8", choices=EDGES, help="its first and last layer")
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the recipes")
+    parser.add_argument("--sizes", type=float, nargs="+", metavar="PERCENT", help="smallest sizes at these agreements")
     parser.add_argument("--unseen", type=int, default=128, help="images to predict agreement on, for each key")
     parser.add_argument("--cache", type=Path, help="folder to keep images in")
     arguments = parser.parse_args()
@@ -42,28 +47,55 @@ def main() -> None:
     network = Network(arguments)
     print(network)
     bench = Bench(network, arguments)
-    convention = Convention.parse(arguments.bits, **EDGES[arguments.edges])
-    print(f"{network.name}, {convention.describe()}")
+    compared = smallest if arguments.sizes else at_one_size
     for name in arguments.recipes:
-        rows: dict[str, list[np.ndarray]] = {"uniform": [], "mixed": []}
-        for key in arguments.keys:
-            uniform, scores = bench.run(name, convention, key)
-            rows["uniform"].append(scores)
-            most = operations(network, convention)
-            budget = Budget(weight_bytes=uniform.report.size["quantized"], bit_operations=most)
-            mixed, scores = bench.run(name, convention, key, budget=budget)
-            rows["mixed"].append(scores)
-            share = operations(network, mixed.convention) / most
-            print(
-                f"  key {key}: {100 * share:.1f} % of the bit operations, layers by bits: {widths(mixed)}", flush=True
-            )
-        print(f"\n{name}, keys {arguments.keys}: {HEADER}")
+        print(f"\n{network.name}, {name}, keys {arguments.keys}, edges {arguments.edges}", flush=True)
+        rows = compared(bench, name, arguments)
+        print(f"{network.name}, {name}: {HEADER}")
         for row, found in rows.items():
-            print(f"{row:<8} {cell(np.array(found))}", flush=True)
-        print(flush=True)
+            print(f"{row:<20} {cell(np.array(found))}", flush=True)
 
 
+Rows = dict[str, list[np.ndarray]]
+
+
+def at_one_size(bench: Bench, name: str, arguments: argparse.Namespace) -> Rows:
+    """Uniform bits, and bits by layer within the same bytes and bit operations."""
+    convention, rows = Convention.parse(arguments.bits, **EDGES[arguments.edges]), Rows()
+    most = operations(bench.network, convention)
+    for key in arguments.keys:
+        uniform, scores = bench.run(name, convention, key)
+        rows.setdefault(f"uniform {arguments.bits}", []).append(scores)
+        budget = Budget(weight_bytes=uniform.report.size["quantized"], bit_operations=most)
+        mixed, scores = bench.run(name, convention, key, budget=budget)
+        rows.setdefault("mixed", []).append(scores)
+        share = operations(bench.network, mixed.convention) / most
+        print(f"  key {key}: {100 * share:.1f} % of the bit operations, layers by bits: {widths(mixed)}", flush=True)
+    return rows
+
+
+def smallest(bench: Bench, name: str, arguments: argparse.Namespace) -> Rows:
+    """The smallest networks that reach an agreement; also all uniform ones."""
+    rows = Rows()
+    for key in arguments.keys:
+        uniform = {}
+        for bits in UNIFORM:
+            convention = Convention.parse(f"w{bits}a8", **EDGES[arguments.edges])
+            _, uniform[bits] = bench.run(name, convention, key)
+            rows.setdefault(f"uniform w{bits}a8", []).append(uniform[bits])
+        for percent in arguments.sizes:
+            reached = [bits for bits in UNIFORM if uniform[bits][PREDICTED] >= percent]
+            best = f"w{reached[0]}a8" if reached else "none"
+            target = Target(agreement=percent, num_images=arguments.unseen)
+            mixed, scores = bench.run(name, Convention.parse("w8a8"), key, target=target)
+            rows.setdefault(f"mixed, {percent:g} %", []).append(scores)
+            print(f"  key {key}: {mixed.report.target['text']}; {widths(mixed)}; smallest uniform: {best}", flush=True)
+    return rows
+
+
+UNIFORM = (2, 4, 8)  # others are stored in as many bytes as one of these
 HEADER = "drop / agreement / predicted agreement in percent, bytes, seconds"
+PREDICTED = 2  # its place among these
 
 
 class Bench:

@@ -167,7 +167,7 @@ def test_bad_input():
     found = parts(model_grid.mlp)[-1]
     for arguments, message in (
         (("found", Budget(average_weight_bits=4)), "found: expected a Sensitivity, found 'found'"),
-        ((found, 4), "budget: expected a Budget, found 4"),
+        ((parts(model_grid.cifar_resnet8)[-1], 4), "budget: expected a Budget, found 4"),
     ):
         with pytest.raises(ValueError, match=message):
             allocate(graph, variables, *arguments, images)

@@ -108,7 +108,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
         assert error <= tolerance * span, f"error {error:.3g} of {span:.3g}"
 
 
-def assert_same_codes(found: Any, expected: Any, network: RandomNetwork) -> None:
+def assert_same_codes(found: Any, expected: Any, network: RandomNetwork, step: float = 0.05) -> None:
     """Equal to rounding for most images; in the others a value between two codes may have fallen to the other side."""
     tolerance = precision(network)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -119,7 +119,7 @@ def assert_same_codes(found: Any, expected: Any, network: RandomNetwork) -> None
         errors = np.abs(a - b).reshape(len(a), -1).max(1) / span
         # Small kernels of few bits have few sums, so that one between two codes may be in every image: by little then.
         rare = tolerance >= 1e-3 or np.mean(errors > tolerance) <= 0.25
-        assert errors.max() <= (max(0.05, 3 * tolerance) if rare else 0.01), f"errors by image: {errors}"
+        assert errors.max() <= (max(step, 3 * tolerance) if rare else 0.01), f"errors by image: {errors}"
 
 
 def check_traced(seed: int) -> None:
@@ -182,10 +182,11 @@ def check_integer(seed: int) -> None:
 def check_mixed(seed: int) -> None:
     """Layers of several widths, and in float, beside each other: integer execution is the simulation."""
     own = results(seed)
-    assert_same_codes(own.outputs["mixed integer"], own.outputs["mixed"], own.network)
+    step = 0.1  # some read 4 bits, of which one code is 1 / 15 of all
+    assert_same_codes(own.outputs["mixed integer"], own.outputs["mixed"], own.network, step)
     plan, ivariables = compile_integer(own.graph, own.mixed, EVERYTHING)
     found = jax.tree.map(np.asarray, jax.jit(apply_plan, static_argnums=0)(plan, ivariables, own.x))
-    assert_same_codes(found, own.outputs["mixed"], own.network)
+    assert_same_codes(found, own.outputs["mixed"], own.network, step)
 
 
 def check_compiled(seed: int) -> None:

@@ -21,9 +21,9 @@ PLAIN = Recipe(name="plain")
 SMALL = {"synthesis_steps": 3, "synthesis_num_images": 16, "synthesis_batch_size": 16}
 
 
-def run(target, case=CASE, **settings):
-    settings = {"recipe": PLAIN, "images": IMAGES, "input_shape": case.input_shape, **settings}
-    return quantize(case.model, case.variables, target=target, **settings)
+def run(target, **settings):
+    settings = {"recipe": PLAIN, "images": IMAGES, "input_shape": CASE.input_shape, **settings}
+    return quantize(CASE.model, CASE.variables, target=target, **settings)
 
 
 def uniform(graph, variables, bits):
@@ -46,9 +46,8 @@ def test_smaller_than_the_smallest_uniform_one(tmp_path):
     assert least < facts["weight_bytes"] == result.report.size["quantized"] < most
     divergence = compare(graph, variables, result.variables, IMAGES).divergence
     assert divergence == pytest.approx(facts["found"]["divergence"]) and divergence <= target.divergence
-    words = " ".join(result.report.table().split())  # its lines are broken to fit
-    assert facts["text"] in words
-    assert f"target: {facts['weight_bytes']} bytes: agreement" in words
+    assert ("target", facts["text"]) in result.report.summary()
+    assert any(f"target: {facts['weight_bytes']} bytes: agreement" in step for step in result.report.steps)
     # Asked for less, less is taken; and what uniform bits meet takes no more than they do.
     assert run(Target(divergence=1.001 * four)).report.size["quantized"] <= size + (most - least) / (SIZES - 1)
     result.save(tmp_path / "net.safetensors")
@@ -84,7 +83,8 @@ def test_images_of_its_own():
     recipe = RECIPES["instant"].replace(**SMALL)
     stages = []
     result = run(Target(agreement=1.0, num_images=24), recipe=recipe, images=None, on_stage=stages.append)
-    facts = result.report.target
+    facts, tried = result.report.target, [step for step in result.report.steps if step.startswith("target: ")]
+    assert len({step.split()[1] for step in tried}) == len(tried) > 2
     assert facts["met"] and facts["text"].endswith("(on 24 images of the source 'pyramid' of their own)")
     assert result.report.agreement is None and facts["found"]["agreement"] >= 1
     assert "target" in stages and "target" in result.report.seconds
@@ -132,9 +132,16 @@ def test_refused_before_any_work():
         run(Target(agreement=99.0), budget=Budget(average_weight_bits=4.0), on_stage=stage)
     with pytest.raises(TypeError, match="target: expected a Target or None, found 99"):
         run(99.0, on_stage=stage)
-    case = model_grid.mlp()
+    variables = {"kernel": jax.random.normal(jax.random.key(0), (6, 3))}
     with pytest.raises(ValueError, match=r"target: expected images=\.\.\., as the network has no BatchNorm"):
-        run(Target(agreement=99.0), case, images=None, on_stage=stage)
+        quantize(
+            lambda variables, x: x @ variables["kernel"],
+            variables,
+            input_shape=(1, 6),
+            recipe="noise",
+            target=Target(agreement=99.0),
+            on_stage=stage,
+        )
 
 
 def test_without_classes():

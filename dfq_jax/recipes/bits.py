@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.steps import Work
-from dfq_jax.stages import Allocation, Budget, allocator, enough_images, sensitivity
+from dfq_jax.stages import Allocation, Budget, Sensitivity, allocator, enough_images, sensitivity
 
 
-def with_costs(work: Work) -> Work:
-    """The work with what each layer costs at each width, on images that steps are fitted to."""
-    fitted = None if work.images.analytic else work.images.fitted[: enough_images(work.graph)]
-    found = sensitivity(work.graph, work.variables, fitted, **_settings(work))
-    return dataclasses.replace(work, costs=found)
+class Outcome(NamedTuple):
+    """A quantized network, and how it came about.
+
+    Attributes:
+      work: with the convention that has its bits.
+      network: the network.
+      costs: what layers cost, if bits were chosen.
+      target: what the report says of a target, if there was one.
+    """
+
+    work: Work
+    network: Candidate
+    costs: Sensitivity | None = None
+    target: dict[str, Any] | None = None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is to be warned of."""
+        if self.target is None or self.target["met"]:
+            return ()
+        return (f"the target is out of reach of all sizes that were tried: {self.target['text']}.",)
 
 
-def allocator_of(work: Work) -> Callable[[Budget], Allocation]:
-    """`allocate` for any budget: by the costs that the work has, refined on images held out, if there are any."""
-    images, count = work.images, enough_images(work.graph)
-    judging = None
+def allocator_of(work: Work) -> tuple[Sensitivity, Callable[[Budget], Allocation]]:
+    """What layers cost, by images that steps are fitted to, and `allocate`, refined on those held out."""
+    graph, images, convention = work.graph, work.images, work.convention
+    count, fitted, judging = enough_images(graph), None, None
     if not images.analytic:
-        judging = images.held_out[:count] if len(images.held_out) else images.fitted[:count]
-    return allocator(work.graph, work.variables, work.costs, judging, **_settings(work))
+        fitted = images.fitted[:count]
+        judging = images.held_out[:count] if len(images.held_out) else fitted
+    settings: Any = {
+        "convention": convention,
+        "estimator": work.recipe.estimator,
+        "on_progress": work.on_progress,
+    }
+    found = sensitivity(graph, work.variables, fitted, **settings)
+    return found, allocator(graph, work.variables, found, judging, **settings)
 
 
-def _settings(work: Work) -> dict[str, Any]:
-    return {"convention": work.convention, "estimator": work.recipe.estimator, "on_progress": work.on_progress}
-
-
-def allocated(work: Work, allocation: Allocation) -> Candidate:
-    """What steps begin with, of a network with these bits."""
+def allocated(work: Work, allocation: Allocation) -> tuple[Work, Candidate]:
+    """The work with these bits, and what its steps begin with."""
     decisions = tuple(f"bits by layer: {decision}" for decision in allocation.decisions)
-    return Candidate(variables=work.variables, decisions=decisions)
+    start = Candidate(variables=work.variables, decisions=decisions)
+    return dataclasses.replace(work, convention=allocation.convention, begun={}), start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,25 +100,10 @@ def _num_held_out(recipe: Recipe, count: int) -> int:
     return held_out if held_out >= MIN_HELD_OUT else 0
 
 
-def make_images(
-    graph: Graph,
-    variables: Any,
-    recipe: Recipe,
-    keys: Mapping[str, Key[Array, ""]],
-    *,
-    name: str,
-    count: int,
-    source: str,
-    checkpoint: Any,
-    **options: Any,
-) -> Synthesis:
-    """More images as a recipe makes them, with the key of a name and the file of that name beside `checkpoint`."""
-    sizes: Any = {"num_images": count, "batch_size": min(recipe.synthesis.batch_size, count)}
-    config = dataclasses.replace(recipe.synthesis, source=source, **sizes)
-    file = file_of(checkpoint, name)
-    sets = [(keys[name], config)]
-    (made,) = synthesize_sets(graph, variables, sets, checkpoint=file, keep_checkpoint=True, **options)
-    if not made.completed:
+def make_images(graph: Graph, variables: Any, sets: Sequence[Any], **options: Any) -> list[Synthesis]:
+    """`synthesize_sets`, of which nothing less than all images is of use."""
+    made = synthesize_sets(graph, variables, sets, keep_checkpoint=True, **options)
+    if not all(images.completed for images in made):
         raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
     return made
 
@@ -134,9 +119,7 @@ def _synthesized(
     for name in (name for name, count in sizes.items() if count):
         settings: Any = {"num_images": sizes[name], "batch_size": min(whole.batch_size, sizes[name])}
         sets.append((keys[name], dataclasses.replace(whole, source=sources[name], **settings)))
-    made = synthesize_sets(graph, variables, sets, checkpoint=checkpoint, keep_checkpoint=True, **options)
-    if not all(images.completed for images in made):
-        raise KeyboardInterrupt("synthesis was interrupted; call synthesize() to keep unfinished images")
+    made = make_images(graph, variables, sets, checkpoint=checkpoint, **options)
     origin = _origin(made[0], whole.steps)
     if held_out:
         origin += f", and {held_out} of the source {sources[JUDGING]!r} to judge on"

@@ -28,8 +28,8 @@ from dfq_jax.graph import (
     on_device,
     trace,
 )
-from dfq_jax.recipes.bits import allocated, allocator_of, with_costs
-from dfq_jax.recipes.images import THESE_IMAGES, find_images
+from dfq_jax.recipes.bits import Outcome, allocated, allocator_of
+from dfq_jax.recipes.images import THESE_IMAGES, Images, find_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.quantized import Quantized
 from dfq_jax.recipes.recipe import Recipe, get_recipe
@@ -45,7 +45,7 @@ from dfq_jax.report import (
     layer_reports,
     packed_size,
 )
-from dfq_jax.stages import Budget, Comparison, Convention, choices_within
+from dfq_jax.stages import Budget, Comparison, Convention, Sensitivity, choices_within
 
 
 @may_transfer
@@ -147,7 +147,8 @@ def quantize(
     work = Work(
         graph=graph, variables=variables, recipe=recipe, convention=convention, images=found, keys=keys, **options
     )
-    work, result, reached = _quantized(work, budget, target, images, clock)
+    outcome = _quantized(work, budget, target, images, clock)
+    work, result = outcome.work, outcome.network
     with clock("compare"):
         judge = work.judge if found.analytic else dataclasses.replace(work.judge, images=found.images)
         compared = judge.compare(result)
@@ -158,10 +159,9 @@ def quantize(
     extra = None
     if details:
         with clock("details"):
-            extra = _details(work, result, preprocessing)
-    if reached is not None and not reached["met"]:
-        doubts += _warned(f"the target is out of reach of all sizes that were tried: {reached['text']}.")
-    facts: Any = {"warnings": doubts, "seconds": clock.seconds, "details": extra, "target": reached}
+            extra = _details(graph, result, found, outcome.costs, preprocessing)
+    doubts += _warned(*outcome.doubts)
+    facts: Any = {"warnings": doubts, "seconds": clock.seconds, "target": outcome.target, "details": extra}
     report = _report(work, result, compared, key=key, **facts)
     if checkpoint is not None and not keep_checkpoint:
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
@@ -175,20 +175,16 @@ def quantize(
     )
 
 
-def _quantized(
-    work: Work, budget: Budget | None, target: Target | None, given: Any, clock: _Clock
-) -> tuple[Work, Candidate, dict[str, Any] | None]:
-    """The work with its bits, the network, and what there is to say of a target."""
+def _quantized(work: Work, budget: Budget | None, target: Target | None, given: Any, clock: _Clock) -> Outcome:
+    """The network, with bits by layer if those are to be chosen."""
     if target is not None:
         return smallest(work, target, given, clock)
-    start = Candidate(variables=work.variables)
+    start, costs = Candidate(variables=work.variables), None
     if budget is not None:
         with clock("budget"):
-            work = with_costs(work)
-            allocation = allocator_of(work)(budget)
-        work = dataclasses.replace(work, convention=allocation.convention)
-        start = allocated(work, allocation)
-    return work, run_steps(work, start, clock), None
+            costs, allocate = allocator_of(work)
+            work, start = allocated(work, allocate(budget))
+    return Outcome(work, run_steps(work, start, clock), costs)
 
 
 def _warned(*doubts: str) -> tuple[str, ...]:
@@ -198,7 +194,7 @@ def _warned(*doubts: str) -> tuple[str, ...]:
     return doubts
 
 
-def _details(work: Work, result: Candidate, preprocessing: Any) -> Details:
+def _details(graph: Graph, result: Candidate, images: Images, costs: Sensitivity | None, preprocessing: Any) -> Details:
     """What a page shows of the result, on the images; noise is nothing to look at."""
     is_noise = work.images.kind != THESE_IMAGES
     kind = "arrays of Gaussian noise" if is_noise else "images"

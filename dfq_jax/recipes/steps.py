@@ -291,7 +291,7 @@ STAGES = {
 
 def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) -> None:
     """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
-    files = [file_of(checkpoint, TARGET), *([checkpoint] if images else [])]
+    files = [*([checkpoint] if images else []), file_of(checkpoint, TARGET)]
     files += [file_of(checkpoint, name) for name in LONG_STEPS if STEPS[name].is_in(recipe)]
     for file in files:
         remove_checkpoint(file)

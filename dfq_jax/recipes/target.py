@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from dfq_jax.base import check_field, check_fields, is_non_negative
 from dfq_jax.graph import Graph
-from dfq_jax.recipes.bits import allocated, allocator_of, with_costs
-from dfq_jax.recipes.images import TARGET, make_images
+from dfq_jax.recipes.bits import Outcome, allocated, allocator_of
+from dfq_jax.recipes.images import TARGET, file_of, make_images
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.recipe import Recipe
 from dfq_jax.recipes.steps import Around, Work, run_steps
@@ -104,9 +104,7 @@ class Trial(NamedTuple):
         return (0, self.weight_bytes, self.shortfall) if self.met else (1, self.shortfall, self.weight_bytes)
 
 
-def smallest(
-    work: Work, target: Target, given: Float[Array, "n ..."] | None, around: Around
-) -> tuple[Work, Candidate, dict[str, Any]]:
+def smallest(work: Work, target: Target, given: Float[Array, "n ..."] | None, around: Around) -> Outcome:
     """The smallest network found that meets a target, or else the one that misses it by least.
 
     Sensitivity is measured once. Sizes are a quarter of a bit of a weight apart, from all weights at 2 bits to all at
@@ -121,7 +119,7 @@ def smallest(
       around: as for `run_steps`.
 
     Returns:
-      The work with the bits of the network, the network, and what the report says of the target.
+      The network.
     """
     search = _Search(work, target, given, around)
     cheap, last = dataclasses.replace(work.recipe, reconstruction=None, finetune=None), len(search.sizes) - 1
@@ -138,13 +136,12 @@ class _Search:
     """Sizes tried, and the best network of them."""
 
     def __init__(self, work: Work, target: Target, given: Float[Array, "n ..."] | None, around: Around):
-        self.target, self.around = target, around
+        self.work, self.target, self.around = work, target, around
         with around("images"):
             images, self.measured_on = _images(work, target, given)
         self.judge = dataclasses.replace(work.judge, images=images)
         with around("budget"):
-            self.work = with_costs(work)
-            self.allocate = allocator_of(self.work)
+            self.costs, self.allocate = allocator_of(work)
         self.sizes = sorted({int(size) for size in np.linspace(*_extremes(work.graph, work.convention), SIZES)})
         self.best: Trial | None = None
         self.tried: list[str] = []
@@ -165,8 +162,8 @@ class _Search:
         with self.around("budget"):
             allocation = self.allocate(Budget(weight_bytes=self.sizes[place]))
         # Blocks are not kept in files: those of one size are of no use for the next.
-        work = dataclasses.replace(self.work, recipe=recipe, convention=allocation.convention, checkpoint=None)
-        candidate = run_steps(work, allocated(work, allocation), self.around)
+        work, start = allocated(dataclasses.replace(self.work, recipe=recipe, checkpoint=None), allocation)
+        candidate = run_steps(work, start, self.around)
         with self.around("target"):
             compared = self.judge.compare(candidate)
         size = packed_size(work.graph.leaves(candidate.quantized))["quantized"]
@@ -176,7 +173,7 @@ class _Search:
         self.best = trial if self.best is None else min(self.best, trial, key=lambda t: t.rank)
         return trial
 
-    def result(self) -> tuple[Work, Candidate, dict[str, Any]]:
+    def result(self) -> Outcome:
         """As `smallest` gives it."""
         best, target = self.best, self.target
         candidate = dataclasses.replace(best.candidate, decisions=(*self.tried, *best.candidate.decisions))
@@ -188,7 +185,7 @@ class _Search:
             "text": f"{target.describe()}: {'met' if best.met else 'NOT MET'}, {_measured(best.compared)} with "
             f"{best.weight_bytes} bytes (on {self.measured_on})",
         }
-        return dataclasses.replace(self.work, convention=best.work.convention), candidate, facts
+        return Outcome(dataclasses.replace(self.work, convention=best.work.convention), candidate, self.costs, facts)
 
 
 def _measured(compared: Comparison) -> str:
@@ -201,13 +198,12 @@ def _images(work: Work, target: Target, given: Float[Array, "n ..."] | None) -> 
     if given is not None:
         images = work.images.held_out if work.judge.has_images else work.images.images
         return images, f"{len(images)} of the images given"
-    options: Any = {"on_progress": work.on_progress, "checkpoint": work.checkpoint}
-    recipe = work.recipe
-    source = recipe.judge_source or recipe.synthesis.source
-    made = make_images(
-        work.graph, work.variables, recipe, work.keys, name=TARGET, count=target.num_images, source=source, **options
-    )
-    return made.images, f"{target.num_images} images of the source {source!r} of their own"
+    recipe, count = work.recipe, target.num_images
+    sizes: Any = {"num_images": count, "batch_size": min(recipe.synthesis.batch_size, count)}
+    config = dataclasses.replace(recipe.synthesis, source=recipe.judge_source or recipe.synthesis.source, **sizes)
+    options: Any = {"on_progress": work.on_progress, "checkpoint": file_of(work.checkpoint, TARGET)}
+    (made,) = make_images(work.graph, work.variables, [(work.keys[TARGET], config)], **options)
+    return made.images, f"{count} images of the source {config.source!r} of their own"
 
 
 def _extremes(graph: Graph, convention: Convention) -> tuple[float, float]:

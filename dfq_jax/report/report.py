@@ -61,6 +61,8 @@ class Report:
       layers: one entry for each layer.
       skipped: what was left in float, and why.
       steps: what was decided on the way, in order.
+      target: what was asked for by a target, whether it is met, and what the network found has on the target's images;
+        None without one.
       versions: of the packages that it was computed with.
       command: that did it, where it was one.
       details: errors and values of each layer and pictures of the images, where asked for.
@@ -82,6 +84,7 @@ class Report:
     size: dict[str, int]
     compared_on: str = "these images"
     warnings: tuple[str, ...] = ()
+    target: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     command: str = ""
     details: Details | None = None
