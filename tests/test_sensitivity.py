@@ -1,5 +1,6 @@
 """Sensitivities, against networks that `quantize_params` makes with one layer quantized, or all but one."""
 
+import dataclasses
 import functools
 import json
 
@@ -16,7 +17,7 @@ from dfq_jax.quantizers import fake_quant, quantization, with_quantization
 from dfq_jax.quantizers.collection import ActivationQuantizers
 from dfq_jax.stages import Convention, LayerRule, analytic_comparison, compare, estimate_ranges, quantize_params
 from dfq_jax.stages.analytic import analytic_summaries
-from dfq_jax.stages.mixed import MixedNetwork, uniform
+from dfq_jax.stages.mixed import MixedNetwork
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator
 from dfq_jax.stages.sensitivity import Sensitivity, sensitivity
 
@@ -30,6 +31,12 @@ BUILDERS = (
     functools.partial(random_network, 49),
 )
 BITS = (2, 4)
+
+
+def uniform(convention, bits):
+    """So many bits for all weights and activations."""
+    same = {"edge_bits": None, "edge_input_bits": None, "second_input_bits": None}
+    return dataclasses.replace(convention, weight_bits=bits, activation_bits=bits, **same)
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def test_images_of_its_own():
     assert "target" in stages and "target" in result.report.seconds
 
 
-def test_steps_that_learn_go_below_what_is_met_without(tmp_path):
+def test_steps_that_learn_begin_with_what_is_met_without(tmp_path):
     recipe = RECIPES["fast"].replace(
         **SMALL | {"synthesis_num_images": 32}, reconstruction_steps=2, equalize=False, range_search=None
     )
@@ -99,8 +99,8 @@ def test_steps_that_learn_go_below_what_is_met_without(tmp_path):
     tried = [step for step in result.report.steps if step.startswith("target: ")]
     cheap = [int(step.split()[1]) for step in tried if "without the steps that learn" in step and step.endswith("met")]
     dear = [int(step.split()[1]) for step in tried if "without the steps that learn" not in step]
-    assert not cheap or all(size < min(cheap) for size in dear)
-    assert len(tried) <= 9 and (dear or min(cheap) == min(int(step.split()[1]) for step in tried))
+    assert dear and (not cheap or max(dear) <= min(cheap))
+    assert len(tried) <= 9
     assert not list(tmp_path.iterdir())
 
 

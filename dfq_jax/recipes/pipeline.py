@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from dfq_jax.base import Progress, environment, may_transfer, require
 from dfq_jax.graph import (
+    Graph,
     GraphWarning,
     as_function,
     check_variables,
@@ -196,11 +197,13 @@ def _warned(*doubts: str) -> tuple[str, ...]:
 
 def _details(graph: Graph, result: Candidate, images: Images, costs: Sensitivity | None, preprocessing: Any) -> Details:
     """What a page shows of the result, on the images; noise is nothing to look at."""
-    is_noise = work.images.kind != THESE_IMAGES
+    is_noise = images.kind != THESE_IMAGES
     kind = "arrays of Gaussian noise" if is_noise else "images"
-    found = examine(work.graph, *result.networks, work.images.images, kind=kind, preprocessing=preprocessing)
-    costs = None if work.costs is None else json.loads(work.costs.to_json())
-    return dataclasses.replace(found, pictures=() if is_noise else found.pictures, sensitivity=costs)
+    found = examine(graph, *result.networks, images.images, kind=kind, preprocessing=preprocessing)
+    pictures = () if is_noise else found.pictures
+    return dataclasses.replace(
+        found, pictures=pictures, sensitivity=None if costs is None else json.loads(costs.to_json())
+    )
 
 
 def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Array, **facts: Any) -> Report:

@@ -25,7 +25,6 @@ from dfq_jax.stages import (
     ESTIMATORS,
     BatchNormConfig,
     Convention,
-    Sensitivity,
     adapt_batch_norm,
     analytic_correction,
     analytic_summaries,
@@ -68,7 +67,6 @@ class Work:
     keys: Mapping[str, Key[Array, ""]]
     on_progress: Callable[[Progress], None] | None = None
     checkpoint: str | Path | None = None
-    costs: Sensitivity | None = None
     begun: dict[tuple[bool, str], tuple[Candidate, Candidate]] = dataclasses.field(default_factory=dict)
 
     @property

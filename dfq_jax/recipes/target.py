@@ -110,7 +110,7 @@ def smallest(work: Work, target: Target, given: Float[Array, "n ..."] | None, ar
     Sensitivity is measured once. Sizes are a quarter of a bit of a weight apart, from all weights at 2 bits to all at
     8, and bits are allocated within the bytes of a size; those of activations are the convention's. The first search is
     by the recipe without the steps that learn, by bisection. Where the recipe has such steps, a second one by all of it
-    goes through the few sizes below, or through the largest ones if the first found none.
+    goes through that size and the few below, or through the largest ones if the first found none.
 
     Args:
       work: what is to be quantized.
@@ -126,7 +126,7 @@ def smallest(work: Work, target: Target, given: Float[Array, "n ..."] | None, ar
     place = search.bisect(cheap, 0, last)
     if cheap != work.recipe:
         if place is not None:
-            search.bisect(work.recipe, max(0, place - NARROW), place - 1)
+            search.bisect(work.recipe, max(0, place - NARROW), place)
         elif search.attempt(work.recipe, last).met:
             search.bisect(work.recipe, max(0, last - NARROW), last - 1)
     return search.result()

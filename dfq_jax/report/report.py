@@ -66,8 +66,6 @@ class Report:
       versions: of the packages that it was computed with.
       command: that did it, where it was one.
       details: errors and values of each layer and pictures of the images, where asked for.
-      target: what was asked for by a target, whether it is met, and what the network found has on the target's images;
-        None without one.
     """
 
     recipe: str
@@ -88,7 +86,6 @@ class Report:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     command: str = ""
     details: Details | None = None
-    target: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: the SQNR of what is exact becomes None."""
