@@ -63,6 +63,7 @@ from dfq_jax.stages import (
     reconstruct,
     sensitivity,
     squant,
+    stretch_channels,
     summarize,
 )
 from dfq_jax.synthesis import StatisticErrors, Synthesis, SynthesisConfig, SynthesisError, statistic_errors, synthesize
@@ -130,6 +131,7 @@ __all__ = [
     "sensitivity",
     "squant",
     "statistic_errors",
+    "stretch_channels",
     "summarize",
     "synthesize",
     "trace",

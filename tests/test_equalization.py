@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import model_grid
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from model_grid import linen_case
 
 from dfq_jax.graph.graph import trace
-from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
+from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs, stretch_channels
 
 
 def prepared(case):
@@ -49,7 +51,9 @@ def test_keeps_function_and_tree(name, pairs, balance):
 
 
 class Triple(nn.Module):
-    """An inverted bottleneck with ReLU: expansion, depthwise, projection."""
+    """An inverted bottleneck: expansion, depthwise, projection."""
+
+    activations: dict = FrozenDict(expand=nn.relu, depthwise=nn.relu, project=lambda x: x)
 
     @nn.compact
     def __call__(self, x):
@@ -57,7 +61,7 @@ class Triple(nn.Module):
             window = (3, 3) if name == "depthwise" else (1, 1)
             x = nn.Conv(features, window, feature_group_count=groups, use_bias=False, name=name)(x)
             x = nn.BatchNorm(use_running_average=True, name=f"{name}_bn")(x)
-            x = nn.relu(x) if name != "project" else x
+            x = self.activations[name](x)
         return nn.Dense(4, name="head")(x.mean((1, 2)))
 
 
@@ -134,6 +138,73 @@ def test_nearly_dead_channels_do_not_take_the_range(triple, balance):
             wanted = np.asarray(outputs(variables, x))
             tolerance = 1e-4 * np.abs(wanted).max()
             np.testing.assert_allclose(outputs(equal, x), wanted, rtol=0, atol=tolerance, err_msg=f"{dead} {factor}")
+
+
+def limits(variables, bits, name="expand"):
+    """Where each channel behind a BatchNorm is expected to end, in float64."""
+    bn, stats = variables["params"][f"{name}_bn"], variables["batch_stats"][f"{name}_bn"]
+    scale, bias, var = (np.asarray(leaf, np.float64) for leaf in (bn["scale"], bn["bias"], stats["var"]))
+    # ACIQ for a Laplace distribution of one sign, b = sigma / sqrt(2): 12 4^bits e^-clip = clip, by bisection.
+    lo, hi = 0.0, 40.0
+    for _ in range(100):
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if 12 * 4.0**bits * np.exp(-middle) > middle else (lo, middle)
+    return bias + lo / np.sqrt(2) * np.abs(scale) * np.sqrt(var / (var + 1e-5))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_channels_in_front_of_a_depthwise_layer_are_stretched(triple, bits):
+    graph, apply_fn, variables = triple
+    convention = Convention(weight_bits=4, activation_bits=bits, edge_bits=None)
+    spread = jnp.asarray([1.0, 0.3, 0.1, 0.03, 2.0, 0.02])
+    bn = variables["params"]["expand_bn"]
+    leaves = {f"params/expand_bn/{leaf}": bn[leaf] * spread for leaf in ("scale", "bias")}
+    variables = graph.replace(variables, leaves)
+    stretched = jax.jit(lambda v: stretch_channels(graph, v, convention))(variables)
+    before, after = limits(variables, bits), limits(stretched, bits)
+    assert before.max() > 20 * before.min()
+    np.testing.assert_allclose(after, before.max(), rtol=0.03)
+    x = 3 * jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    np.testing.assert_allclose(apply_fn(stretched, x), apply_fn(variables, x), rtol=1e-4, atol=1e-5)
+    # The projecting layer and all else stay as they are.
+    for path, leaf in graph.leaves_by_path(stretched).items():
+        same = np.array_equal(leaf, graph.leaves_by_path(variables)[path])
+        assert same != (path in {*leaves, "params/depthwise/kernel"}), path
+
+
+def test_stretched_channels_are_clipped_at_relu6_where_they_end(triple):
+    variables = triple[2]
+    scale = jnp.asarray([1.0, 0.3, 0.1, 0.03, 40.0, 0.5])
+    params = variables["params"] | {"expand_bn": {"scale": scale, "bias": 0.1 * scale}}
+    variables = {**variables, "params": params}
+    convention, ends = Convention(weight_bits=8, activation_bits=4), np.minimum(limits(variables, 4), 6.0)
+
+    def prepare(expand):
+        module = Triple(activations=FrozenDict(expand=expand, depthwise=nn.relu6, project=lambda x: x))
+        return prepared(linen_case("triple", module, (2, 6, 6, 3)))
+
+    graph, apply_fn, _ = prepare(nn.relu6)
+    stretched = stretch_channels(graph, variables, convention)
+    np.testing.assert_allclose(limits(stretched, 4)[:4], 6.0, rtol=0.03)
+    reference = prepare(lambda x: jnp.clip(x, 0.0, jnp.asarray(ends, jnp.float32)))[1]
+    x = 5 * jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    found, wanted, unclipped = apply_fn(stretched, x), reference(variables, x), apply_fn(variables, x)
+    np.testing.assert_allclose(found, wanted, rtol=0.03, atol=0.03 * np.abs(wanted).max())
+    assert np.abs(wanted - unclipped).max() > 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("cifar_resnet8", {}),
+        ("mobilenet_v2", {"activation_bits": None}),
+        ("mobilenet_v2", {"per_channel": False}),
+        ("no_batch_norm", {}),
+    ],
+)
+def test_nothing_to_stretch(name, fields):
+    graph, _, variables = prepared(getattr(model_grid, name)())
+    assert stretch_channels(graph, variables, Convention(**fields)) is variables
 
 
 def test_high_bias_goes_to_the_next_layer(triple):

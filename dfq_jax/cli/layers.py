@@ -22,7 +22,7 @@ from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statist
 from dfq_jax.quantizers import dequantized
 from dfq_jax.recipes import RECIPES, Quantized, load
 from dfq_jax.report import sensitivity_page
-from dfq_jax.stages import check_widths, compare_layers, enough_images, equalize
+from dfq_jax.stages import check_widths, compare_layers, enough_images, equalize, stretch_channels
 from dfq_jax.stages import sensitivity as measure
 from dfq_jax.synthesis import SynthesisConfig, synthesize
 
@@ -138,7 +138,7 @@ def inspect(model: Positional[ModelOrFile], *, checkpoint: Weights = None, image
 
 
 def _as_quantized(quantized: Quantized, variables: Any) -> Any:
-    """The float variables that were quantized: as they are, or with equalized weight ranges."""
+    """The float variables that were quantized: as they are, or equalized, or with stretched channels."""
     graph = quantized.graph
     codes = graph.leaves_by_path(dequantized(quantized.variables))
 
@@ -147,4 +147,5 @@ def _as_quantized(quantized: Quantized, variables: Any) -> Any:
         pairs = [(np.asarray(leaves[path]), np.asarray(codes[path])) for path in graph.kernels]
         return sum(float(np.square(a - b).sum() / max(np.square(a).sum(), 1e-30)) for a, b in pairs)
 
-    return min(variables, equalize(graph, variables), key=error)
+    forms = (variables, equalize(graph, variables))
+    return min(*forms, *(stretch_channels(graph, form, quantized.convention) for form in forms), key=error)

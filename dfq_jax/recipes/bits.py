@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from dfq_jax.recipes.images import BITS
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.steps import Work
 from dfq_jax.stages import Allocation, Budget, Sensitivity, allocator, enough_images, sensitivity
@@ -35,10 +36,17 @@ class Outcome(NamedTuple):
 
 
 def allocator_of(work: Work) -> tuple[Sensitivity, Callable[[Budget], Allocation]]:
-    """What layers cost, by images that steps are fitted to, and `allocate`, refined on those held out."""
+    """What layers cost, by images that steps are fitted to, and `allocate`, refined on those held out.
+
+    A recipe that makes no images has some made for this: by noise of the moments that BatchNorms promise alone, bits
+    are chosen that are worse than uniform ones (a CIFAR ResNet-20, `benchmarks/mixed.py`).
+    """
     graph, images, convention = work.graph, work.images, work.convention
-    count, fitted, judging = enough_images(graph), None, None
-    if not images.analytic:
+    count = enough_images(graph)
+    if images.analytic:
+        made = work.make_images(BITS, 2 * count, work.recipe.synthesis.source)
+        fitted, judging = made[:count], made[count:]
+    else:
         fitted = images.fitted[:count]
         judging = images.held_out[:count] if len(images.held_out) else fitted
     settings: Any = {

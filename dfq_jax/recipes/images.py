@@ -24,6 +24,7 @@ ANALYTIC_IMAGES = 32
 MIN_HELD_OUT = 8  # fewer images decide nothing
 JUDGING = "judging"  # what the images to judge on have as their name, and their key
 TARGET = "target"  # likewise those that a target is measured on
+BITS = "bits"  # and those that bits are chosen by, where a recipe makes none
 THESE_IMAGES = "these images"
 
 

@@ -50,8 +50,8 @@ class Recipe:
       source: where images come from: "synthesis", "noise" (standard Gaussian, as many as `synthesis.num_images`), or
         "analytic": none at all, ranges and corrections come from BatchNorm parameters.
       synthesis: how images are made.
-      equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721); another tree of the same float
-        function, judged as the other steps are.
+      equalize: equalize weight ranges across layers first (DFQ, arXiv 1906.04721), and stretch those of
+        depthwise layers (`stretch_channels`); another tree of the same float function, judged as the other steps are.
       estimator: of activation ranges, a name in `stages.ESTIMATORS`.
       range_search: trying other ranges, by BatchNorm parameters and by images, by what they do to the outputs; None for
         those of `estimator` alone.

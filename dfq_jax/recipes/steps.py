@@ -18,8 +18,8 @@ from jaxtyping import Array, Key
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS
-from dfq_jax.recipes.images import JUDGING, TARGET, Images, file_of
-from dfq_jax.recipes.judge import Candidate, Judge
+from dfq_jax.recipes.images import BITS, JUDGING, TARGET, Images, file_of, make_images
+from dfq_jax.recipes.judge import LEAST_GAIN_ON_NOISE, Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
 from dfq_jax.stages import (
     ESTIMATORS,
@@ -38,6 +38,7 @@ from dfq_jax.stages import (
     quantize_params,
     reconstruct,
     search_ranges,
+    stretch_channels,
     with_ranges,
 )
 
@@ -56,7 +57,8 @@ class Work:
       keys: for each step that draws at random, by its name.
       on_progress: called while blocks are reconstructed and during fine-tuning.
       checkpoint: the file of images; long steps keep theirs beside it.
-      begun: what `_equalize` decides between, by where ranges come from; a recipe compared with begins so, too.
+      begun: what `_equalize` decides between, by where ranges come from and by forms of variables; a recipe compared
+        with begins so, too.
     """
 
     graph: Graph
@@ -67,7 +69,7 @@ class Work:
     keys: Mapping[str, Key[Array, ""]]
     on_progress: Callable[[Progress], None] | None = None
     checkpoint: str | Path | None = None
-    begun: dict[tuple[bool, str], tuple[Candidate, Candidate]] = dataclasses.field(default_factory=dict)
+    begun: dict[tuple[bool, str, tuple[str, ...]], Candidate] = dataclasses.field(default_factory=dict)
 
     @property
     def ranges_are_analytic(self) -> bool:
@@ -84,6 +86,14 @@ class Work:
             batch_size=self.recipe.batch_size,
         )
 
+    def make_images(self, name: str, count: int, source: str) -> Array:
+        """More images as the recipe makes them, or would, with the key of a name and a file of that name."""
+        sizes: Any = {"num_images": count, "batch_size": min(self.recipe.synthesis.batch_size, count)}
+        config = dataclasses.replace(self.recipe.synthesis, source=source, **sizes)
+        options: Any = {"on_progress": self.on_progress, "checkpoint": file_of(self.checkpoint, name)}
+        (made,) = make_images(self.graph, self.variables, [(self.keys[name], config)], **options)
+        return made.images
+
     def long(self, step: str) -> dict[str, Any]:
         """The options of a step that shows its progress and can be resumed."""
         file = file_of(self.checkpoint, step)
@@ -94,20 +104,33 @@ class Work:
 
 
 def _equalize(work: Work, start: Candidate) -> Candidate:
-    """Equalized weight ranges, unless nearest rounding loses by them, as far as there is a judge."""
-    if not find_pairs(work.graph)[0]:
+    """Equalized weight ranges and stretched channels, unless nearest rounding loses by them, where there is a judge."""
+    graph, judge = work.graph, work.judge
+    forms: dict[str, Callable[..., Any]] = {"equalization": equalize} if find_pairs(graph)[0] else {}
+    if not judge.can_judge:  # so without BatchNorms, behind which channels are stretched
+        for name, form in forms.items():
+            start = dataclasses.replace(start, variables=form(graph, start.variables)).noting(name)
         return start
-    if not work.judge.can_judge:
-        return _equalized(work, start).noting("equalization")
-    ranges = work.ranges_are_analytic, work.recipe.estimator
-    if ranges not in work.begun:
-        first, second = (_quantize(work, _measure(work, c)) for c in (start, _equalized(work, start)))
-        work.begun[ranges] = first, second
-    return work.judge.choose("equalization", *work.begun[ranges])
+    forms["stretched channels of depthwise layers"] = functools.partial(stretch_channels, convention=work.convention)
+    result, taken = _begun(work, (), start, lambda: start.variables), ()
+    for name, form in forms.items():
+        other = _begun(work, (*taken, name), result, functools.partial(form, graph, result.variables))
+        if other.variables is result.variables:
+            continue  # there is nothing to stretch
+        # Stretched channels cost nothing that noise could be blind to.
+        result = judge.choose(name, result, other, least_gain=LEAST_GAIN_ON_NOISE if form is equalize else 0.0)
+        taken = (*taken, name) if result.variables is other.variables else taken
+    return result
 
 
-def _equalized(work: Work, start: Candidate) -> Candidate:
-    return dataclasses.replace(start, variables=equalize(work.graph, start.variables))
+def _begun(work: Work, forms: tuple[str, ...], start: Candidate, make: Callable[[], Any]) -> Candidate:
+    """A candidate with nearest codes of the variables that are made, which have these forms; made once."""
+    key = work.ranges_are_analytic, work.recipe.estimator, forms
+    if key not in work.begun:
+        variables = make()
+        known = start.quantized is not None and variables is start.variables
+        work.begun[key] = start if known else _quantize(work, _measure(work, Candidate(variables=variables)))
+    return dataclasses.replace(work.begun[key], decisions=start.decisions, divergence=None)
 
 
 def _measure(work: Work, start: Candidate) -> Candidate:
@@ -259,7 +282,7 @@ STEPS = {
 # Those that draw at random, show progress and can be resumed (`Work.long`): each has a key and a file of its own.
 LONG_STEPS = ("reconstruction", "fine-tuning")
 # All that draws at random. New ones come last: by JAX's default generator the others keep their keys then.
-DRAWING = ("images", *LONG_STEPS, JUDGING, TARGET)
+DRAWING = ("images", *LONG_STEPS, JUDGING, TARGET, BITS)
 Around = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -289,7 +312,7 @@ STAGES = {
 
 def remove_checkpoints(checkpoint: str | Path, recipe: Recipe, *, images: bool) -> None:
     """Remove the files of a call of `quantize` with this recipe, that of the images only if there is one."""
-    files = [*([checkpoint] if images else []), file_of(checkpoint, TARGET)]
+    files = [*([checkpoint] if images else []), file_of(checkpoint, TARGET), file_of(checkpoint, BITS)]
     files += [file_of(checkpoint, name) for name in LONG_STEPS if STEPS[name].is_in(recipe)]
     for file in files:
         remove_checkpoint(file)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from dfq_jax.base import check_field, check_fields, is_non_negative
 from dfq_jax.graph import Graph
 from dfq_jax.recipes.bits import Outcome, allocated, allocator_of
-from dfq_jax.recipes.images import TARGET, file_of, make_images
+from dfq_jax.recipes.images import TARGET
 from dfq_jax.recipes.judge import Candidate
 from dfq_jax.recipes.recipe import Recipe
 from dfq_jax.recipes.steps import Around, Work, run_steps
@@ -198,12 +198,8 @@ def _images(work: Work, target: Target, given: Float[Array, "n ..."] | None) -> 
     if given is not None:
         images = work.images.held_out if work.judge.has_images else work.images.images
         return images, f"{len(images)} of the images given"
-    recipe, count = work.recipe, target.num_images
-    sizes: Any = {"num_images": count, "batch_size": min(recipe.synthesis.batch_size, count)}
-    config = dataclasses.replace(recipe.synthesis, source=recipe.judge_source or recipe.synthesis.source, **sizes)
-    options: Any = {"on_progress": work.on_progress, "checkpoint": file_of(work.checkpoint, TARGET)}
-    (made,) = make_images(work.graph, work.variables, [(work.keys[TARGET], config)], **options)
-    return made.images, f"{count} images of the source {config.source!r} of their own"
+    count, source = target.num_images, work.recipe.judge_source or work.recipe.synthesis.source
+    return work.make_images(TARGET, count, source), f"{count} images of the source {source!r} of their own"
 
 
 def _extremes(graph: Graph, convention: Convention) -> tuple[float, float]:

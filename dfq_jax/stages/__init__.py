@@ -6,7 +6,7 @@ from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_n
 from dfq_jax.stages.budget import TARGETS, Budget
 from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
-from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs
+from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs, stretch_channels
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.layer_comparison import LayerComparison, LayerError, compare_layers
@@ -72,6 +72,7 @@ __all__ = [
     "sensitivity",
     "sqnr",
     "squant",
+    "stretch_channels",
     "summarize",
     "with_ranges",
 ]

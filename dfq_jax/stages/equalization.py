@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,11 +28,14 @@ from jaxtyping import Array, Float, Int
 from dfq_jax.base import RUN_ONCE, cpu_jit
 from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor, affine, batch_norm_parameters
 from dfq_jax.stages.batch_norm import offset_leaves, output_moments
+from dfq_jax.stages.convention import Convention
 from dfq_jax.stages.folding import layer_operations
+from dfq_jax.stages.ranges import optimal_clip
 
 # f(s x) = s f(x) for every s > 0. ReLU6 is not one of them: it clips at 6 whatever the scale.
 HOMOGENEOUS = frozenset({"none", "relu", "leaky_relu", "leaky_relu_0.1", "leaky_relu_0.2"})
 BALANCES = ("weights", "activations")
+CLIPS = {"relu": None, "relu6": 6.0}  # where activations of one sign end
 # The least that a range counts as, relative to the largest of its tensor: one code of 8 bits.
 LEAST_SIZE = 2.0**-8
 TINY = 1e-30  # in place of a zero that is divided by: weights that are all zero
@@ -71,10 +74,15 @@ def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
     Returns:
       `(pairs, skipped)`, in the order of layers.
     """
+    return _pairs(graph, HOMOGENEOUS)
+
+
+def _pairs(graph: Graph, activations: Collection[str]) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
+    """`find_pairs` with one of these activations between them."""
     tensors = {tensor.value: tensor for tensor in graph.tensors}
     pairs, skipped = [], []
     for layer in graph.layers:
-        found = _pair(graph, layer, tensors.get(layer.end))
+        found = _pair(graph, layer, tensors.get(layer.end), activations)
         if isinstance(found, Pair):
             pairs.append(found)
         else:
@@ -82,14 +90,14 @@ def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
     return tuple(pairs), tuple(skipped)
 
 
-def _pair(graph: Graph, layer: Layer, tensor: Tensor | None) -> Pair | str:
+def _pair(graph: Graph, layer: Layer, tensor: Tensor | None, activations: Collection[str]) -> Pair | str:
     """The pair that begins with a layer, or why there is none."""
     bn = _batch_norm(graph, layer)
     if tensor is None:
         return "its result does not go straight to a layer"
     if tensor.shared:
         return "something else than layers reads its result"
-    if layer.activation not in HOMOGENEOUS:
+    if layer.activation not in activations:
         return f"{layer.activation} does not commute with a scale"
     axes = graph.form(layer).channel_axes if bn is None else ()
     if len(axes) > 1:
@@ -162,7 +170,13 @@ def _equalized(graph: Graph, balance: str, leaves: list[Any]) -> dict[str, jax.A
     pairs, _ = find_pairs(graph)
     if balance == "activations":
         pairs = tuple(pair for pair in pairs if graph.layer(pair.first).batch_norm is not None)
-    factors = _factors(graph, pairs, balance, leaves)
+    return _divided(graph, pairs, _factors(graph, pairs, balance, leaves), leaves)
+
+
+def _divided(
+    graph: Graph, pairs: Iterable[Pair], factors: Mapping[str, Float[Array, " c"]], leaves: list[Any]
+) -> dict[str, jax.Array]:
+    """The leaves that change where the channels of pairs are divided by factors, by path."""
     new = dict(enumerate(leaves))
     for pair in pairs:
         factor, first = factors[pair.first], graph.layer(pair.first)
@@ -258,6 +272,61 @@ def _center_and_spread(graph: Graph, pair: Pair, leaves: list[Any]) -> tuple[jax
     """Mean and standard deviation of each channel behind the first layer's BatchNorm."""
     bn = graph.batch_norm(graph.layer(pair.first).batch_norm)
     return output_moments(bn, batch_norm_parameters(bn, leaves))
+
+
+# --- channels of depthwise layers ---
+
+
+def stretch_channels(graph: Graph, variables: Any, convention: Convention) -> Any:
+    """Let each channel that depthwise layers alone read fill the range that it shares with the others.
+
+    One range serves all channels of an activation, so that small ones have few of its codes. A depthwise layer has a
+    kernel for each channel, with a scale of its own, which takes a factor at no cost; so in front of it channels are
+    stretched until what is expected of each, by its BatchNorm, ends where that of the largest does, or where ReLU6
+    clips. Expected is what ACIQ's clipping for a Laplace distribution keeps (`optimal_clip`): at a ReLU6, what lies
+    beyond is clipped, in the network of these variables already. With a ReLU the function is kept.
+
+    >>> stretched = dfq_jax.stretch_channels(graph, variables, Convention.parse("w4a4"))
+    >>> bool(jnp.allclose(apply_fn(stretched, images), apply_fn(variables, images), atol=1e-4))
+    True
+
+    Args:
+      graph: from `trace`.
+      variables: float variables.
+      convention: what is quantized, and to how many bits. Kernels without a scale for each channel are left alone.
+
+    Returns:
+      Variables of the same structure; those given where there is nothing to do.
+
+    Raises:
+      GraphError: `variables` are not the traced tree.
+    """
+    leaves = graph.leaves(variables)
+    pairs = {pair: bits for pair in _pairs(graph, CLIPS)[0] if (bits := _bits_to_stretch(graph, pair, convention))}
+    if not pairs:
+        return variables
+    return graph.replace(variables, _stretched(graph, tuple(pairs.items()), leaves))
+
+
+def _bits_to_stretch(graph: Graph, pair: Pair, convention: Convention) -> int | None:
+    """Of the tensor of a pair that has channels to stretch."""
+    readers = [graph.layer(name) for name in pair.readers]
+    own_scales = all(layer.depthwise and convention.scale_axes(graph, layer) for layer in readers)
+    bn = _batch_norm(graph, graph.layer(pair.first))
+    return convention.tensor_bits(graph, graph.tensor(pair.tensor)) if own_scales and bn is not None else None
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=(0, 1))
+def _stretched(graph: Graph, pairs: tuple[tuple[Pair, int], ...], leaves: list[Any]) -> dict[str, jax.Array]:
+    """The leaves that change, by path."""
+    factors = {}
+    for pair, bits in pairs:
+        center, spread = _center_and_spread(graph, pair, leaves)
+        high = center + optimal_clip("laplace", bits, True) / math.sqrt(2) * spread  # a Laplace's b is sigma / sqrt(2)
+        clip = CLIPS[graph.layer(pair.first).activation]
+        whole = high.max() if clip is None else clip
+        factors[pair.first] = jnp.clip(high / jnp.maximum(whole, TINY), LEAST_SIZE, 1.0)
+    return _divided(graph, (pair for pair, _ in pairs), factors, leaves)
 
 
 # --- high biases ---
