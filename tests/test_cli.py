@@ -1,15 +1,19 @@
 """The command line, run in-process as its script runs it."""
 
+import ast
 import contextlib
 import dataclasses
 import html
+import importlib.util
 import io
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -18,7 +22,7 @@ import pytest
 
 import dfq_jax.cli
 from dfq_jax import RECIPES, zoo
-from dfq_jax.cli import commands, layers, output, progress
+from dfq_jax.cli import commands, layers, models, output, progress
 from dfq_jax.cli.options import SynthesisOptions
 from dfq_jax.export import artifact
 from dfq_jax.recipes.steps import STEPS
@@ -230,6 +234,82 @@ def test_models_lists_the_zoo():
     assert "25.6 M" in text and "4089 M" in text  # parameters and MACs of ResNet-50
     assert max(len(line.rstrip()) for line in lines) <= 80
     assert "ImageNet-1k" not in text and "ImageNet-1k" in succeed("models", "--verbose").out
+
+
+@pytest.mark.parametrize("model", [entry.name for entry in zoo.list_models() if isinstance(entry.weights, str)])
+def test_tables_fit_eighty_characters(model, tmp_path, monkeypatch):
+    """All that commands print of the networks that come with the library."""
+    monkeypatch.setenv("COLUMNS", "80")
+    net, data = tmp_path / "net.safetensors", ("bundled", "--limit", 100)
+    few = ("--images", 8, "--steps", 2)
+    runs = [
+        ("inspect", model),
+        (
+            "quantize",
+            model,
+            "--recipe",
+            "noise",
+            "--bits",
+            "w4a4",
+            *few,
+            "--layers",
+            "--output",
+            net,
+            "--evaluate",
+            *data,
+        ),
+        ("quantize", model, "--recipe", "noise", *few, "--layer-bits", "head=w3a5", "--evaluate", *data),
+        ("evaluate", net, "--data", *data),
+        ("sensitivity", model, "--noise"),
+        ("inspect", net, "--images", 2),
+    ]
+    if importlib.util.find_spec("onnxruntime"):
+        runs.append(("export", net, "--to", "onnx", "--output", tmp_path / "net.onnx", "--verify", *data))
+    for args in runs:
+        lines = succeed(*args).out.splitlines()
+        assert lines and max(len(line.rstrip()) for line in lines) <= 80, args
+
+
+def test_the_demo_fits_eighty_characters(monkeypatch):
+    """Its recipes in words, with what takes a second in their place."""
+    few = RECIPES["noise"].replace(synthesis_num_images=8)
+    own, all_data = models.Model.quantize, models.Model.load_data
+
+    def quantize(self, reporter, *, recipe, **settings):
+        return dataclasses.replace(own(self, reporter, recipe=few, **settings), recipe=recipe)
+
+    monkeypatch.setattr(models.Model, "quantize", quantize)
+    monkeypatch.setattr(models.Model, "load_data", lambda self, spec: all_data(self, spec, limit=100))
+    lines = succeed("demo").out.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["recipe", "float", "noise", "paper", "fast"]
+    assert max(map(len, lines)) <= 80 and any("learned rounding, regression BatchNorm" in line for line in lines)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_shells(shell):
+    script = succeed("--tyro-print-completion", shell).out
+    spec = ast.literal_eval(re.search(r"COMPLETION_SPEC = (.*)", script)[1])
+    assert set(spec["subcommands"]) == set(commands.COMMANDS)
+    for command in spec["subcommands"].values():
+        # What stands in a second line would be taken for a candidate.
+        assert all("\n" not in option["description"] for option in command["options"])
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_completion_in_bash(tmp_path):
+    script = tmp_path / "dfq-jax.bash"
+    succeed("--tyro-write-completion", "bash", script)
+    typed = """source "$1"; COMP_WORDS=(dfq-jax quantize --re); COMP_CWORD=2; cur=--re
+    $(complete -p dfq-jax | sed 's/.*-F \([^ ]*\).*/\1/'); echo "${COMPREPLY[@]}" """
+    done = subprocess.run(["bash", "-c", typed, "bash", script], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == ["--recipe", "--report", "--resume"]
+
+
+def test_readers_that_have_seen_enough():
+    command = [sys.executable, "-m", "dfq_jax.cli", "models"]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tempfile.gettempdir())
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == dfq_jax.cli.UNREAD
 
 
 def test_models_builds_none_and_writes_json(tmp_path, monkeypatch):
@@ -487,8 +567,9 @@ def test_options_that_are_fields_have_the_help_of_the_record():
 def test_demo(tmp_path):
     result = succeed("demo", "--json", tmp_path / "demo.json")
     facts = json.loads((tmp_path / "demo.json").read_text())
-    names = [line.split()[0] for line in result.out.splitlines()]
-    assert names[:5] == ["recipe", "float", "noise", "paper", "fast"]
+    lines = result.out.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["recipe", "float", "noise", "paper", "fast"]
+    assert max(map(len, lines)) <= 80
     assert "W4A4, first and last layer 8-bit" in result.out
     assert facts["n"] == 10_000
     top1 = {row["name"]: row["quantized"]["top1"] for row in facts["recipes"]}
@@ -790,20 +871,25 @@ def test_counted_stages_estimate_the_time_left(clock, capsys):
     ]
 
 
-def test_bars_on_a_terminal(monkeypatch):
+@pytest.mark.parametrize("columns", [80, 150])
+def test_one_line_on_a_terminal(monkeypatch, columns):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("COLUMNS", str(columns))
     err = io.StringIO()
     with contextlib.redirect_stderr(err), progress.open_display() as display:
-        reporter = progress.Reporter(display)
+        reporter = progress.Reporter(display, "fast")
         reporter.on_stage("trace")
         reporter.on_stage("images")
         reporter.on_progress(progress.base.Progress(1, 2, 50, 100, 0.125, 3.0, 90.0, 50))
+        display._progress.refresh()
         reporter.on_stage("ranges")
+        display._progress.refresh()
     text = err.getvalue()
-    assert "making images" in text and "25%" in text and "loss 0.125" in text and "ETA 1 min 30 s" in text
-    # Stages that do not count are not left on the screen.
-    assert "measuring" not in text.rsplit("making images", 1)[1]
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "fast: making images" in shown and "25%" in shown and "loss 0.125" in shown and "ETA 1 min 30 s" in shown
+    assert all(len(line) <= columns for line in re.split("[\r\n]", shown))
+    # The cursor goes up once, to remove the line at the end: there was never more than one.
+    assert text.count("\x1b[1A") == 1 and shown.count("\n") == 1
 
 
 def test_nothing_but_tables_on_stdout():

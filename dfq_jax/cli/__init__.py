@@ -25,7 +25,7 @@ from dfq_jax.synthesis import SynthesisError
 
 PROGRAM = "dfq-jax"
 BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and SIGPIPE, as shells report them
 # What a user can cause; anything else is a defect, and shows its traceback.
 BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError, SynthesisError)
 REQUIRED = ("tyro", "rich", "platformdirs", "filelock")  # JAX needs the last one to bound what it keeps
@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
       args: the arguments; None for those of the process.
 
     Returns:
-      The exit code: 0, 2 for bad input, 130 when interrupted.
+      The exit code: 0, 2 for bad input, 130 when interrupted, 141 when what is printed is no longer read.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
@@ -65,12 +65,16 @@ def main(args: Sequence[str] | None = None) -> int:
         if "command" in inspect.signature(run.func).parameters:
             run = functools.partial(run, command=shlex.join([PROGRAM, *args]))
         run()
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
         notes = getattr(interrupt, "__notes__", [])
         print(f"{PROGRAM}: {'; '.join(['interrupted', *notes])}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except BAD_INPUT_ERRORS as error:
         if debug:
             traceback.print_exc()
@@ -118,6 +122,9 @@ def _parse(commands: Mapping[str, Callable[..., None]], args: list[str]) -> func
 
 def _bound(function: Callable[..., None]) -> Callable[..., Any]:
     """Parsing must not run the command: its errors and its progress are not the parser's."""
+    from dfq_jax.cli.options import unbroken
+
+    function.__doc__ = unbroken(function.__doc__)
 
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:

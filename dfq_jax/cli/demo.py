@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from typing import Any
 
-from dfq_jax.base import environment
+from dfq_jax.base import environment, hanging
 from dfq_jax.cli.models import Measurement, resolve
 from dfq_jax.cli.options import OptionalFile
 from dfq_jax.cli.output import (
@@ -35,7 +36,7 @@ RANGE_WORDS = {
     "lp": "L2.4 search",
     "min_max": "min-max",
 }
-HEADER = ("recipe", "images", "input ranges", "weight ranges", "then", "top-1 %", "agreement %", "seconds")
+HEADER = ("recipe", "top-1 %", "agreement %", "seconds")
 
 
 def demo(*, json: OptionalFile = None) -> None:
@@ -61,10 +62,12 @@ def demo(*, json: OptionalFile = None) -> None:
             results.append(_facts(quantized, after))
     convention = quantized.convention
     shared = convention.describe().replace(f" ({convention.weight_range} ranges)", "")  # each row has its own
-    rows.insert(0, ("float", "", "", "", "", with_margin(before.accuracy), "", ""))
+    rows.insert(0, ("float", with_margin(before.accuracy), "", ""))
     print_table(HEADER, rows, right=("agreement %", "seconds"))
-    print(f"convention: {shared}")
-    print(f"{MODEL} on all {len(data):,} test images of Fashion-MNIST, none used to quantize; seed {SEED}")
+    lines = [(f"{name:<8}", _words(RECIPES[name])) for name in DEMONSTRATED]
+    lines.append(("convention: ", shared))
+    lines.append(("", f"{MODEL} on all {len(data):,} test images of Fashion-MNIST, none used to quantize; seed {SEED}"))
+    print("", *itertools.chain.from_iterable(hanging(*line) for line in lines), sep="\n")
     if json is not None:
         content = {
             "model": MODEL,
@@ -83,8 +86,7 @@ def demo(*, json: OptionalFile = None) -> None:
 def _row(quantized: Quantized, measured: Measurement) -> tuple[str, ...]:
     """Of the table."""
     found, seconds = measured.accuracy, sum(quantized.report.seconds.values())
-    words = _words(quantized.recipe)
-    return quantized.recipe.name, *words, with_margin(found), f"{found.agreement:.2f}", f"{seconds:.1f}"
+    return quantized.recipe.name, with_margin(found), f"{found.agreement:.2f}", f"{seconds:.1f}"
 
 
 def _facts(quantized: Quantized, measured: Measurement) -> dict[str, Any]:
@@ -99,10 +101,10 @@ def _facts(quantized: Quantized, measured: Measurement) -> dict[str, Any]:
     }
 
 
-def _words(recipe: Recipe) -> tuple[str, str, str, str]:
-    """Images, ranges and what follows, for a row of the table."""
+def _words(recipe: Recipe) -> str:
+    """Images, ranges and what follows."""
     count = recipe.synthesis.num_images
-    images = f"{count} of noise" if recipe.source == "noise" else f"{count} synthesized"
+    images = f"{count} images of noise" if recipe.source == "noise" else f"{count} synthesized images"
     steps = [] if recipe.reconstruction is None else ["learned rounding"]
     if recipe.batch_norm is not None:
         steps.append(f"{recipe.batch_norm.method} BatchNorm")
@@ -111,4 +113,5 @@ def _words(recipe: Recipe) -> tuple[str, str, str, str]:
     estimator, weights = (RANGE_WORDS.get(name, name) for name in (recipe.estimator, recipe.weight_range))
     if recipe.range_search is not None:
         estimator = "chosen by outputs"
-    return images, estimator, weights, ", ".join(steps) or "nothing"
+    then = ", ".join(steps) or "nothing"
+    return f"{images}; activation ranges: {estimator}, weight ranges: {weights}; then {then}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,12 @@ from tyro.conf import Suppress, UseAppendAction, arg
 from dfq_jax.recipes import Recipe, Target
 from dfq_jax.stages import Budget, Convention, LayerRule
 from dfq_jax.synthesis import SynthesisConfig
+
+
+def unbroken(doc: str | None) -> str:
+    """A docstring with the help of each argument in one line: completion takes line breaks for further candidates."""
+    return re.sub(r"\n {6,}", " ", inspect.cleandoc(doc or ""))
+
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
 DATA_HELP = "Labeled images: bundled, npz:FILE, folder:DIR or tfds:NAME/SPLIT."
@@ -39,7 +47,7 @@ Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
 class ConventionOptions:
     """Fields of a convention; the help of each is the record's."""
 
-    __doc__ = (Convention.__doc__ or "").replace("None for", "none for", 1)
+    __doc__ = unbroken(Convention.__doc__).replace("None for", "none for", 1)
 
     edge_bits: Bits = Convention.edge_bits
     edge_input_bits: Count = None
@@ -95,7 +103,7 @@ class TargetOptions:
 class SynthesisOptions:
     """Fields of the settings of synthesis, in place of the recipe's; the help of each is the record's."""
 
-    __doc__ = (SynthesisConfig.__doc__ or "").replace(".", ", where it is not as the recipe says.", 1)
+    __doc__ = unbroken(SynthesisConfig.__doc__).replace(".", ", where it is not as the recipe says.", 1)
 
     num_images: Annotated[Count, arg(name="images")] = None
     steps: Count = None

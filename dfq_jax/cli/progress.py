@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, now and then a line elsewhere."""
+"""Progress on stderr: one line that changes on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dfq_jax import base
 from dfq_jax.recipes import STAGES
 
 SECONDS_BETWEEN_LINES = 5.0
+BAR = 12  # characters: stages have names of up to 35
 
 
 @runtime_checkable
@@ -28,32 +29,23 @@ class Display(Protocol):
         """How far the stage is; `eta` in seconds."""
 
 
-class Bars:
-    """A bar for each stage that counts; one moving line for those that do not."""
+class Bar:
+    """One line that changes: the stage, and how far it is where it counts."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._task: TaskID | None = None
 
     def stage(self, name: str) -> None:
-        """Begin a bar."""
-        self._finish()
+        """Begin anew."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=None, detail="", eta="")
 
     def update(self, done: float, total: float, *, detail: str = "", eta: float | None = None) -> None:
         """Move the bar."""
         eta_text = "" if eta is None or done >= total else f"ETA {_duration(eta)}"
         self._progress.update(self._task, completed=done, total=total, detail=detail, eta=eta_text)
-
-    def _finish(self) -> None:
-        if self._task is None:
-            return
-        if self._progress.tasks[self._progress.task_ids.index(self._task)].total is None:
-            self._progress.remove_task(self._task)
-        else:
-            self._progress.stop_task(self._task)
-
-    close = _finish
 
 
 class Lines:
@@ -94,16 +86,15 @@ def open_display() -> Iterator[Display]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=BAR),
         TaskProgressColumn(),
         TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[eta]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        bars = Bars(progress)
-        yield bars
-        bars.close()
+    # What is done is told by the tables that follow.
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bar(progress)
 
 
 class Reporter:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dfq_jax.base import aligned
+from dfq_jax.base import LINE, aligned, hanging
 from dfq_jax.graph.adapters import is_module
 from dfq_jax.graph.form import LayerForm
 from dfq_jax.graph.tracing.analysis import Structure, analyze
@@ -213,27 +213,21 @@ class Graph(VariableTree):
         )
 
     def table(self) -> str:
-        """One line for each layer, then BatchNorms of other tensors, then what is not quantized and why."""
-        rows: list[tuple[str, ...]] = [("layer", "kind", "kernel", "BatchNorm", "activation", "reads", "feeds")]
+        """In lines of 80 characters: the layers, BatchNorms of other tensors, and what is not quantized and why."""
+        rows: list[tuple[str, ...]] = [("layer", "kind", "kernel", "then", "feeds")]
         for layer in self.layers:
-            kind = layer.kind + (f"/{layer.groups}" if layer.groups > 1 else "")
-            rows.append(
-                (
-                    layer.name,
-                    kind + ("^T" if layer.transposed else ""),
-                    "x".join(map(str, layer.kernel_shape)),
-                    layer.batch_norm or "-",
-                    layer.activation,
-                    layer.tensor,
-                    ", ".join(layer.consumers),
-                )
-            )
-        lines = aligned(rows, ruled=True)
-        lines.append(repr(self))
+            kind = layer.kind + (f"/{layer.groups}" if layer.groups > 1 else "") + ("^T" if layer.transposed else "")
+            then = ["BN"] * (layer.batch_norm is not None) + [layer.activation] * (layer.activation != "none")
+            feeds = ", ".join(layer.consumers) + (f"; reads with {layer.tensor}" if layer.tensor != layer.name else "")
+            rows.append((layer.name, kind, "x".join(map(str, layer.kernel_shape)), " ".join(then) or "-", feeds))
+        lines = aligned(rows, ruled=True, width=LINE)
+        lines += hanging("", repr(self))
         for bn in self.batch_norms:
             if bn.layer is None:
-                lines.append(f"BatchNorm apart from layers: {bn.name} ({bn.channels} channels, then {bn.activation})")
-        lines += [f"not quantized: {item.name}: {item.reason}" for item in self.skipped]
+                text = f"{bn.name} ({bn.channels} channels, then {bn.activation})"
+                lines += hanging("BatchNorm apart from layers: ", text)
+        for item in self.skipped:
+            lines += hanging("not quantized: ", f"{item.name}: {item.reason}")
         return "\n".join(lines)
 
     __str__ = table
