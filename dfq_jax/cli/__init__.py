@@ -26,6 +26,7 @@ from dfq_jax.synthesis import SynthesisError
 PROGRAM = "dfq-jax"
 BAD_INPUT = 2
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and SIGPIPE, as shells report them
+TYPED = "command"  # the parameter of commands that is no option: what was typed, for who wants to repeat it
 # What a user can cause; anything else is a defect, and shows its traceback.
 BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError, SynthesisError)
 REQUIRED = ("tyro", "rich", "platformdirs", "filelock")  # JAX needs the last one to bound what it keeps
@@ -62,8 +63,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return run
         if keep:
             keep_compiled()
-        if "command" in inspect.signature(run.func).parameters:
-            run = functools.partial(run, command=shlex.join([PROGRAM, *args]))
+        if TYPED in inspect.signature(run.func).parameters:
+            run = functools.partial(run, **{TYPED: shlex.join([PROGRAM, *args])})
         run()
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
@@ -130,6 +131,9 @@ def _bound(function: Callable[..., None]) -> Callable[..., Any]:
     def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(function, *args, **kwargs)
 
+    signature = inspect.signature(function)
+    asked = [parameter for parameter in signature.parameters.values() if parameter.name != TYPED]
+    vars(bind)["__signature__"] = signature.replace(parameters=asked)
     return bind
 
 

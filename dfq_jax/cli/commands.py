@@ -19,7 +19,6 @@ from dfq_jax.cli.layers import inspect, sensitivity
 from dfq_jax.cli.models import Measurement, Model, model_of, resolve
 from dfq_jax.cli.options import (
     BudgetOptions,
-    Command,
     ConventionOptions,
     Count,
     Data,
@@ -70,7 +69,7 @@ def quantize(
     report: Page = None,
     save_images: OptionalFolder = None,
     json: OptionalFile = None,
-    command: Command = "",
+    command: str = "",
 ) -> None:
     """Quantize a network without data.
 

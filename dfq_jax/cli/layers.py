@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from dfq_jax.base import environment, hanging, require, write_atomically
 from dfq_jax.cli.models import Model, model_of, resolve
-from dfq_jax.cli.options import Command, Count, ModelName, OptionalFile, Page, Weights
+from dfq_jax.cli.options import Count, ModelName, OptionalFile, Page, Weights
 from dfq_jax.cli.output import check_targets, write_json
 from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statistics, on_device
@@ -62,7 +62,7 @@ def sensitivity(
     seed: int = 0,
     report: Page = None,
     json: OptionalFile = None,
-    command: Command = "",
+    command: str = "",
 ) -> None:
     """Print what each layer costs: the divergence of the outputs with its weights or its input alone quantized.
 

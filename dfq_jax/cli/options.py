@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Suppress, UseAppendAction, arg
+from tyro.conf import UseAppendAction, arg
 
 from dfq_jax.recipes import Recipe, Target
 from dfq_jax.stages import Budget, Convention, LayerRule
@@ -17,7 +17,7 @@ from dfq_jax.synthesis import SynthesisConfig
 
 def unbroken(doc: str | None) -> str:
     """A docstring with the help of each argument in one line: completion takes line breaks for further candidates."""
-    return re.sub(r"\n {6,}", " ", inspect.cleandoc(doc or ""))
+    return re.sub(r"\n {4,}", " ", inspect.cleandoc(doc or ""))
 
 
 MODEL_HELP = "A name from `dfq-jax models`, or package.module:function (the current folder is importable)."
@@ -37,7 +37,6 @@ Weights = Annotated[str | None, arg(metavar="FILE|hf:ORG/REPO")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
 OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
 Page = Annotated[Path | None, arg(metavar="FILE.html")]
-Command = Annotated[str, Suppress]  # as it was typed, for who wants to repeat it
 Count = Annotated[int | None, arg(metavar="N")]
 LayerBits = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="LAYERS=BITS", help=LAYER_BITS_HELP)]
 Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
