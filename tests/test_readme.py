@@ -33,14 +33,6 @@ def test_it_is_short():
     assert all(len(line) <= 130 for line in text.splitlines() if not line.startswith("!"))
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    local = [link for link in links if not link.startswith("https://")]
-    if not (ROOT / "docs" / "index.md").exists():
-        local = [link for link in local if not link.startswith("docs/")]
-    assert local and [link for link in local if not (ROOT / link).exists()] == []
-
-
 def test_commands_are_known(capsys):
     pytest.importorskip("tyro")
     from dfq_jax.cli import main
