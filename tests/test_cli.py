@@ -308,8 +308,9 @@ def test_completion_in_bash(tmp_path):
     assert sorted(done.stdout.split()) == ["--recipe", "--report", "--resume"]
 
 
-def test_readers_that_have_seen_enough():
-    command = [sys.executable, "-m", "dfq_jax.cli", "models"]
+@pytest.mark.parametrize("words", [("models",), ("inspect", "fashion_resnet20")])
+def test_readers_that_have_seen_enough(words):
+    command = [sys.executable, "-m", "dfq_jax.cli", *words]
     done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tempfile.gettempdir())
     done.stdout.close()
     assert done.stderr.read() == b"" and done.wait() == dfq_jax.cli.UNREAD

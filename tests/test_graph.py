@@ -678,7 +678,7 @@ def test_table_tells_everything():
     lines = graph.table().splitlines()
     assert lines[0].split() == ["layer", "kind", "kernel", "then", "feeds"]
     for layer in graph.layers:
-        (line,) = (line for line in lines if line.split()[0] == layer.name)
+        (line,) = (line for line in lines if f"{line} ".startswith(f"{layer.name} "))
         assert "x".join(map(str, layer.kernel_shape)) in line
         assert (" BN" in line) == (layer.batch_norm is not None) and (" relu" in line) == (layer.activation == "relu")
     assert repr(graph) in " ".join(graph.table().split())

@@ -25,7 +25,8 @@ from dfq_jax.synthesis import SynthesisError
 
 PROGRAM = "dfq-jax"
 BAD_INPUT = 2
-INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and SIGPIPE, as shells report them
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+UNREAD = 1  # what rich ends with where its tables are no longer read
 TYPED = "command"  # the parameter of commands that is no option: what was typed, for who wants to repeat it
 # What a user can cause; anything else is a defect, and shows its traceback.
 BAD_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, OverflowError, SynthesisError)
@@ -43,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
       args: the arguments; None for those of the process.
 
     Returns:
-      The exit code: 0, 2 for bad input, 130 when interrupted, 141 when what is printed is no longer read.
+      The exit code: 0, 2 for bad input, 130 when interrupted, 1 when what is printed is no longer read.
     """
     is_process = args is None
     args = list(sys.argv[1:] if args is None else args)
