@@ -241,26 +241,13 @@ def test_tables_fit_eighty_characters(model, tmp_path, monkeypatch):
     """All that commands print of the networks that come with the library."""
     monkeypatch.setenv("COLUMNS", "80")
     net, data = tmp_path / "net.safetensors", ("bundled", "--limit", 100)
-    few = ("--images", 8, "--steps", 2)
+    noise = ("quantize", model, "--recipe", "noise", "--images", 8, "--evaluate", *data)
     runs = [
         ("inspect", model),
-        (
-            "quantize",
-            model,
-            "--recipe",
-            "noise",
-            "--bits",
-            "w4a4",
-            *few,
-            "--layers",
-            "--output",
-            net,
-            "--evaluate",
-            *data,
-        ),
-        ("quantize", model, "--recipe", "noise", *few, "--layer-bits", "head=w3a5", "--evaluate", *data),
+        (*noise, "--bits", "w4a4", "--layers", "--output", net),
+        (*noise, "--layer-bits", "head=w3a5"),
         ("evaluate", net, "--data", *data),
-        ("sensitivity", model, "--noise"),
+        ("sensitivity", model, "--noise", "--bits", 2, 4),
         ("inspect", net, "--images", 2),
     ]
     if importlib.util.find_spec("onnxruntime"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from dfq_jax import zoo
+from dfq_jax.base import hanging
 from dfq_jax.cli.demo import demo
 from dfq_jax.cli.export import export
 from dfq_jax.cli.layers import inspect, sensitivity
@@ -183,7 +184,7 @@ def evaluate(
         _, result, seconds = target.measure(Reporter(display), "evaluating the quantized network", network, images)
     row = (quantized.name, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
     print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
-    print(f"convention: {quantized.convention.describe()}")
+    print("\n".join(hanging("convention: ", quantized.convention.describe())))
     if json is not None:
         measured = {"data": data, "n": result.n, "integer": integer, "quantized": accuracy_facts(result)}
         facts = network_facts(quantized, {"evaluate_quantized": seconds}, began)

@@ -128,7 +128,7 @@ def inspect(model: Positional[ModelOrFile], *, checkpoint: Weights = None, image
     quantized = load(model, target.network, target.variables)
     print(quantized.report.table())
     if without:
-        print(f"layers are not compared with the float network's: {without}")
+        print("\n".join(hanging("layers are not compared with the float network's: ", without)))
         return
     graph, variables = _network(target)
     with open_display() as display:
