@@ -35,7 +35,7 @@ def measure(small: bool) -> Found:
     model = load_model("fashion_resnet20")
     recipe = RECIPES["fast"]
     if small:
-        recipe = recipe.replace(synthesis_num_images=24, synthesis_batch_size=24, synthesis_steps=2, reconstruction=None)
+        recipe = recipe.replace(synthesis_num_images=24, synthesis_steps=2, reconstruction=None)
     q = quantize(model.module, model.variables, input_shape=model.input_shape, recipe=recipe, bits="w4a4", key=0)
     data = load_data("bundled", limit=100 if small else None)
     size = 100 if small else 500

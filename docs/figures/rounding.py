@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from dfq_jax import Convention, ReconstructionConfig, apply_quantized, estimate_ranges, quantize_params
 from dfq_jax.graph import subnetwork
-from dfq_jax.stages.rounding.block import Cache, advance_block, draw as random_numbers, init_block
+from dfq_jax.stages.rounding.block import Cache, advance_block, init_block
+from dfq_jax.stages.rounding.block import draw as random_numbers
 from dfq_jax.stages.rounding.soft import rectified_sigmoid
 
 BLOCK = "stage1_block1/conv1"
