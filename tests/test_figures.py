@@ -15,6 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {path.name: path.read_text() for path in sorted((DOCS / "method").glob("*.md"))}
 # What the text of each figure holds.
 SAYS = {
+    "steps": ["trace", "synthesize", "equalize", "reconstruct", "judge"],
     "images": ["pyramid", "pixels", "loss", "step 0", "60"],
     "ranges": [*dfq_jax.ESTIMATORS, "lp, analytic", "4 bits", "8 bits", "synthesized images", "real images"],
     "adaptation": ["mean of each channel", "standard deviation of each channel", "quantized", "after adaptation"],
