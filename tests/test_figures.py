@@ -22,6 +22,7 @@ SAYS = {
     "rounding": ["undecided", "% of weights"],
     "overview": ["float network", "synthesized images", "quantized network", "MB, top-1", "agrees on"],
 }
+FAST = {"steps"}  # the others synthesize images
 LARGEST = 200_000  # bytes
 
 
@@ -61,8 +62,7 @@ def test_pages_name_code_that_there_is(page):
     assert [name for name in re.findall(r"`dfq_jax\.(\w+)`", text) if not hasattr(dfq_jax, name)] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in SAYS])
 def test_scripts_draw(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(DOCS / "figures")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--small", "--folder", str(tmp_path)])
