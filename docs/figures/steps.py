@@ -26,7 +26,11 @@ def arrow(axes: Any, begin: tuple[float, float], end: tuple[float, float], text:
     axes.text(middle, begin[1] + 0.08, text, ha="center", fontsize=10, fontstyle="italic", color=INK)
 
 
-def draw(_: Any) -> Figure:
+def measure(small: bool) -> None:
+    """Nothing: the figure is of words alone."""
+
+
+def draw(_: None) -> Figure:
     """Three rows: what there is, the steps, and the judge below all of them."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -59,4 +63,4 @@ def draw(_: Any) -> Figure:
 
 
 if __name__ == "__main__":
-    main("steps", lambda small: None, draw)
+    main("steps", measure, draw)
