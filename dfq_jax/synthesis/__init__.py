@@ -10,7 +10,7 @@ from dfq_jax.synthesis.config import DGH, GENIE, SOURCES, SynthesisConfig
 from dfq_jax.synthesis.loop import Synthesis, SynthesisError, synthesize, synthesize_sets
 from dfq_jax.synthesis.refine import RefineConfig, refine
 from dfq_jax.synthesis.statistics import StatisticErrors, statistic_errors
-from dfq_jax.synthesis.step import advance_batch, init_batch
+from dfq_jax.synthesis.step import advance_batch, batch_images, init_batch
 
 __all__ = [
     "DGH",
@@ -22,6 +22,7 @@ __all__ = [
     "SynthesisConfig",
     "SynthesisError",
     "advance_batch",
+    "batch_images",
     "init_batch",
     "refine",
     "statistic_errors",
