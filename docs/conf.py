@@ -49,8 +49,8 @@ autodoc_typehints = "none"  # shapes and words are in the docstrings
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True
-napoleon_custom_sections = [("Warns", "returns_style")]
+napoleon_custom_sections = [("Attributes", "params_style"), ("Warns", "returns_style")]  # of frozen records
+toc_object_entries_show_parents = "hide"
 
 # --- looks ---
 
@@ -63,6 +63,7 @@ html_theme_options = {
     "path_to_docs": "docs",
     "use_repository_button": True,
     "use_issues_button": True,
+    "navbar_persistent": [],  # the sidebar has a search field
     "show_toc_level": 2,
 }
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "notebooks"} & set(path.parts)]
 README = ROOT / "README.md"
-BLOCK = re.compile(r"^```(\S+)(.*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\S+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FAST = {"index.md", "start.md", "guides/hurting_layer.md", "guides/report.md", "guides/research.md"}
 
 
