@@ -332,7 +332,7 @@ def test_entries_are_validated(changes, match):
         dataclasses.replace(zoo.list_models()[0], **changes)
 
 
-# What CONTRIBUTING.md says of families and layouts
+# What docs/architecture.md says of families and layouts
 
 
 class Toy(nn.Module):

@@ -132,7 +132,7 @@ def apply_float(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Any:
 
 
 def sqnr(reference: Float[ArrayLike, "..."], other: Float[ArrayLike, "..."]) -> float:
-    """Signal-to-quantization-noise ratio in decibel: 10 log10(|reference|^2 / |reference - other|^2).
+    """Signal-to-quantization-noise ratio in decibel: ``10 log10(|reference|^2 / |reference - other|^2)``.
 
     >>> round(dfq_jax.stages.sqnr(np.array([1.0, 2.0]), np.array([1.0, 1.5])), 2)
     13.01

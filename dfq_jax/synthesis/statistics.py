@@ -20,8 +20,8 @@ class StatisticErrors(NamedTuple):
     """Errors of a BatchNorm's input, in units of the stored deviations: lengths of vectors over channels.
 
     Attributes:
-      mean: |mu - m| / |s|, with mu the means on the images, m and s the stored means and standard deviations.
-      std: |sigma - s| / |s|, with sigma the standard deviations on the images.
+      mean: ``|mu - m| / |s|``, with mu the means on the images, m and s the stored means and standard deviations.
+      std: ``|sigma - s| / |s|``, with sigma the standard deviations on the images.
     """
 
     mean: Float[Array, ""]
