@@ -18,9 +18,10 @@ import pytest
 
 import dfq_jax.cli
 from dfq_jax import RECIPES, zoo
-from dfq_jax.cli import commands, layers, output, progress
+from dfq_jax.cli import commands, layers, output
 from dfq_jax.cli.options import SynthesisOptions
 from dfq_jax.export import artifact
+from dfq_jax.recipes import progress
 from dfq_jax.recipes.steps import STEPS
 
 pytest.importorskip("tyro")
@@ -794,8 +795,7 @@ def test_bars_on_a_terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
     err = io.StringIO()
-    with contextlib.redirect_stderr(err), progress.open_display() as display:
-        reporter = progress.Reporter(display)
+    with contextlib.redirect_stderr(err), progress.progress_bar() as reporter:
         reporter.on_stage("trace")
         reporter.on_stage("images")
         reporter.on_progress(progress.base.Progress(1, 2, 50, 100, 0.125, 3.0, 90.0, 50))
