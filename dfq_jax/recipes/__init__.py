@@ -4,12 +4,13 @@ from dfq_jax.recipes.images import is_synthesized
 from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.progress import Reporter, progress_bar
 from dfq_jax.recipes.quantized import Quantized, load, load_report
-from dfq_jax.recipes.recipe import RECIPES, Recipe, get_recipe
+from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe, get_recipe
 from dfq_jax.recipes.steps import remove_checkpoints
 from dfq_jax.recipes.target import Target
 
 __all__ = [
     "RECIPES",
+    "ROUNDINGS",
     "Quantized",
     "Recipe",
     "Reporter",
