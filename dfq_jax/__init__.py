@@ -29,7 +29,7 @@ from dfq_jax.graph import (
     trace,
 )
 from dfq_jax.quantizers import QTensor, QuantizerParams, dequantize, fake_quant, params_from_range
-from dfq_jax.recipes import RECIPES, Quantized, Recipe, Target, load, quantize
+from dfq_jax.recipes import RECIPES, ROUNDINGS, Quantized, Recipe, Target, load, progress_bar, quantize
 from dfq_jax.report import Report, image_grid
 from dfq_jax.stages import (
     ESTIMATORS,
@@ -73,6 +73,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ESTIMATORS",
     "RECIPES",
+    "ROUNDINGS",
     "Allocation",
     "ArtifactError",
     "BatchNormConfig",
@@ -122,6 +123,7 @@ __all__ = [
     "image_grid",
     "load",
     "params_from_range",
+    "progress_bar",
     "quantize",
     "quantize_params",
     "reconstruct",

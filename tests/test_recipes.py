@@ -423,6 +423,8 @@ def test_the_report_says_what_was_done():
     assert report.key == [0, 0]
     assert report.size["quantized"] < 0.6 * report.size["float"]
     assert recipe_from(report.settings) == FAST
+    assert repr(report) == f"Report(recipe fast, 3 layers, {report.size['quantized']} bytes)"  # no arrays in it
+    assert repr(fast()).startswith("Quantized(W4A4, recipe fast, Graph(3 layers, ")
 
 
 def test_the_report_in_json():

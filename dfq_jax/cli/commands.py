@@ -44,10 +44,17 @@ from dfq_jax.cli.output import (
     write_json,
 )
 from dfq_jax.cli.pages import check_pages, report, write_images
-from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.graph import GraphWarning
-from dfq_jax.recipes import Quantized, get_recipe, is_synthesized, load, remove_checkpoints
+from dfq_jax.recipes import (
+    Quantized,
+    Reporter,
+    get_recipe,
+    is_synthesized,
+    load,
+    progress_bar,
+    remove_checkpoints,
+)
 from dfq_jax.zoo import PackagedWeights
 
 
@@ -100,9 +107,8 @@ def quantize(
     settings["details"] = report is not None and (network.undone or True)
     data = None if evaluate is None else network.load_data(evaluate, limit)
     with _resuming(resume):
-        with open_display() as display, warnings.catch_warnings():
+        with progress_bar() as reporter, warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphWarning)  # the table begins with it
-            reporter = Reporter(display)
             quantized = network.quantize(reporter, checkpoint=resume, keep_checkpoint=True, **settings)
             found = {} if data is None else _measure(network, quantized, data, reporter)
         quantized = dataclasses.replace(quantized, report=dataclasses.replace(quantized.report, command=command))
@@ -180,8 +186,8 @@ def evaluate(
     images = target.load_data(data, limit)
     apply_fn = quantized.apply_integer if integer else quantized.apply
     network = (apply_fn, quantized.variables)
-    with open_display() as display:
-        _, result, seconds = target.measure(Reporter(display), "evaluating the quantized network", network, images)
+    with progress_bar() as reporter:
+        _, result, seconds = target.measure(reporter, "evaluating the quantized network", network, images)
     row = (quantized.name, with_margin(result), top5_with_margin(result), str(result.n), f"{seconds:.1f}")
     print_table(("network", "top-1 %", "top-5 %", "images", "seconds"), [row], right=("images", "seconds"))
     print("\n".join(hanging("convention: ", quantized.convention.describe())))

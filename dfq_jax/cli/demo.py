@@ -18,8 +18,7 @@ from dfq_jax.cli.output import (
     with_margin,
     write_json,
 )
-from dfq_jax.cli.progress import Reporter, open_display
-from dfq_jax.recipes import RECIPES, Quantized, Recipe
+from dfq_jax.recipes import RECIPES, Quantized, Recipe, Reporter, progress_bar
 
 MODEL = "fashion_resnet20"
 DATA = "bundled"
@@ -51,10 +50,10 @@ def demo(*, json: OptionalFile = None) -> None:
     data = model.load_data(DATA)
     rows: list[tuple[str, ...]] = []
     results: list[dict[str, Any]] = []
-    with open_display() as display:
-        before = model.measure(Reporter(display), "float: evaluating", model.traced_function, data)
+    with progress_bar() as bar:
+        before = model.measure(bar, "float: evaluating", model.traced_function, data)
         for name in DEMONSTRATED:
-            reporter = Reporter(display, name)
+            reporter = Reporter(bar.display, name)
             quantized = model.quantize(reporter, recipe=RECIPES[name], bits=BITS, edge_bits=EDGE_BITS, key=SEED)
             network = (quantized.apply, quantized.variables)
             after = model.measure(reporter, "evaluating", network, data, before)

@@ -17,11 +17,10 @@ from dfq_jax.cli.layers import stand_in_images
 from dfq_jax.cli.models import Model, Progress, model_of, resolve
 from dfq_jax.cli.options import Count, OptionalData, OptionalFile, OptionalModel, Saved
 from dfq_jax.cli.output import check_targets, print_table, write_json
-from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.data import Dataset
 from dfq_jax.export import Format, Runner, get_exporter
 from dfq_jax.quantizers import dequantized, quantization
-from dfq_jax.recipes import Quantized, load
+from dfq_jax.recipes import Quantized, Reporter, load, progress_bar
 from dfq_jax.stages import sqnr
 
 RANGE_IMAGES = 64
@@ -59,18 +58,16 @@ def export(
     data = None if verify is None else target.load_data(verify, limit)
     if to == "tflite" and quantization(quantized.variables).by_tensor:
         exporter.check(quantized)
-        with open_display() as display:
-            quantized = dataclasses.replace(quantized, images=_images(quantized, Reporter(display)))
+        with progress_bar() as reporter:
+            quantized = dataclasses.replace(quantized, images=_images(quantized, reporter))
     exporter.write(quantized, output)
     size = output.stat().st_size
     found: dict[str, Any] = {"file": str(output), "format": to, "bytes": size}
     row = [to, f"{size:,}"]
     if data is not None:
-        with open_display() as display:
+        with progress_bar() as reporter:
             run = exporter.open(output)
-            (reference, other), _ = Reporter(display).timed(
-                f"running {output.name}", _both, quantized, run, target, data
-            )
+            (reference, other), _ = reporter.timed(f"running {output.name}", _both, quantized, run, target, data)
         found["n"] = len(reference)
         found["agreement"] = 100.0 * float((reference.argmax(1) == other.argmax(1)).mean())
         found["sqnr"] = sqnr(reference, other)

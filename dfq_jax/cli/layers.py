@@ -17,10 +17,9 @@ from dfq_jax.base import environment, hanging, require, write_atomically
 from dfq_jax.cli.models import Model, model_of, resolve
 from dfq_jax.cli.options import Count, ModelName, OptionalFile, Page, Weights
 from dfq_jax.cli.output import check_targets, write_json
-from dfq_jax.cli.progress import Reporter, open_display
 from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statistics, on_device
 from dfq_jax.quantizers import dequantized
-from dfq_jax.recipes import RECIPES, Quantized, load
+from dfq_jax.recipes import RECIPES, Quantized, Reporter, load, progress_bar
 from dfq_jax.report import sensitivity_page
 from dfq_jax.stages import check_widths, compare_layers, enough_images, equalize, stretch_channels
 from dfq_jax.stages import sensitivity as measure
@@ -82,11 +81,11 @@ def sensitivity(
         raise ValueError(f"images: expected none beside --noise, found {images}")
     bits = check_widths("bits", bits)
     graph, variables = _network(resolve(model, checkpoint))
-    with open_display() as display:
-        reporter, seen = Reporter(display), None
+    with progress_bar() as reporter:
+        seen = None
         if not noise:
             seen = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), reporter)
-        display.stage("measuring the sensitivity of layers")
+        reporter.on_stage("measuring the sensitivity of layers")
         found = measure(graph, variables, seen, bits=bits, on_progress=reporter.on_progress)
     for doubt in doubtful_statistics(graph, variables):
         print("\n".join(hanging("WARNING: ", doubt)))
@@ -131,8 +130,8 @@ def inspect(model: Positional[ModelOrFile], *, checkpoint: Weights = None, image
         print("\n".join(hanging("layers are not compared with the float network's: ", without)))
         return
     graph, variables = _network(target)
-    with open_display() as display:
-        made = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), Reporter(display))
+    with progress_bar() as reporter:
+        made = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), reporter)
     print(f"\nerror of each layer, on {len(made)} images made from the float network:")
     print(compare_layers(graph, _as_quantized(quantized, variables), quantized.variables, made).table())
 

@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from dfq_jax import zoo
-from dfq_jax.cli.progress import Reporter
 from dfq_jax.data import Accuracy, Dataset, accuracy, load_data, predict
 from dfq_jax.export import artifact
 from dfq_jax.graph import ApplyFn, Graph, as_function, run, trace, where
-from dfq_jax.recipes import Quantized, quantize
+from dfq_jax.recipes import Quantized, Reporter, quantize
 from dfq_jax.report import image_grid
 from dfq_jax.zoo import abstract_model
 

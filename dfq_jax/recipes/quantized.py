@@ -32,7 +32,7 @@ from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_pol
 from dfq_jax.stages import FLOAT_BITS, Convention, apply_jitted, convention_from
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Quantized:
     """A quantized network.
 
@@ -53,6 +53,9 @@ class Quantized:
     recipe: Recipe
     convention: Convention
     images: Any
+
+    def __repr__(self) -> str:
+        return f"Quantized({self.name}, recipe {self.recipe.name}, {self.graph!r})"
 
     @property
     def name(self) -> str:

@@ -42,7 +42,7 @@ class LayerReport:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """The choices made and how the quantized network compares with the float one.
 
@@ -143,6 +143,10 @@ class Report:
         return "\n".join(lines)
 
     __str__ = table
+
+    def __repr__(self) -> str:
+        """In a line, as details hold pictures."""
+        return f"Report(recipe {self.recipe}, {len(self.layers)} layers, {self.size['quantized']} bytes)"
 
     def save_html(self, path: str | os.PathLike[str], *, title: str = "a network") -> None:
         """Write the report as one HTML file, which loads nothing and is read on any screen.

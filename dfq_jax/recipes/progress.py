@@ -1,20 +1,19 @@
-"""Progress on stderr: one line that changes on a terminal, now and then a line elsewhere."""
+"""Progress: one line that changes on a terminal (stderr), bars in a notebook, now and then a line elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
 from dfq_jax import base
-from dfq_jax.recipes import STAGES
+from dfq_jax.recipes.steps import STAGES
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_DRAWINGS = 0.2  # in notebooks, where each is a message
 BAR = 12  # characters: stages have names of up to 35
 
 
@@ -29,23 +28,43 @@ class Display(Protocol):
         """How far the stage is; `eta` in seconds."""
 
 
-class Bar:
-    """One line that changes: the stage, and how far it is where it counts."""
+class Bars:
+    """A bar for the stage; those of earlier stages that counted stay where `keep` says so."""
 
-    def __init__(self, progress: Progress):
-        self._progress = progress
-        self._task: TaskID | None = None
+    def __init__(self, progress: Any, *, keep: bool = False, draw: Callable[[], Any] = lambda: None):
+        self._progress, self._keep, self._draw = progress, keep, draw  # of rich; on a terminal it draws itself
+        self._task: Any = None
+        self._drawn = 0.0
 
     def stage(self, name: str) -> None:
-        """Begin anew."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
+        """Begin a bar."""
+        self.close()
         self._task = self._progress.add_task(name, total=None, detail="", eta="")
+        self._draw()
 
     def update(self, done: float, total: float, *, detail: str = "", eta: float | None = None) -> None:
         """Move the bar."""
+        if self._task is None:
+            self.stage("")
         eta_text = "" if eta is None or done >= total else f"ETA {_duration(eta)}"
         self._progress.update(self._task, completed=done, total=total, detail=detail, eta=eta_text)
+        now = time.monotonic()
+        if now - self._drawn >= SECONDS_BETWEEN_DRAWINGS:
+            self._drawn = now
+            self._draw()
+
+    def close(self) -> None:
+        """End the bar: its stage is done, if before all of its steps."""
+        if self._task is None:
+            return
+        total = self._progress.tasks[self._progress.task_ids.index(self._task)].total
+        if total is None or not self._keep:
+            self._progress.remove_task(self._task)
+        else:
+            self._progress.update(self._task, completed=total, eta="")
+            self._progress.stop_task(self._task)
+        self._task = None
+        self._draw()
 
 
 class Lines:
@@ -77,28 +96,8 @@ class Lines:
             print(line, file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def open_display() -> Iterator[Display]:
-    """The display that suits stderr."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Lines(SECONDS_BETWEEN_LINES)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=BAR),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[eta]}"),
-    )
-    # What is done is told by the tables that follow.
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(progress)
-
-
 class Reporter:
-    """The callbacks of the library, shown on a display.
+    """The callbacks of `quantize` and of other long work, shown on a display.
 
     Attributes:
       display: where.
@@ -140,6 +139,52 @@ class _Counter:
         began, first = self._began
         eta = None if done == first else (now - began) / (done - first) * (total - done)
         self._display.update(done, total, detail=f"{done} of {total} images", eta=eta)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Reporter]:
+    """Progress shown while something long runs: `pip install 'dfq_jax[cli]'`.
+
+    One line that changes on a terminal, bars in a notebook; elsewhere a line on stderr every few seconds.
+
+    >>> with progress_bar() as bar:
+    ...     q = dfq_jax.quantize(
+    ...         apply_fn, variables, input_shape=(1, 6), recipe="instant",
+    ...         on_progress=bar.on_progress, on_stage=bar.on_stage,
+    ...     )
+
+    Yields:
+      What has the two callbacks, `on_progress` for everything that takes one.
+
+    Raises:
+      ImportError: rich is not installed.
+    """
+    console = base.require("rich.console", "cli").Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield Reporter(Lines(SECONDS_BETWEEN_LINES))
+        return
+    rich = base.require("rich.progress", "cli")
+    progress = rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=BAR),
+        rich.TaskProgressColumn(),
+        rich.TextColumn("{task.fields[detail]}"),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[eta]}"),
+        console=console,
+        transient=True,  # what is done is told by the tables that follow
+    )
+    # Rich's own drawing in notebooks takes widgets, which are not kept in files.
+    with contextlib.nullcontext() if console.is_jupyter else progress:
+        bars = Bars(progress, keep=True, draw=_in_notebook(progress)) if console.is_jupyter else Bars(progress)
+        yield Reporter(bars)
+        bars.close()
+
+
+def _in_notebook(progress: Any) -> Callable[[], Any]:
+    """What draws the bars, in the output of the cell that is running."""
+    output = importlib.import_module("IPython.display").display(progress, display_id=True)
+    return lambda: output.update(progress)
 
 
 def _duration(seconds: float) -> str:
