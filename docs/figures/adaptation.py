@@ -46,8 +46,8 @@ def measure(small: bool) -> Found:
 def draw(found: Found) -> Figure:
     """Means against means and deviations against deviations, channel by channel."""
     figure = Figure(figsize=(8, 4))
-    titles = ("mean of each channel", "standard deviation of each channel")
-    for axes, title, values in zip(figure.subplots(1, 2), titles, found, strict=True):
+    titles = {"mean of each channel": "lower right", "standard deviation of each channel": "upper left"}
+    for axes, (title, place), values in zip(figure.subplots(1, 2), titles.items(), found, strict=True):
         every = np.concatenate(list(values.values()))
         room = 0.06 * np.ptp(every)
         ends = (every.min() - room, every.max() + room)
@@ -55,7 +55,7 @@ def draw(found: Found) -> Figure:
         axes.scatter(values["float"], values["quantized"], 30, color="white", edgecolors=ORANGE, label="quantized")
         axes.scatter(values["float"], values["adapted"], 30, color=BLUE, label="after adaptation")
         axes.set(xlim=ends, ylim=ends, aspect="equal", title=title, xlabel="float network", ylabel="W3A3 network")
-        axes.legend(loc="upper left", handletextpad=0.2)
+        axes.legend(loc=place, handletextpad=0.2)
     return figure
 
 
