@@ -14,7 +14,7 @@ from dfq_jax.cli.commands import COMMANDS
 PAGE = (Path(__file__).parent.parent / "docs" / "guides" / "command_line.md").read_text()
 SHOWN = {
     command.split()[1]: (shlex.split(command)[1:], printed)
-    for command, printed in re.findall(r"```bash\n(dfq-jax .*)\n```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+    for command, printed in re.findall(r"```bash\n(dfq-jax [^\n]*)\n```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 }
 
 
