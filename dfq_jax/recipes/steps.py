@@ -112,7 +112,8 @@ def _equalize(work: Work, start: Candidate) -> Candidate:
             start = dataclasses.replace(start, variables=form(graph, start.variables)).noting(name)
         return start
     forms["stretched channels of depthwise layers"] = functools.partial(stretch_channels, convention=work.convention)
-    result, taken = _begun(work, (), start, lambda: start.variables), ()
+    taken: tuple[str, ...] = ()
+    result = _begun(work, taken, start, lambda: start.variables)
     for name, form in forms.items():
         other = _begun(work, (*taken, name), result, functools.partial(form, graph, result.variables))
         if other.variables is result.variables:
