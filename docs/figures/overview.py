@@ -14,7 +14,6 @@ from dfq_jax.data import accuracy, load_data, predict
 from dfq_jax.zoo import load_model
 
 KERNEL = "params/stage2_block1/conv1/kernel"
-STEPS = 8.2  # of a kernel's quantizer that are shown
 PAPER, CARD = "#ffffff", "#f5f7f9"
 WIDTH, HEIGHT = 12, 3.6  # inches of 100 pixels
 
@@ -35,13 +34,13 @@ def measure(small: bool) -> Found:
     model = load_model("fashion_resnet20")
     recipe = RECIPES["fast"]
     if small:
-        recipe = recipe.replace(synthesis_num_images=24, synthesis_steps=2, reconstruction=None)
+        recipe = recipe.replace(synthesis_num_images=32, synthesis_steps=2, reconstruction=None)
     q = quantize(model.module, model.variables, input_shape=model.input_shape, recipe=recipe, bits="w4a4", key=0)
     data = load_data("bundled", limit=100 if small else None)
     size = 100 if small else 500
 
     def classes(apply_fn: Any, variables: Any) -> Any:
-        return predict(apply_fn, variables, data.batches(size, model.preprocessing))
+        return predict(apply_fn, variables, data.batches(model.preprocessing, size))
 
     first, labels = classes(q.graph.apply_fn, model.variables)
     second, _ = classes(q.apply, q.variables)
@@ -50,7 +49,7 @@ def measure(small: bool) -> Found:
     return Found(
         weights=np.ravel(weights / kernel.scale),
         codes=np.ravel(kernel.centered()),
-        pictures=image_grid(q.images[:24], model.preprocessing, columns=6),
+        pictures=image_grid(q.images[:32], model.preprocessing, columns=8),
         bytes=q.report.size,
         top1={"float": before.top1, "quantized": after.top1},
         agreement=after.agreement,
@@ -93,9 +92,13 @@ def draw(found: Found) -> Figure:
         arrow = FancyArrowPatch((left, HEIGHT / 2), (right, HEIGHT / 2), arrowstyle="-|>", mutation_scale=28, lw=3)
         arrow.set_color(GRAY)
         canvas.add_patch(arrow)
-    for left, values, bins, color in ((0.55, found.weights, 60, BLUE), (8.8, found.codes, 200, ORANGE)):
-        axes = inset(figure, left, 2.65)
-        axes.hist(values, np.linspace(-STEPS, STEPS, bins + 1), color=color)
+    codes, counts = np.unique(found.codes, return_counts=True)
+    limit = np.abs(codes).max() + 1
+    left, right = (inset(figure, place, 2.65) for place in (0.55, 8.8))
+    left.hist(found.weights, np.linspace(-limit, limit, 80), color=BLUE)
+    right.bar(codes, counts, 0.4, color=ORANGE)
+    for axes in (left, right):
+        axes.set_xlim(-limit, limit)
         axes.axhline(0, color=INK, linewidth=1)
     axes = inset(figure, 4.5, 3.0)
     axes.imshow(found.pictures, interpolation="nearest", aspect="auto")
