@@ -109,6 +109,10 @@ def test_results_are_those_of_the_benchmark():
         for cell in filter(lambda cell: cell != "-", cells[:2]):
             top1, drop = map(float, re.fullmatch(r"([\d.]+) \((-?[\d.]+)\)", cell).groups())
             assert drop in drops and abs(float(before) - drop - top1) < 0.006, (name, cell)
+        if cells[2] != "-":
+            top1, drop = re.match(r"([\d.]+) \((-?[\d.]+)\)", cells[2]).groups()
+            assert re.search(rf"^mixed +{drop} ", (ROOT / "benchmarks/mixed.txt").read_text(), re.MULTILINE), name
+            assert abs(float(before) - float(drop) - float(top1)) < 0.006, name
 
 
 def test_recipes_are_those_there_are():
