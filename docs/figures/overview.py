@@ -49,7 +49,7 @@ def measure(small: bool) -> Found:
     return Found(
         weights=np.ravel(weights / kernel.scale),
         codes=np.ravel(kernel.centered()),
-        pictures=image_grid(q.images[:32], model.preprocessing, columns=8),
+        pictures=image_grid(q.images[:24], model.preprocessing, columns=6),
         bytes=q.report.size,
         top1={"float": before.top1, "quantized": after.top1},
         agreement=after.agreement,
@@ -95,13 +95,13 @@ def draw(found: Found) -> Figure:
     codes, counts = np.unique(found.codes, return_counts=True)
     limit = np.abs(codes).max() + 1
     left, right = (inset(figure, place, 2.65) for place in (0.55, 8.8))
-    left.hist(found.weights, np.linspace(-limit, limit, 80), color=BLUE)
+    left.hist(found.weights, np.linspace(-limit, limit, 80), color=BLUE, histtype="stepfilled")
     right.bar(codes, counts, 0.4, color=ORANGE)
     for axes in (left, right):
         axes.set_xlim(-limit, limit)
         axes.axhline(0, color=INK, linewidth=1)
     axes = inset(figure, 4.5, 3.0)
-    axes.imshow(found.pictures, interpolation="nearest", aspect="auto")
+    axes.imshow(found.pictures, interpolation="nearest")
     return figure
 
 
