@@ -21,6 +21,7 @@ SMALL = {
         "EPOCHS, WIDTH, TRAINING, IMAGES, BLOCK_STEPS = 1, 4, 200, 8, 2",
         "ONNX Runtime and JAX give",
     ),
+    "layers_and_bits": ("IMAGES, STEPS, WIDTHS, LIMIT = 8, 2, (2, 4, 8), 100", "target: mixed W"),
     "deploy": ("BATCHES, ROUNDS, LIMIT = (1, 8), 1, 100", "StableHLO: "),
     "research": (
         f"NETWORKS, IMAGES, STEPS, LIMIT, CHECKOUT = 2, 8, 2, 100, {str(CHECKOUT)!r}",
