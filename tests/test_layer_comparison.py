@@ -7,9 +7,19 @@ import model_grid
 import numpy as np
 import pytest
 
+from dfq_jax import Quantized
 from dfq_jax.graph import record_tensors
 from dfq_jax.quantizers import dequantized, fake_quant, quantization
-from dfq_jax.stages import Convention, LayerRule, compare_layers, estimate_ranges, quantize_params, sqnr
+from dfq_jax.stages import (
+    Convention,
+    LayerRule,
+    compare_layers,
+    equalize,
+    estimate_ranges,
+    quantize_params,
+    sqnr,
+    stretch_channels,
+)
 
 
 @functools.cache
@@ -74,3 +84,16 @@ def test_the_float_network_and_bad_input():
         compare_layers(graph, variables, variables, images)
     with pytest.raises(ValueError, match="images: expected an array"):
         compare_layers(graph, variables, qvariables, images[:, :, :, :1])
+
+
+def test_a_network_is_compared_with_what_was_quantized():
+    """Recipes equalize weights and stretch channels first; who compares has the variables from before."""
+    graph, variables, images = model_grid.network_of(model_grid.mobilenet_v2())
+    convention = Convention(weight_bits=4, activation_bits=8, edge_bits=None)
+    equalized = equalize(graph, variables)
+    for form in (variables, equalized, *(stretch_channels(graph, v, convention) for v in (variables, equalized))):
+        qvariables = quantize_params(graph, form, estimate_ranges(graph, form, images, convention), convention)
+        facts = {"report": None, "recipe": None, "images": None, "graph": graph, "convention": convention}
+        found = Quantized(variables=qvariables, **facts).compare_layers(variables, images)
+        assert found == compare_layers(graph, form, qvariables, images)
+        assert min(layer.own for layer in found.layers) > 8

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float
 from tyro.conf import Positional, arg
 
@@ -18,10 +17,9 @@ from dfq_jax.cli.models import Model, model_of, resolve
 from dfq_jax.cli.options import Count, ModelName, OptionalFile, Page, Weights
 from dfq_jax.cli.output import check_targets, write_json
 from dfq_jax.graph import Graph, GraphWarning, compute_kernels, doubtful_statistics, on_device
-from dfq_jax.quantizers import dequantized
-from dfq_jax.recipes import RECIPES, Quantized, Reporter, load, progress_bar
+from dfq_jax.recipes import RECIPES, Reporter, load, progress_bar
 from dfq_jax.report import sensitivity_page
-from dfq_jax.stages import check_widths, compare_layers, enough_images, equalize, stretch_channels
+from dfq_jax.stages import check_widths, enough_images
 from dfq_jax.stages import sensitivity as measure
 from dfq_jax.synthesis import SynthesisConfig, synthesize
 
@@ -133,18 +131,4 @@ def inspect(model: Positional[ModelOrFile], *, checkpoint: Weights = None, image
     with progress_bar() as reporter:
         made = stand_in_images(graph, variables, _synthesis(graph, images), jax.random.key(seed), reporter)
     print(f"\nerror of each layer, on {len(made)} images made from the float network:")
-    print(compare_layers(graph, _as_quantized(quantized, variables), quantized.variables, made).table())
-
-
-def _as_quantized(quantized: Quantized, variables: Any) -> Any:
-    """The float variables that were quantized: as they are, or equalized, or with stretched channels."""
-    graph = quantized.graph
-    codes = graph.leaves_by_path(dequantized(quantized.variables))
-
-    def error(tree: Any) -> float:
-        leaves = graph.leaves_by_path(tree)
-        pairs = [(np.asarray(leaves[path]), np.asarray(codes[path])) for path in graph.kernels]
-        return sum(float(np.square(a - b).sum() / max(np.square(a).sum(), 1e-30)) for a, b in pairs)
-
-    forms = (variables, equalize(graph, variables))
-    return min(*forms, *(stretch_channels(graph, form, quantized.convention) for form in forms), key=error)
+    print(quantized.compare_layers(variables, made).table())

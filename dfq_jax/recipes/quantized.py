@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from dfq_jax.base import may_transfer, package_version
@@ -25,11 +26,20 @@ from dfq_jax.graph import (
     trace,
     variable_shapes,
 )
-from dfq_jax.quantizers import quantization, with_quantization
+from dfq_jax.quantizers import dequantized, quantization, with_quantization
 from dfq_jax.recipes.recipe import Recipe, recipe_from
 from dfq_jax.report import Report, report_from
 from dfq_jax.runtime import IntegerNetwork, Policy, compile_integer, measure_policy
-from dfq_jax.stages import FLOAT_BITS, Convention, apply_jitted, convention_from
+from dfq_jax.stages import (
+    FLOAT_BITS,
+    Convention,
+    LayerComparison,
+    apply_jitted,
+    compare_layers,
+    convention_from,
+    equalize,
+    stretch_channels,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,6 +124,36 @@ class Quantized:
     def kernels(self, policy: Policy | None = None) -> str:
         """A table of what each layer runs as under a policy, the measured speed, and why a layer stays in float."""
         return self.integer(policy).kernels()
+
+    def compare_layers(self, variables: Any, images: Float[Array, "n ..."], *, batch_size: int = 16) -> LayerComparison:
+        """The error of each layer, as `dfq_jax.compare_layers`, beside the float network as it was quantized.
+
+        Recipes may have equalized its weight ranges or stretched its channels first, which changes no output but the
+        layers' own ones.
+
+        >>> quantized = dfq_jax.quantize(apply_fn, variables, input_shape=(1, 6), recipe="instant", bits="w8a8")
+        >>> [error.name for error in quantized.compare_layers(variables, images).layers]
+        ['dense1', 'dense2']
+
+        Args:
+          variables: float ones, as given to `quantize`; of a network with kernels that are computed from parameters,
+            those of `compute_kernels`.
+          images: `[N, H, W, C]`, preprocessed.
+          batch_size: images in one pass of the networks.
+
+        Raises:
+          ValueError: unusable images, or variables of another network.
+        """
+        codes = self.graph.leaves_by_path(dequantized(self.variables))
+
+        def error(tree: Any) -> float:
+            leaves = self.graph.leaves_by_path(tree)
+            pairs = [(np.asarray(leaves[path]), np.asarray(codes[path])) for path in self.graph.kernels]
+            return sum(float(np.square(a - b).sum() / max(np.square(a).sum(), 1e-30)) for a, b in pairs)
+
+        forms = (variables, equalize(self.graph, variables))
+        forms = (*forms, *(stretch_channels(self.graph, form, self.convention) for form in forms))
+        return compare_layers(self.graph, min(forms, key=error), self.variables, images, batch_size=batch_size)
 
     @may_transfer
     def save(self, path: str | Path, **header: Any) -> None:
