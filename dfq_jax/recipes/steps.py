@@ -34,6 +34,7 @@ from dfq_jax.stages import (
     equalize,
     estimate_ranges,
     find_pairs,
+    find_stretchable,
     finetune,
     quantize_params,
     reconstruct,
@@ -105,32 +106,32 @@ class Work:
 
 def _equalize(work: Work, start: Candidate) -> Candidate:
     """Equalized weight ranges and stretched channels, unless nearest rounding loses by them, where there is a judge."""
-    graph, judge = work.graph, work.judge
-    forms: dict[str, Callable[..., Any]] = {"equalization": equalize} if find_pairs(graph)[0] else {}
-    if not judge.can_judge:  # so without BatchNorms, behind which channels are stretched
-        for name, form in forms.items():
-            start = dataclasses.replace(start, variables=form(graph, start.variables)).noting(name)
-        return start
-    forms["stretched channels of depthwise layers"] = functools.partial(stretch_channels, convention=work.convention)
-    taken: tuple[str, ...] = ()
-    result = _begun(work, taken, start, lambda: start.variables)
+    graph, judge, forms = work.graph, work.judge, dict[str, Callable[..., Any]]()
+    if find_pairs(graph)[0]:
+        forms["equalization"] = equalize
+    if find_stretchable(graph, work.convention):
+        stretch = functools.partial(stretch_channels, convention=work.convention)
+        forms["stretched channels of depthwise layers"] = stretch
+    result, taken = start, tuple[str, ...]()
     for name, form in forms.items():
-        other = _begun(work, (*taken, name), result, functools.partial(form, graph, result.variables))
-        if other.variables is result.variables:
-            continue  # there is nothing to stretch
+        make = functools.partial(form, graph, result.variables)
+        if not judge.can_judge:
+            result = dataclasses.replace(result, variables=make()).noting(name)
+            continue
+        result = result if result.quantized is not None else _begun(work, taken, result)
+        other = _begun(work, (*taken, name), result, make)
         # Stretched channels cost nothing that noise could be blind to.
         result = judge.choose(name, result, other, least_gain=LEAST_GAIN_ON_NOISE if form is equalize else 0.0)
         taken = (*taken, name) if result.variables is other.variables else taken
     return result
 
 
-def _begun(work: Work, forms: tuple[str, ...], start: Candidate, make: Callable[[], Any]) -> Candidate:
-    """A candidate with nearest codes of the variables that are made, which have these forms; made once."""
+def _begun(work: Work, forms: tuple[str, ...], start: Candidate, make: Callable[[], Any] | None = None) -> Candidate:
+    """A candidate with nearest codes of its variables or of those that are made, which have these forms; made once."""
     key = work.ranges_are_analytic, work.recipe.estimator, forms
     if key not in work.begun:
-        variables = make()
-        known = start.quantized is not None and variables is start.variables
-        work.begun[key] = start if known else _quantize(work, _measure(work, Candidate(variables=variables)))
+        variables = start.variables if make is None else make()
+        work.begun[key] = _quantize(work, _measure(work, Candidate(variables=variables)))
     return dataclasses.replace(work.begun[key], decisions=start.decisions, divergence=None)
 
 

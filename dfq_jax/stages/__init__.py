@@ -6,7 +6,13 @@ from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_n
 from dfq_jax.stages.budget import TARGETS, Budget
 from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
-from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs, stretch_channels
+from dfq_jax.stages.equalization import (
+    absorb_high_bias,
+    equalize,
+    find_pairs,
+    find_stretchable,
+    stretch_channels,
+)
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.layer_comparison import LayerComparison, LayerError, compare_layers
@@ -61,6 +67,7 @@ __all__ = [
     "equalize",
     "estimate_ranges",
     "find_pairs",
+    "find_stretchable",
     "finetune",
     "fold_batch_norm",
     "gptq",

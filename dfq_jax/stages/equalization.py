@@ -302,10 +302,14 @@ def stretch_channels(graph: Graph, variables: Any, convention: Convention) -> An
       GraphError: `variables` are not the traced tree.
     """
     leaves = graph.leaves(variables)
-    pairs = {pair: bits for pair in _pairs(graph, CLIPS)[0] if (bits := _bits_to_stretch(graph, pair, convention))}
-    if not pairs:
-        return variables
-    return graph.replace(variables, _stretched(graph, tuple(pairs.items()), leaves))
+    pairs = find_stretchable(graph, convention)
+    return graph.replace(variables, _stretched(graph, pairs, leaves)) if pairs else variables
+
+
+def find_stretchable(graph: Graph, convention: Convention) -> tuple[tuple[Pair, int], ...]:
+    """The pairs that `stretch_channels` treats, with the bits of the tensor between."""
+    pairs = ((pair, _bits_to_stretch(graph, pair, convention)) for pair in _pairs(graph, CLIPS)[0])
+    return tuple((pair, bits) for pair, bits in pairs if bits is not None)
 
 
 def _bits_to_stretch(graph: Graph, pair: Pair, convention: Convention) -> int | None:
