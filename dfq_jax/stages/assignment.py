@@ -76,7 +76,7 @@ def cheapest(
         rows.append(({n: amount / unit for n, amount in taken.items()}, -np.inf, limit.most / unit))
     if near is not None:
         widths, changes = near
-        rows.append(({place[item]: 1.0 for item in widths.items()}, len(widths) - changes, np.inf))
+        rows.append(({place[item]: 1.0 for item in widths.items()}, float(len(widths) - changes), np.inf))
     return _solve(costs, singles, len(place), rows)
 
 
