@@ -64,6 +64,7 @@ def test_without_preprocessing_values_are_spread():
     assert tiles.min() == 0 and tiles.max() == 255
     assert (np.diff(tiles.reshape(-1).astype(int)) >= 0).all()
     assert len(np.unique(pictures(np.full((1, 2, 2, 1), 7.0)))) == 1  # of one value
+    assert np.array_equal(pictures((images * 6e37).astype(np.float32)), tiles)
 
 
 @pytest.mark.untyped
@@ -82,6 +83,13 @@ def test_without_preprocessing_values_are_spread():
 def test_what_is_refused(images, preprocessing, words):
     with pytest.raises(ValueError, match=words):
         image_grid(images, preprocessing)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("columns", [0, -1, 2.5, "2", True])
+def test_columns_are_a_number_of_images(columns):
+    with pytest.raises(ValueError, match="columns: expected an integer of at least 1, or None, found"):
+        image_grid(np.zeros((4, 2, 2, 1)), columns=columns)
 
 
 def test_png_holds_the_pixels(monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from dfq_jax.base import require
+from dfq_jax.base import check_field, require
 
 GAP = 2  # pixels between the pictures of a grid
 NOT_AFFINE = "preprocessing: expected one that scales and shifts each channel of pixels; pass None for another"
@@ -38,9 +38,11 @@ def image_grid(
       Pixels 0...255, `[height, width, 3]`, with white between the images.
 
     Raises:
-      ValueError: images of another shape, values that are not finite, or preprocessing that does more to values than
-        to scale and shift each channel.
+      ValueError: images of another shape, values that are not finite, columns that are no number of at least 1, or
+        preprocessing that does more to values than to scale and shift each channel.
     """
+    if columns is not None:
+        check_field("columns", columns, "an integer of at least 1, or None", lambda n: type(n) is int and n > 0)
     tiles = pictures(images, preprocessing)
     count, height, width, _ = tiles.shape
     if columns is None:
@@ -58,7 +60,7 @@ def pictures(
     images: Float[Any, "n h w c"], preprocessing: Callable[[np.ndarray], Any] | None = None
 ) -> UInt8[np.ndarray, "n height width 3"]:
     """A picture of each image, as `image_grid` shows them."""
-    values = np.asarray(images, np.float32)
+    values = np.asarray(images, np.float64)  # differences of the largest float32 are finite
     if values.ndim != 4 or 0 in values.shape:
         raise ValueError(f"images: expected shape [N, H, W, C], found {values.shape}.")
     if not np.isfinite(values).all():
