@@ -18,6 +18,16 @@ from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, without_quantization
 from dfq_jax.quantizers.qtensor import QTensor, QuantizerParams
 from dfq_jax.quantizers.weights import WEIGHT_RANGES
+from dfq_jax.stages import (
+    Budget,
+    allocator,
+    candidate_ranges,
+    choices_within,
+    estimate_ranges,
+    find_stretchable,
+    sensitivity,
+    stretch_channels,
+)
 from dfq_jax.stages.convention import Convention, quantize_params
 
 
@@ -56,6 +66,25 @@ def test_parse(name, weight_bits, activation_bits):
     assert convention == Convention(weight_bits=weight_bits, activation_bits=activation_bits, edge_bits=8)
     assert convention.name == name.strip().lower()
     assert Convention.parse(convention.name) == convention
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("wrong", ["w4a4", None, {"weight_bits": 4}])
+def test_what_is_no_convention_is_refused_by_name(wrong):
+    graph, variables, images = model_grid.network_of(model_grid.mlp())
+    calls = [
+        lambda: estimate_ranges(graph, variables, images, wrong),
+        lambda: candidate_ranges(graph, variables, images, wrong),
+        lambda: quantize_params(graph, variables, {}, wrong),
+        lambda: stretch_channels(graph, variables, wrong),
+        lambda: find_stretchable(graph, wrong),
+        lambda: sensitivity(graph, variables, images, convention=wrong),
+        lambda: allocator(graph, variables, None, images, convention=wrong),
+        lambda: choices_within(graph, Budget(average_weight_bits=4), wrong),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="convention: expected a Convention, found "):
+            call()
 
 
 def test_parse_takes_the_other_fields():

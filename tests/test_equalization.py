@@ -12,8 +12,8 @@ from flax.core import FrozenDict
 from model_grid import linen_case
 
 from dfq_jax.graph.graph import trace
+from dfq_jax.stages import absorb_high_bias, equalize, find_pairs, stretch_channels
 from dfq_jax.stages.convention import Convention
-from dfq_jax.stages.equalization import absorb_high_bias, equalize, find_pairs, stretch_channels
 
 
 def prepared(case):

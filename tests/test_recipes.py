@@ -34,11 +34,11 @@ from dfq_jax.recipes.pipeline import quantize
 from dfq_jax.recipes.quantized import load
 from dfq_jax.recipes.recipe import RECIPES, Recipe, recipe_from
 from dfq_jax.report.report import LayerReport, Report, report_from
+from dfq_jax.stages import equalize, find_pairs
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm
 from dfq_jax.stages.budget import Budget
 from dfq_jax.stages.comparison import compare, sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
-from dfq_jax.stages.equalization import equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig
 from dfq_jax.stages.finetuning import loop as finetuning_loop
 from dfq_jax.stages.range_search import RangeSearchConfig

@@ -15,9 +15,9 @@ from dfq_jax.quantizers.collection import dequantized
 from dfq_jax.quantizers.qtensor import QTensor
 from dfq_jax.quantizers.weights import quantize_kernel
 from dfq_jax.runtime import apply_plan, compile_integer
+from dfq_jax.stages import equalize, find_pairs
 from dfq_jax.stages.comparison import sqnr
 from dfq_jax.stages.convention import Convention, quantize_params
-from dfq_jax.stages.equalization import equalize, find_pairs
 from dfq_jax.stages.finetuning import FinetuneConfig, finetune
 from dfq_jax.stages.folding import fold_batch_norm, foldable
 from dfq_jax.stages.ranges import estimate_ranges

@@ -18,7 +18,7 @@ from dfq_jax.graph import Graph, check_images
 from dfq_jax.recipes.judge import MOMENT_NOISE
 from dfq_jax.recipes.recipe import Recipe
 from dfq_jax.stages import Convention
-from dfq_jax.synthesis import Synthesis, synthesize_sets
+from dfq_jax.synthesis import Synthesis, SynthesisConfig, synthesize_sets
 
 ANALYTIC_IMAGES = 32
 MIN_HELD_OUT = 8  # fewer images decide nothing
@@ -101,6 +101,12 @@ def _num_held_out(recipe: Recipe, count: int) -> int:
     return held_out if held_out >= MIN_HELD_OUT else 0
 
 
+def settings_of(recipe: Recipe, count: int, source: str) -> SynthesisConfig:
+    """How a recipe makes so many images of a source."""
+    whole = recipe.synthesis
+    return dataclasses.replace(whole, num_images=count, batch_size=min(whole.batch_size, count), source=source)
+
+
 def make_images(graph: Graph, variables: Any, sets: Sequence[Any], **options: Any) -> list[Synthesis]:
     """`synthesize_sets`, of which nothing less than all images is of use."""
     made = synthesize_sets(graph, variables, sets, keep_checkpoint=True, **options)
@@ -116,10 +122,7 @@ def _synthesized(
     whole, held_out = recipe.synthesis, _num_held_out(recipe, recipe.synthesis.num_images)
     sizes = {"images": whole.num_images - held_out, JUDGING: held_out}
     sources = {"images": whole.source, JUDGING: recipe.judge_source or whole.source}
-    sets = []
-    for name in (name for name, count in sizes.items() if count):
-        settings: Any = {"num_images": sizes[name], "batch_size": min(whole.batch_size, sizes[name])}
-        sets.append((keys[name], dataclasses.replace(whole, source=sources[name], **settings)))
+    sets = [(keys[name], settings_of(recipe, count, sources[name])) for name, count in sizes.items() if count]
     made = make_images(graph, variables, sets, checkpoint=checkpoint, **options)
     origin = _origin(made[0], whole.steps)
     if held_out:

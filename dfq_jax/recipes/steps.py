@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS
-from dfq_jax.recipes.images import BITS, JUDGING, TARGET, Images, file_of, make_images
+from dfq_jax.recipes.images import BITS, JUDGING, TARGET, Images, file_of, make_images, settings_of
 from dfq_jax.recipes.judge import LEAST_GAIN_ON_NOISE, Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
 from dfq_jax.stages import (
@@ -89,10 +89,9 @@ class Work:
 
     def make_images(self, name: str, count: int, source: str) -> Array:
         """More images as the recipe makes them, or would, with the key of a name and a file of that name."""
-        sizes: Any = {"num_images": count, "batch_size": min(self.recipe.synthesis.batch_size, count)}
-        config = dataclasses.replace(self.recipe.synthesis, source=source, **sizes)
+        sets = [(self.keys[name], settings_of(self.recipe, count, source))]
         options: Any = {"on_progress": self.on_progress, "checkpoint": file_of(self.checkpoint, name)}
-        (made,) = make_images(self.graph, self.variables, [(self.keys[name], config)], **options)
+        (made,) = make_images(self.graph, self.variables, sets, **options)
         return made.images
 
     def long(self, step: str) -> dict[str, Any]:

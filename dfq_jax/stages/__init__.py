@@ -6,22 +6,18 @@ from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_n
 from dfq_jax.stages.budget import TARGETS, Budget
 from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
-from dfq_jax.stages.equalization import (
-    absorb_high_bias,
-    equalize,
-    find_pairs,
-    find_stretchable,
-    stretch_channels,
-)
+from dfq_jax.stages.equalization import absorb_high_bias, equalize
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.layer_comparison import LayerComparison, LayerError, compare_layers
 from dfq_jax.stages.limits import Choices, choices_within
+from dfq_jax.stages.pairs import find_pairs
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
 from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 from dfq_jax.stages.rules import FLOAT_BITS, LayerRule, kind_of
 from dfq_jax.stages.sensitivity import Sensitivity, check_widths, enough_images, sensitivity
+from dfq_jax.stages.stretching import find_stretchable, stretch_channels
 
 __all__ = [
     "ESTIMATORS",

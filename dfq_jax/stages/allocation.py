@@ -16,7 +16,7 @@ from dfq_jax.base import LINE, Progress, aligned, check_field
 from dfq_jax.graph import Graph
 from dfq_jax.stages.assignment import cheapest
 from dfq_jax.stages.budget import Budget
-from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.convention import Convention, check_convention
 from dfq_jax.stages.limits import Choices, all_widths, choices_within
 from dfq_jax.stages.mixed import MixedNetwork
 from dfq_jax.stages.parts import Part, Widths
@@ -134,6 +134,7 @@ def allocator(
     Raises:
       ValueError: bad arguments; the function, if no choice is within the budget.
     """
+    check_convention(convention)
     check_field("found", found, "a Sensitivity", lambda v: isinstance(v, Sensitivity))
     bits = all_widths(graph, convention, found.bits)
     network = MixedNetwork(graph, variables, images, bits, convention, estimator)

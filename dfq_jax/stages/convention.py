@@ -257,6 +257,18 @@ def convention_from(fields: Mapping[str, Any]) -> Convention:
     return Convention(**{**known_fields(Convention, fields), "rules": rules})
 
 
+def check_convention(convention: Any) -> None:
+    """Refuse, before any work, what is no convention.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(convention, Convention):
+        raise TypeError(
+            f'convention: expected a Convention, found {convention!r}; Convention.parse("w4a4") makes one from a name.'
+        )
+
+
 @may_transfer
 def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Convention) -> Any:
     """Quantize the layers' kernels, and add activation quantizers in one more collection.
@@ -276,8 +288,10 @@ def quantize_params(graph: Graph, variables: Any, ranges: Ranges, convention: Co
       The same tree with `QTensor` kernels, and the collection "quantization" of `QuantizerParams` (see `quantizers`).
 
     Raises:
+      TypeError: `convention` is something else.
       ValueError: a tensor has no range, or a rule is for no layer.
     """
+    check_convention(convention)
     leaves = graph.leaves_by_path(variables)
     kernels: dict[str, Any] = {}
     for path, (layer, *_) in graph.kernels.items():

@@ -14,121 +14,31 @@ than a certain share of its tensor's largest, and no channel's activations grow 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dfq_jax.base import RUN_ONCE, cpu_jit
-from dfq_jax.graph import BatchNorm, Graph, Layer, Skipped, Tensor, affine, batch_norm_parameters
-from dfq_jax.stages.batch_norm import offset_leaves, output_moments
-from dfq_jax.stages.convention import Convention
-from dfq_jax.stages.folding import layer_operations
-from dfq_jax.stages.ranges import optimal_clip
+from dfq_jax.graph import Graph, Layer, affine, batch_norm_parameters
+from dfq_jax.stages.batch_norm import offset_leaves
+from dfq_jax.stages.pairs import (
+    LEAST_SIZE,
+    TINY,
+    Pair,
+    batch_norm_of,
+    center_and_spread,
+    divided,
+    find_pairs,
+    readers_of,
+)
 
-# f(s x) = s f(x) for every s > 0. ReLU6 is not one of them: it clips at 6 whatever the scale.
-HOMOGENEOUS = frozenset({"none", "relu", "leaky_relu", "leaky_relu_0.1", "leaky_relu_0.2"})
 BALANCES = ("weights", "activations")
-CLIPS = {"relu": None, "relu6": 6.0}  # where activations of one sign end
-# The least that a range counts as, relative to the largest of its tensor: one code of 8 bits.
-LEAST_SIZE = 2.0**-8
-TINY = 1e-30  # in place of a zero that is divided by: weights that are all zero
 SWEEPS = 30  # each brings ranges closer by a constant factor; a chain of three is done after about ten
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A layer and those that alone read its result.
-
-    Attributes:
-      first: the layer in front.
-      readers: the layers behind.
-      tensor: what is between them.
-      axis: of the tensor, over channels.
-    """
-
-    first: str
-    readers: tuple[str, ...]
-    tensor: str
-    axis: int
-
-
-def find_pairs(graph: Graph) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
-    """Find the pairs that `equalize` treats, and why other layers are in none.
-
-    >>> pairs, skipped = dfq_jax.find_pairs(graph)
-    >>> [(pair.first, pair.readers) for pair in pairs]
-    [('dense1', ('dense2',))]
-    >>> [layer.name for layer in skipped]
-    ['dense2']
-
-    Args:
-      graph: from `trace`.
-
-    Returns:
-      `(pairs, skipped)`, in the order of layers.
-    """
-    return _pairs(graph, HOMOGENEOUS)
-
-
-def _pairs(graph: Graph, activations: Collection[str]) -> tuple[tuple[Pair, ...], tuple[Skipped, ...]]:
-    """`find_pairs` with one of these activations between them."""
-    tensors = {tensor.value: tensor for tensor in graph.tensors}
-    pairs, skipped = [], []
-    for layer in graph.layers:
-        found = _pair(graph, layer, tensors.get(layer.end), activations)
-        if isinstance(found, Pair):
-            pairs.append(found)
-        else:
-            skipped.append(Skipped(layer.name, found))
-    return tuple(pairs), tuple(skipped)
-
-
-def _pair(graph: Graph, layer: Layer, tensor: Tensor | None, activations: Collection[str]) -> Pair | str:
-    """The pair that begins with a layer, or why there is none."""
-    bn = _batch_norm(graph, layer)
-    if tensor is None:
-        return "its result does not go straight to a layer"
-    if tensor.shared:
-        return "something else than layers reads its result"
-    if layer.activation not in activations:
-        return f"{layer.activation} does not commute with a scale"
-    axes = graph.form(layer).channel_axes if bn is None else ()
-    if len(axes) > 1:
-        return "its channels have several axes"
-    if bn is not None and bn.scale is None:
-        return f"BatchNorm {bn.name!r} has no scale"
-    own = (*layer_operations(graph, layer), *(() if bn is None else bn.chain))
-    if not _serve_only(graph, _scaled(layer, bn), own):
-        return "its parameters serve other places too"
-    axis = axes[0] if bn is None else bn.channel_axis
-    for name in tensor.layers:
-        reader = graph.layer(name)
-        if not _serve_only(graph, (reader.kernel_index,), (reader.op,)):
-            return f"the kernel of {name!r} serves other places too"
-        if graph.form(reader).input_channels(axis) is None:
-            return f"{name!r} mixes its channels with positions"
-    return Pair(first=layer.name, readers=tensor.layers, tensor=tensor.name, axis=axis)
-
-
-def _batch_norm(graph: Graph, layer: Layer) -> BatchNorm | None:
-    return None if layer.batch_norm is None else graph.batch_norm(layer.batch_norm)
-
-
-def _scaled(layer: Layer, bn: BatchNorm | None) -> tuple[int | None, ...]:
-    """The leaves that scale with a layer's result: the kernel or the BatchNorm's scale first, then an offset."""
-    return (layer.kernel_index, layer.bias_index) if bn is None else (bn.indices.scale, bn.indices.bias)
-
-
-def _serve_only(graph: Graph, leaves: tuple[int | None, ...], ops: tuple[int, ...]) -> bool:
-    """Whether parameters take part in no other operations on x than these."""
-    return all(graph.program.served[leaf].issubset(ops) for leaf in leaves if leaf is not None)
 
 
 # --- equalization ---
@@ -170,36 +80,7 @@ def _equalized(graph: Graph, balance: str, leaves: list[Any]) -> dict[str, jax.A
     pairs, _ = find_pairs(graph)
     if balance == "activations":
         pairs = tuple(pair for pair in pairs if graph.layer(pair.first).batch_norm is not None)
-    return _divided(graph, pairs, _factors(graph, pairs, balance, leaves), leaves)
-
-
-def _divided(
-    graph: Graph, pairs: Iterable[Pair], factors: Mapping[str, Float[Array, " c"]], leaves: list[Any]
-) -> dict[str, jax.Array]:
-    """The leaves that change where the channels of pairs are divided by factors, by path."""
-    new = dict(enumerate(leaves))
-    for pair in pairs:
-        factor, first = factors[pair.first], graph.layer(pair.first)
-        bn = _batch_norm(graph, first)
-        for leaf in _scaled(first, bn):
-            if leaf == first.kernel_index:
-                form = graph.form(first).kernel
-                matrix = form.matrix(new[leaf].astype(jnp.float32))
-                new[leaf] = form.leaf(matrix / factor.reshape(*matrix.shape[:2], 1, 1))
-            elif leaf is not None:
-                new[leaf] = new[leaf] / factor.reshape(new[leaf].shape)
-        for reader, channels in _readers(graph, pair):
-            form = graph.form(reader).kernel
-            matrix = form.matrix(new[reader.kernel_index].astype(jnp.float32))
-            new[reader.kernel_index] = form.leaf(matrix * factor[channels][:, None, :, None])
-    paths = graph.leaf_paths
-    return {paths[i]: value.astype(leaves[i].dtype) for i, value in new.items() if value is not leaves[i]}
-
-
-def _readers(graph: Graph, pair: Pair) -> Iterator[tuple[Layer, Int[np.ndarray, "g i"]]]:
-    for name in pair.readers:
-        layer = graph.layer(name)
-        yield layer, graph.form(layer).input_channels(pair.axis)
+    return divided(graph, pairs, _factors(graph, pairs, balance, leaves), leaves)
 
 
 def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[Any]) -> dict[str, Float[Array, " c"]]:
@@ -210,7 +91,7 @@ def _factors(graph: Graph, pairs: tuple[Pair, ...], balance: str, leaves: list[A
     peaks = {pair.first: _peaks(graph, pair, leaves) for pair in pairs}
     lowest = {name: peak / jnp.maximum(peak.max(), TINY) for name, peak in peaks.items()}
     ones = {pair.first: jnp.ones(graph.tensor(pair.tensor).shape[pair.axis]) for pair in pairs}
-    channels = {(pair.first, layer.name): c for pair in pairs for layer, c in _readers(graph, pair)}
+    channels = {(pair.first, layer.name): c for pair in pairs for layer, c in readers_of(graph, pair)}
 
     def sweep(_: jax.Array, state: tuple[dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[Any, Any]:
         sizes, factors = map(dict, state)
@@ -241,7 +122,7 @@ def _bounded(sizes: Float[Array, "..."]) -> Float[Array, "..."]:
 def _sizes(graph: Graph, layer: Layer, leaves: list[Any]) -> Float[Array, "g o i"]:
     matrix = graph.form(layer).kernel.matrix(leaves[layer.kernel_index].astype(jnp.float32))
     sizes = jnp.abs(matrix).max(-1)
-    bn = _batch_norm(graph, layer)
+    bn = batch_norm_of(graph, layer)
     if bn is None:
         return sizes
     factor, _ = affine(bn, batch_norm_parameters(bn, leaves))
@@ -255,7 +136,7 @@ def _peaks(graph: Graph, pair: Pair, leaves: list[Any]) -> Float[Array, " c"]:
     """
     layer = graph.layer(pair.first)
     if layer.batch_norm is not None:
-        center, spread = _center_and_spread(graph, pair, leaves)
+        center, spread = center_and_spread(graph, pair, leaves)
     else:
         form = graph.form(layer).kernel
         spread = jnp.sqrt(jnp.square(form.matrix(leaves[layer.kernel_index].astype(jnp.float32))).sum((2, 3)))
@@ -266,71 +147,6 @@ def _peaks(graph: Graph, pair: Pair, leaves: list[Any]) -> Float[Array, " c"]:
     high = center + 3 * spread
     one_sided = graph.tensor(pair.tensor).activation == "relu"
     return jnp.maximum(high, 0.0) if one_sided else jnp.maximum(jnp.abs(high), jnp.abs(center - 3 * spread))
-
-
-def _center_and_spread(graph: Graph, pair: Pair, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each channel behind the first layer's BatchNorm."""
-    bn = graph.batch_norm(graph.layer(pair.first).batch_norm)
-    return output_moments(bn, batch_norm_parameters(bn, leaves))
-
-
-# --- channels of depthwise layers ---
-
-
-def stretch_channels(graph: Graph, variables: Any, convention: Convention) -> Any:
-    """Let each channel that depthwise layers alone read fill the range that it shares with the others.
-
-    One range serves all channels of an activation, so that small ones have few of its codes. A depthwise layer has a
-    kernel for each channel, with a scale of its own, which takes a factor at no cost; so in front of it channels are
-    stretched until what is expected of each, by its BatchNorm, ends where that of the largest does, or where ReLU6
-    clips. Expected is what ACIQ's clipping for a Laplace distribution keeps (`optimal_clip`): at a ReLU6, what lies
-    beyond is clipped, in the network of these variables already. With a ReLU the function is kept.
-
-    >>> stretched = dfq_jax.stretch_channels(graph, variables, Convention.parse("w4a4"))
-    >>> bool(jnp.allclose(apply_fn(stretched, images), apply_fn(variables, images), atol=1e-4))
-    True
-
-    Args:
-      graph: from `trace`.
-      variables: float variables.
-      convention: what is quantized, and to how many bits. Kernels without a scale for each channel are left alone.
-
-    Returns:
-      Variables of the same structure; those given where there is nothing to do.
-
-    Raises:
-      GraphError: `variables` are not the traced tree.
-    """
-    leaves = graph.leaves(variables)
-    pairs = find_stretchable(graph, convention)
-    return graph.replace(variables, _stretched(graph, pairs, leaves)) if pairs else variables
-
-
-def find_stretchable(graph: Graph, convention: Convention) -> tuple[tuple[Pair, int], ...]:
-    """The pairs that `stretch_channels` treats, with the bits of the tensor between."""
-    pairs = ((pair, _bits_to_stretch(graph, pair, convention)) for pair in _pairs(graph, CLIPS)[0])
-    return tuple((pair, bits) for pair, bits in pairs if bits is not None)
-
-
-def _bits_to_stretch(graph: Graph, pair: Pair, convention: Convention) -> int | None:
-    """Of the tensor of a pair that has channels to stretch."""
-    readers = [graph.layer(name) for name in pair.readers]
-    own_scales = all(layer.depthwise and convention.scale_axes(graph, layer) for layer in readers)
-    bn = _batch_norm(graph, graph.layer(pair.first))
-    return convention.tensor_bits(graph, graph.tensor(pair.tensor)) if own_scales and bn is not None else None
-
-
-@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=(0, 1))
-def _stretched(graph: Graph, pairs: tuple[tuple[Pair, int], ...], leaves: list[Any]) -> dict[str, jax.Array]:
-    """The leaves that change, by path."""
-    factors = {}
-    for pair, bits in pairs:
-        center, spread = _center_and_spread(graph, pair, leaves)
-        high = center + optimal_clip("laplace", bits, True) / math.sqrt(2) * spread  # a Laplace's b is sigma / sqrt(2)
-        clip = CLIPS[graph.layer(pair.first).activation]
-        whole = high.max() if clip is None else clip
-        factors[pair.first] = jnp.clip(high / jnp.maximum(whole, TINY), LEAST_SIZE, 1.0)
-    return _divided(graph, (pair for pair, _ in pairs), factors, leaves)
 
 
 # --- high biases ---
@@ -369,10 +185,10 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
         if not _absorbable(graph, pair, offsets):
             continue
         path = graph.batch_norm(graph.layer(pair.first).batch_norm).bias
-        center, spread = _center_and_spread(graph, pair, list(leaves.values()))
+        center, spread = center_and_spread(graph, pair, list(leaves.values()))
         constant = jnp.maximum(center - sigmas * spread, 0.0)
         updates[path] = updates.get(path, leaves[path]) - constant.reshape(leaves[path].shape)
-        for reader, channels in _readers(graph, pair):
+        for reader, channels in readers_of(graph, pair):
             matrix = graph.form(reader).kernel.matrix(leaves[reader.kernel].astype(jnp.float32))
             shift = jnp.einsum("goik,gi->go", matrix, constant[channels], precision=jax.lax.Precision.HIGHEST)
             target, sign = offsets[reader.name]
@@ -381,7 +197,7 @@ def absorb_high_bias(graph: Graph, variables: Any, *, sigmas: float = 3.0) -> An
 
 
 def _absorbable(graph: Graph, pair: Pair, offsets: Mapping[str, tuple[str, float]]) -> bool:
-    bn = _batch_norm(graph, graph.layer(pair.first))
+    bn = batch_norm_of(graph, graph.layer(pair.first))
     if bn is None or bn.bias is None or graph.tensor(pair.tensor).activation != "relu":
         return False
     readers = [graph.layer(name) for name in pair.readers]

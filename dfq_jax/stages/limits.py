@@ -11,7 +11,7 @@ from dfq_jax.graph import Graph
 from dfq_jax.quantizers import storage_bits
 from dfq_jax.stages.assignment import Limit
 from dfq_jax.stages.budget import Budget
-from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.convention import Convention, check_convention
 from dfq_jax.stages.parts import Part, Parts, parts_of
 from dfq_jax.stages.rules import FLOAT_BITS
 from dfq_jax.stages.sensitivity import WIDTHS
@@ -49,6 +49,7 @@ def choices_within(
     Raises:
       ValueError: no choice is within the budget, which the message says the least of.
     """
+    check_convention(convention)
     check_field("budget", budget, "a Budget", lambda v: isinstance(v, Budget))
     parts, of_inputs = (
         parts_of(graph, convention, all_widths(graph, convention, bits)),

@@ -21,7 +21,7 @@ from dfq_jax.graph import Graph, check_images, subnetwork
 from dfq_jax.quantizers import check_quantized, quantization
 from dfq_jax.stages.analytic import analytic_summaries
 from dfq_jax.stages.comparison import apply_float, apply_jitted, compare_outputs
-from dfq_jax.stages.convention import Convention, Ranges, with_ranges
+from dfq_jax.stages.convention import Convention, Ranges, check_convention, with_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, summarize
 
 
@@ -98,8 +98,10 @@ def candidate_ranges(
       `{"analytic lp": {tensor name: (lo, hi)}, ..., "image lp": ...}`.
 
     Raises:
+      TypeError: `convention` is something else.
       ValueError: no images, or images with NaN or infinity.
     """
+    check_convention(convention)
     known = {"analytic": analytic_summaries(graph, variables)} if graph.batch_norms else {}
     known["image"] = summarize(graph, variables, images, batch_size=batch_size)
     return {

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from dfq_jax.base import batches, full_precision
 from dfq_jax.graph import BatchNormRule, Graph, as_argument, check_images, record_tensors
 from dfq_jax.quantizers import fake_quant, params_from_range
-from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.convention import Convention, check_convention
 
 BINS = 4096
 # Histograms are taken over at most so many elements of a tensor in each batch; peaks are over all of them.
@@ -208,8 +208,10 @@ def estimate_ranges(
       `{tensor name: (lo, hi)}`, float32 scalars.
 
     Raises:
+      TypeError: `convention` is something else.
       ValueError: no images, images with NaN or infinity, an unknown estimator.
     """
+    check_convention(convention)
     function = resolve_estimator(estimator)
     return apply_estimator(graph, summarize(graph, variables, images, batch_size=batch_size), convention, function)
 

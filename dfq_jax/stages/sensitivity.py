@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from dfq_jax.base import LINE, Progress, aligned, check_field, hanging, known_fields
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS, MIN_BITS
-from dfq_jax.stages.convention import Convention
+from dfq_jax.stages.convention import Convention, check_convention
 from dfq_jax.stages.mixed import MixedNetwork
 from dfq_jax.stages.parts import Widths
 from dfq_jax.stages.rules import is_bits
@@ -125,9 +125,11 @@ def sensitivity(
       on_progress: called after each layer, a width being a batch.
 
     Raises:
+      TypeError: `convention` is something else.
       ValueError: no such bits, unusable images or variables, or outputs that are not finite.
       GraphError: there are no images, and the network has no BatchNorm.
     """
+    check_convention(convention)
     bits = check_widths("bits", bits)
     network = MixedNetwork(graph, variables, images, bits, convention, estimator)
     names, began, total = tuple(network.weights), time.perf_counter(), list[float]()
