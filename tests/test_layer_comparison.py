@@ -1,6 +1,7 @@
 """Errors layer by layer, against runs of the float and the quantized network in float64 NumPy or by rules."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 import model_grid
@@ -12,6 +13,8 @@ from dfq_jax.graph import record_tensors
 from dfq_jax.quantizers import dequantized, fake_quant, quantization
 from dfq_jax.stages import (
     Convention,
+    LayerComparison,
+    LayerError,
     LayerRule,
     compare_layers,
     equalize,
@@ -73,6 +76,20 @@ def test_a_broken_layer_is_found(build):
     assert "falls here" in found.table()
     (layer,) = (error for error in found.layers if error.name == broken.name)
     assert layer.own < layer.carried - 10 and abs(layer.own - layer.sqnr) < 1
+
+
+def test_a_table_where_nothing_falls():
+    errors = (
+        LayerError(name="a", sqnr=30.0, own=30.0, carried=math.inf),
+        LayerError(name="b", sqnr=29.0, own=31, carried=33),
+    )
+    found = LayerComparison(layers=errors)
+    assert found.falls_at is None
+    assert [line.split() for line in found.table().splitlines()] == [
+        ["layer", "SQNR", "dB", "own", "carried"],
+        ["a", "30.0", "30.0", "inf"],
+        ["b", "29.0", "31.0", "33.0"],
+    ]
 
 
 def test_the_float_network_and_bad_input():

@@ -23,6 +23,8 @@ def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | 
     ['layer   bits', 'a_long_name', '        8']
     >>> aligned([("layer", "feeds"), ("conv", "a sum, a second sum, a head")], width=32)
     ['layer  feeds', 'conv   a sum, a second sum, a', '       head']
+    >>> aligned([("layer", ""), ("head", "")], width=80)
+    ['layer', 'head']
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if width is not None:
@@ -35,7 +37,7 @@ def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | 
     for first, *rest, last in (*rows[:1], *rules, *rows[1:]):
         lines += [first] if len(first) > widths[0] else []
         cells = ["" if len(first) > widths[0] else first, *rest]
-        for part in textwrap.wrap(last, widths[-1], **WHOLE) or [""]:
+        for part in textwrap.wrap(last, max(1, widths[-1]), **WHOLE) or [""]:  # a last column may be empty
             lines.append("  ".join(map(str.ljust, [*cells, part], widths)).rstrip())
             cells = [""] * len(cells)
     return lines
