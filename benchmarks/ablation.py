@@ -106,7 +106,8 @@ class Bench(Network):
         self.arguments = arguments
 
     def convention(self, bits: str) -> Convention:
-        return Convention.parse(bits, shortcuts=self.arguments.shortcuts, **EDGES[self.arguments.edges])
+        convention = Convention.parse(bits, shortcuts=self.arguments.shortcuts, **EDGES[self.arguments.edges])
+        return convention.with_default()
 
     def cells(self, seed: int) -> Iterator[tuple[tuple[str, str, str], tuple[float, ...]]]:
         """Scores of all cells of the table for one key."""

@@ -87,7 +87,7 @@ class Bench(Network):
     def __init__(self, arguments: argparse.Namespace):
         super().__init__(arguments)
         graph, variables = self.graph, self.variables
-        self.convention = Convention.parse(arguments.bits, **EDGES[arguments.edges])
+        self.convention = Convention.parse(arguments.bits, **EDGES[arguments.edges]).with_default()
         if arguments.equalize:
             variables = equalize(graph, variables)
         self.x, rule = noise_of_moments(graph, variables, arguments.samples)

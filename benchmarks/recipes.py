@@ -50,7 +50,7 @@ def main() -> None:
         print(f"\n{_describe(recipe)}\nkeys {keys}: drop of top-1 / agreement, seconds")
         for bits in arguments.bits:
             for edges in arguments.edges:
-                convention = Convention.parse(bits, **EDGES[edges])
+                convention = Convention.parse(bits, **EDGES[edges]).with_default(recipe.weight_range)
                 scores = np.array([run(network, recipe, convention, key, images)[1] for key in keys])
                 print(f"{convention.describe()}: {cell(scores)}", flush=True)
 

@@ -58,7 +58,7 @@ def main() -> None:
     print(f"{network}; {arguments.steps} steps a block, keys {arguments.keys}")
     images = Images(network, arguments.cache)
     for bits in arguments.bits:
-        convention = Convention.parse(bits, **EDGES["8"])
+        convention = Convention.parse(bits, **EDGES["8"]).with_default(BEST.weight_range)
         print(f"\n{convention.describe()}\nSQNR on images {', '.join(UNSEEN)}; drop of top-1 / agreement, seconds")
         for part, changes in PARTS.items():
             if not part.startswith(tuple(arguments.parts)):

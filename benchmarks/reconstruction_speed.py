@@ -41,7 +41,7 @@ def main() -> None:
     apply_fn, variables = as_function(model.module, model.variables)
     graph = trace(apply_fn, variables, model.input_shape)
     images = jax.random.normal(jax.random.key(1), (arguments.images, *model.input_shape[1:]))
-    convention = Convention.parse(arguments.bits, edge_bits=8)
+    convention = Convention.parse(arguments.bits, edge_bits=8).with_default()
     ranges = estimate_ranges(graph, variables, images[:8], convention)
     qvariables = quantize_params(graph, variables, ranges, convention)
     config = ReconstructionConfig(steps=arguments.steps, batch_size=arguments.batch_size)

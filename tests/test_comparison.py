@@ -11,7 +11,7 @@ import pytest
 
 import dfq_jax
 from dfq_jax.quantizers.collection import ActivationQuantizers, with_quantization
-from dfq_jax.stages.comparison import apply_jitted, compare
+from dfq_jax.stages.comparison import apply_jitted, compare, compare_outputs, kl_divergence
 from dfq_jax.stages.convention import Convention
 
 
@@ -52,6 +52,16 @@ def test_outputs_without_classes():
     # Both are the relative squared error, one of them in decibel.
     assert found.divergence == pytest.approx(10 ** (-found.sqnr / 10), rel=1e-6)
     assert found.divergence > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_divergence_is_below_zero(seed):
+    """Rounding alone would leave half of these a little below."""
+    graph = quantized(model_grid.cifar_resnet8, "w3a3")[0]
+    logits = np.random.default_rng(seed).normal(size=(16, graph.num_classes)).astype(np.float32)
+    near = logits * np.float32(1 + 1e-7)
+    assert 0 <= compare_outputs(graph, [(logits, near)]).divergence < 1e-12
+    assert 0 <= kl_divergence(jnp.asarray(logits), jnp.asarray(near)) < 1e-6
 
 
 def test_the_float_network_itself():

@@ -19,14 +19,17 @@ from dfq_jax.quantizers.collection import OPERANDS, QUANTIZATION, TENSORS, witho
 from dfq_jax.quantizers.qtensor import QTensor, QuantizerParams
 from dfq_jax.quantizers.weights import WEIGHT_RANGES
 from dfq_jax.stages import (
+    ESTIMATORS,
     Budget,
     allocator,
+    apply_estimator,
     candidate_ranges,
     choices_within,
     estimate_ranges,
     find_stretchable,
     sensitivity,
     stretch_channels,
+    summarize,
 )
 from dfq_jax.stages.convention import Convention, quantize_params
 
@@ -75,6 +78,7 @@ def test_what_is_no_convention_is_refused_by_name(wrong):
     calls = [
         lambda: estimate_ranges(graph, variables, images, wrong),
         lambda: candidate_ranges(graph, variables, images, wrong),
+        lambda: apply_estimator(graph, summarize(graph, variables, images), wrong, ESTIMATORS["max"]),
         lambda: quantize_params(graph, variables, {}, wrong),
         lambda: stretch_channels(graph, variables, wrong),
         lambda: find_stretchable(graph, wrong),
@@ -144,12 +148,17 @@ def test_is_static():
     [
         (
             Convention(),
-            "W4A4, first and last layer 8-bit, per-channel asymmetric weights (lp ranges), "
+            "W4A4, first and last layer 8-bit, per-channel asymmetric weights, "
+            "per-tensor static activations, float shortcuts",
+        ),
+        (
+            Convention().with_default("min_max"),
+            "W4A4, first and last layer 8-bit, per-channel asymmetric weights (min_max ranges), "
             "per-tensor static activations, float shortcuts",
         ),
         (
             Convention(activation_bits=None, edge_bits=None, per_channel=False, symmetric_weights=True),
-            "W4A16, edges as all layers, per-tensor symmetric weights (lp ranges), float activations",
+            "W4A16, edges as all layers, per-tensor symmetric weights, float activations",
         ),
         (
             Convention(weight_bits=2, activation_bits=8, edge_bits=4, weight_range="mse", shortcuts="quantized"),

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "notebooks"} & set(path.parts)]
 README = ROOT / "README.md"
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"] + "/blob/main/"
 BLOCK = re.compile(r"^```(\S+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FAST = {"index.md", "start.md", "guides/recipes.md", "guides/report.md"}  # seconds each; the others are slow
 
@@ -89,7 +91,9 @@ def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s#]*)(?:#[^)\s]*)?\)", text) + re.findall(r"(?:src|href)=\"([^\"#]*)", text)
     for link in links:
-        if link and "://" not in link and not link.startswith("mailto:"):
+        if link.startswith(REPOSITORY):
+            assert (ROOT / link.removeprefix(REPOSITORY)).exists(), link
+        elif link and "://" not in link and not link.startswith("mailto:"):
             # Notebooks have a place of their own in the built pages.
             target = (page.parent / link).resolve()
             if DOCS / "notebooks" in target.parents:
@@ -98,6 +102,7 @@ def test_links_lead_somewhere(page):
 
 
 ROOMS = ["dfq_jax", *(f"dfq_jax.{page.stem}" for page in sorted((DOCS / "api").glob("*.md")) if page.stem != "index")]
+ROOMS.append("dfq_jax.export.interchange")
 
 
 @pytest.mark.parametrize("room", ROOMS)

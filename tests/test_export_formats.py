@@ -236,6 +236,15 @@ def test_qwix_computes_what_the_simulation_does(name, bits, tmp_path):
     assert np.median(np.abs(found - expected)) < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("name", ["mlp", "cifar_resnet8"])
+def test_qwix_takes_inputs_of_numpy(name):
+    pytest.importorskip("qwix")
+    net = network(name)
+    module, variables = to_qwix(net, getattr(model_grid, name)().model)
+    x = np.asarray(net.images)
+    np.testing.assert_array_equal(module.apply(variables, x), module.apply(variables, jnp.asarray(x)))
+
+
 def test_qwix_holds_our_codes():
     pytest.importorskip("qwix")
     net = network("mlp")

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from dfq_jax.zoo import load_model
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Those that install are run by `.ci/run`; the demo by tests/test_cli.py, too.
+RAW = "https://raw.githubusercontent.com/dfq-jax/dfq_jax/main/"
 FIRST, TESTS = "pip install '.[cli]' && dfq-jax demo", "pip install '.[test]' && python -m pytest -q -n 2"
 
 
@@ -44,6 +46,17 @@ def test_commands_are_known(capsys):
         assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
         assert all(word in shown for word in words if word.startswith("--")), command
+
+
+def test_links_work_outside_the_repository():
+    """The README is the project's page of the package index, too, where links within the repository lead nowhere."""
+    source = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+    links, places = re.findall(r"\]\((\S+?)\)", README), {f"{source}/blob/main/", RAW}
+    assert RAW.endswith(source.removeprefix("https://github.com") + "/main/")
+    own = [link for link in links if any(link.startswith(place) for place in places)]
+    assert all(link in own or link == "https://arxiv.org/abs/2204.04215" for link in links)
+    for link in own:
+        assert (ROOT / re.sub("|".join(map(re.escape, places)), "", link)).is_file(), link
 
 
 @pytest.mark.slow

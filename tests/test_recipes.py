@@ -745,6 +745,12 @@ BAD_INPUT = {
     "large seed": ({"key": 2**70}, ValueError, "key: expected a seed of at most 64 bits"),
     "no images": ({"images": np.zeros((0, 8, 8, 3), np.float32)}, ValueError, "images: found none"),
     "image channels": ({"images": np.zeros((4, 8, 8, 1), np.float32)}, ValueError, r"images: .*found \(4, 8, 8, 1\)"),
+    "image height": (
+        {"images": np.zeros((4, 9, 8, 3), np.float32)},
+        ValueError,
+        r"images: expected an array like \[N, 8, 8, 3\], found \(4, 9, 8, 3\); .*\(input_shape\)\.$",
+    ),
+    "image width": ({"images": np.zeros((4, 8, 7, 3), np.float32)}, ValueError, r"images: .*found \(4, 8, 7, 3\)"),
     "nan images": ({"images": np.full((4, 8, 8, 3), np.nan, np.float32)}, ValueError, "images: found NaN"),
     "raw images": ({"images": np.zeros((4, 8, 8, 3), np.uint8)}, ValueError, "images: expected preprocessed"),
     "checkpoint": ({"checkpoint": "none/work.npz"}, ValueError, "checkpoint: there is no folder 'none'"),

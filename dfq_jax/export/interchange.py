@@ -28,6 +28,8 @@ from dfq_jax.graph import Graph
 from dfq_jax.quantizers import QTensor, QuantizerParams, check_quantized, code_limits, quantization
 from dfq_jax.stages import Ranges
 
+__all__ = ["from_aimet", "onnx_names", "ranges_of", "to_aimet", "to_litert", "to_onnxruntime", "to_qwix"]
+
 AIMET_VERSION = "0.6.1"
 Names = Mapping[str, str | Sequence[str]]
 

@@ -94,7 +94,15 @@ def qwix_template(module: nn.Module, x: jax.ShapeDtypeStruct, in_float: Sequence
         weight_qtype=jnp.int8, act_qtype=jnp.int8, act_static_scale=True, act_calibration_method="minmax"
     )
     rules = [*(qwix.QuantizationRule(module_path=re.escape(path)) for path in in_float), quantized]
-    model = qwix.quantize_model(module, qwix.PtqProvider(rules))
+
+    class Provider(qwix.PtqProvider):
+        """Takes inputs that are NumPy's, in which Qwix finds no array."""
+
+        def process_model_inputs(self, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+            args, kwargs = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, (args, kwargs))
+            return super().process_model_inputs(model, args, kwargs)
+
+    model = qwix.quantize_model(module, Provider(rules))
     return model, flax.core.unfreeze(linen_shapes(module, x, initialized=model))
 
 

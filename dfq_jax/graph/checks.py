@@ -16,11 +16,13 @@ from dfq_jax.quantizers import QTensor
 
 
 def check_images(graph: Graph, images: Any) -> None:
-    """Refuse an image array that the network cannot take, or that is empty or not finite."""
+    """Refuse an image array of another shape than the network was traced at, or that is empty or not finite."""
     shape = tuple(getattr(images, "shape", ()))
-    if len(shape) != len(graph.input.shape) or shape[-1:] != graph.input.shape[-1:]:
+    if len(shape) != len(graph.input.shape) or shape[1:] != graph.input.shape[1:]:
+        hint = "; for images of another size trace the network at it (input_shape)"
         raise ValueError(
-            f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}], found {shape}."
+            f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}], found {shape}"
+            f"{hint if len(shape) == len(graph.input.shape) and shape[-1] == graph.input.shape[-1] else ''}."
         )
     if shape[0] == 0:
         raise ValueError("images: found none; pass at least one image, or let synthesize() make them.")

@@ -93,10 +93,11 @@ def _solve(
     goal = np.zeros(size)
     goal[: len(singles)] = [costs[part][bits] for part, bits in singles]
     goal /= max(np.abs(goal).max(), 1e-300)
-    integral = np.arange(size) < len(singles)
     found = milp(
         goal,
-        integrality=integral,
+        # Pairs are integers by themselves, but told so HiGHS is twice as fast, and seldom has to repair a solution, of
+        # which it prints a line that no option silences.
+        integrality=np.ones(size),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [high for *_, high in rows]),
         options={"time_limit": SECONDS, "mip_rel_gap": GAP},

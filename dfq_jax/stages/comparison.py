@@ -110,7 +110,7 @@ def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Compari
         return Comparison(agreement=None, sqnr=sqnr(reference, other), divergence=error)
     agreement = 100.0 * float((reference.argmax(1) == other.argmax(1)).mean())
     wanted, found = map(_log_softmax, (reference, other))
-    divergence = float((np.exp(wanted) * (wanted - found)).sum(1).mean())
+    divergence = max(0.0, float((np.exp(wanted) * (wanted - found)).sum(1).mean()))  # rounding goes below
     return Comparison(agreement=agreement, sqnr=sqnr(reference, other), divergence=divergence)
 
 
@@ -155,4 +155,5 @@ def kl_divergence(
     centered logits over twice the number of classes.
     """
     log_expected, log_found = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (expected, found))
-    return temperature**2 * (jnp.exp(log_expected) * (log_expected - log_found)).sum(-1).mean()
+    divergence = (jnp.exp(log_expected) * (log_expected - log_found)).sum(-1).mean()
+    return temperature**2 * jnp.maximum(divergence, 0.0)  # rounding goes below

@@ -127,7 +127,7 @@ class Convention:
         return f"w{self.weight_bits}a{self.activation_bits or FLOAT_BITS}"
 
     def describe(self) -> str:
-        """One line with everything a reader of a number must know."""
+        """One line with everything a reader of a number must know; of weight ranges nothing until they are chosen."""
         edges = "edges as all layers" if self.edge_bits is None else f"first and last layer {self.edge_bits}-bit"
         if self.edge_input_bits is not None and self.activation_bits is not None:
             edges += f" with {self.edge_input_bits}-bit inputs"
@@ -138,7 +138,7 @@ class Convention:
         activations = "float activations"
         if self.activation_bits is not None:
             activations = f"per-tensor static activations, {self.shortcuts} shortcuts"
-        weights += f" {kind} weights ({self.with_default().weight_range} ranges)"
+        weights += f" {kind} weights" + (f" ({self.weight_range} ranges)" if self.weight_range else "")
         rules = [rule.describe() for rule in self.rules[:DESCRIBED_RULES]]
         if more := self.rules[DESCRIBED_RULES:]:
             rules.append(f"{len(more)} more")

@@ -228,7 +228,12 @@ def resolve_estimator(estimator: str | Estimator) -> Estimator:
 def apply_estimator(
     graph: Graph, summaries: dict[str, Summary], convention: Convention, estimator: Estimator
 ) -> dict[str, Range]:
-    """An estimator over summaries; tensors that stay in float need no range."""
+    """An estimator over summaries; tensors that stay in float need no range.
+
+    Raises:
+      TypeError: `convention` is something else.
+    """
+    check_convention(convention)
     ranges = {}
     for tensor in graph.tensors:
         bits = convention.tensor_bits(graph, tensor)
