@@ -20,6 +20,7 @@ from dfq_jax.stages import (
     compare,
     quantize_params,
     search_ranges,
+    sensitivity,
     with_ranges,
 )
 
@@ -124,3 +125,14 @@ def test_ranges_that_cannot_be_taken(ranges, message):
         with_ranges(qvariables, ranges)
     with pytest.raises(ValueError, match="qvariables: expected quantized variables"):
         with_ranges(variables, sets["image lp"])
+
+
+def test_images_of_another_size_are_taken():
+    """Each block sees what the whole network does at that size."""
+    graph, variables, _, _, qvariables = parts(model_grid.cifar_resnet8)
+    images = jax.random.normal(jax.random.key(1), (8, 24, 40, 3))
+    sets = candidate_ranges(graph, variables, images, Convention.parse("w4a3", edge_bits=None), CONFIG)
+    better, found = search_ranges(graph, variables, qvariables, images, sets, CONFIG)
+    np.testing.assert_allclose(divergence(graph, variables, better, images), found.after, rtol=2e-3)
+    layers = [layer.name for layer in graph.layers]
+    assert list(sensitivity(graph, variables, images, bits=(2, 8)).layers) == layers

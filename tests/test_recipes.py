@@ -748,7 +748,7 @@ BAD_INPUT = {
     "image height": (
         {"images": np.zeros((4, 9, 8, 3), np.float32)},
         ValueError,
-        r"images: expected an array like \[N, 8, 8, 3\], found \(4, 9, 8, 3\); .*\(input_shape\)\.$",
+        r"images: expected an array like \[N, 8, 8, 3\], as input_shape says, found \(4, 9, 8, 3\)\.$",
     ),
     "image width": ({"images": np.zeros((4, 8, 7, 3), np.float32)}, ValueError, r"images: .*found \(4, 8, 7, 3\)"),
     "nan images": ({"images": np.full((4, 8, 8, 3), np.nan, np.float32)}, ValueError, "images: found NaN"),

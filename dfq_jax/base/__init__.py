@@ -23,7 +23,7 @@ from dfq_jax.base.loop import Loop, Plan, Progress, Turn
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
-from dfq_jax.base.text import LINE, aligned, hanging
+from dfq_jax.base.text import LINE, aligned, hanging, with_units
 from dfq_jax.base.threads import side_by_side
 from dfq_jax.base.together import Together
 
@@ -74,5 +74,6 @@ __all__ = [
     "side_by_side",
     "smooth",
     "usable_cores",
+    "with_units",
     "write_atomically",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 LINE = 80  # characters of a terminal's line
 NARROW = 24  # columns of no more characters are not broken
 WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False}  # words
+BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|dB|kB|MB|s)(?!\w))")
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | None = None) -> list[str]:
@@ -43,11 +46,23 @@ def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | 
     return lines
 
 
+def with_units(text: str) -> str:
+    """The text with numbers and their units in one piece, which no line ends within.
+
+    >>> with_units("9 % in 0.6 s")
+    '9\\xa0% in 0.6\\xa0s'
+    """
+    return BEFORE_UNIT.sub(NO_BREAK, text)
+
+
 def hanging(name: str, text: str) -> list[str]:
     """Lines of a text beside its name.
 
     >>> hanging("images  ", "one " * 20)[1]
     '          one one'
+    >>> hanging("time    ", "one " * 17 + "22 s")[1]
+    '          22 s'
     """
-    lines = textwrap.wrap(text, LINE, initial_indent=name, subsequent_indent=" " * (len(name) + 2), **WHOLE)
+    indents = {"initial_indent": name, "subsequent_indent": " " * (len(name) + 2)}
+    lines = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(with_units(text), LINE, **indents, **WHOLE)]
     return lines or [name.rstrip()]

@@ -11,25 +11,27 @@ import numpy as np
 
 from dfq_jax.base import RUN_ONCE, cpu_jit
 from dfq_jax.graph.graph import Graph
-from dfq_jax.graph.tracing.structure import BatchNorm
+from dfq_jax.graph.tracing.structure import BatchNorm, GraphError
 from dfq_jax.quantizers import QTensor
 
 
 def check_images(graph: Graph, images: Any) -> None:
-    """Refuse an image array of another shape than the network was traced at, or that is empty or not finite."""
+    """Refuse an image array that the network cannot take, or that is empty or not finite."""
     shape = tuple(getattr(images, "shape", ()))
-    if len(shape) != len(graph.input.shape) or shape[1:] != graph.input.shape[1:]:
-        hint = "; for images of another size trace the network at it (input_shape)"
-        raise ValueError(
-            f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}], found {shape}"
-            f"{hint if len(shape) == len(graph.input.shape) and shape[-1] == graph.input.shape[-1] else ''}."
-        )
+    expected = f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}], found {shape}"
+    if len(shape) != len(graph.input.shape) or shape[-1:] != graph.input.shape[-1:]:
+        raise ValueError(f"{expected}.")
     if shape[0] == 0:
         raise ValueError("images: found none; pass at least one image, or let synthesize() make them.")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images: expected preprocessed floating-point images, found {images.dtype}.")
     if not isinstance(images, jax.core.Tracer) and not bool(_all_finite(images)):
         raise ValueError("images: found NaN or infinite values; preprocess images to finite numbers.")
+    if shape[1:] != graph.input.shape[1:]:
+        try:
+            graph.at(shape)
+        except GraphError as error:
+            raise GraphError(f"{expected}, which the network does not take: {error}") from error
 
 
 @functools.partial(cpu_jit, options=RUN_ONCE)

@@ -76,6 +76,9 @@ def find_images(
     if given is not None:
         given = jnp.asarray(given)
         check_images(graph, given)
+        if given.shape[1:] != graph.input.shape[1:]:
+            wanted = ", ".join(map(str, graph.input.shape[1:]))
+            raise ValueError(f"images: expected an array like [N, {wanted}], as input_shape says, found {given.shape}.")
         return Images(given, f"{len(given)} given", num_fitted=len(given) - _num_held_out(recipe, len(given)))
     count = recipe.synthesis.num_images
     if not is_synthesized(graph, recipe, convention):

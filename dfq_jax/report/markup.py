@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import re
 
+from dfq_jax.base import with_units
+
 
 class Markup(str):
     """Text that is HTML already."""
@@ -32,7 +34,7 @@ def element(tag: str, *content: str, **attributes: str | bool | None) -> Markup:
 
 def joined(*content: str) -> Markup:
     """Text and elements after one another."""
-    return Markup("".join(item if isinstance(item, Markup) else html.escape(item) for item in content))
+    return Markup("".join(item if isinstance(item, Markup) else html.escape(with_units(item)) for item in content))
 
 
 def breakable(name: str) -> Markup:

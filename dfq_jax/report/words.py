@@ -45,9 +45,10 @@ def sentences(report: Report) -> list[str]:
         said.append(f"On {report.compared_on}, {', and '.join(found)}.")
     verdicts = [verdict for step in report.steps for verdict in ("kept", "dropped") if f": {verdict}, " in step]
     if verdicts:
+        tried, kept = len(verdicts), verdicts.count("kept")
         said.append(
-            f"Of {len(verdicts)} changes that were tried, {verdicts.count('kept')} were kept: those that bring the "
-            "outputs closer to the float network's, on what none of them was fitted to."
+            f"Of {tried} {'change' if tried == 1 else 'changes'} tried, {kept} {'was' if kept == 1 else 'were'} kept: what "
+            "brings the outputs closer to the float network's, on what none was fitted to."
         )
     return said + ([] if report.details is None else _errors(report.details))
 

@@ -79,6 +79,9 @@ class MixedNetwork:
         estimator: str,
     ):
         check_variables(graph, variables)
+        if images is not None:
+            check_images(graph, images)
+            graph = graph.at((1, *images.shape[1:]))
         self.graph, self.bits = graph, tuple(bits)
         parts = parts_of(graph, convention, self.bits)
         self.uniform, self.weights, self.inputs = parts.uniform, parts.weights, parts.inputs
@@ -90,7 +93,6 @@ class MixedNetwork:
             x, rule = noise_of_moments(graph, variables)
             self.seen_on, batch_size = f"{len(x)} samples of noise of the moments that BatchNorms promise", len(x)
         else:
-            check_images(graph, images)
             x, self.seen_on = jnp.asarray(images), f"{len(images)} images"
             fit = max(1, min(_IMAGES, _VALUES // math.prod(x.shape[1:])))
             batch_size = fit if platform_of(variables) == "cpu" else len(x)
