@@ -49,8 +49,8 @@ def aligned(rows: Sequence[Sequence[str]], *, ruled: bool = False, width: int | 
 def with_units(text: str) -> str:
     """The text with numbers and their units in one piece, which no line ends within.
 
-    >>> with_units("9 % in 0.6 s")
-    '9\\xa0% in 0.6\\xa0s'
+    >>> with_units("9 % in 0.6 s").split(" ") == [f"9{NO_BREAK}%", "in", f"0.6{NO_BREAK}s"]
+    True
     """
     return BEFORE_UNIT.sub(NO_BREAK, text)
 
@@ -63,6 +63,6 @@ def hanging(name: str, text: str) -> list[str]:
     >>> hanging("time    ", "one " * 17 + "22 s")[1]
     '          22 s'
     """
-    indents = {"initial_indent": name, "subsequent_indent": " " * (len(name) + 2)}
-    lines = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(with_units(text), LINE, **indents, **WHOLE)]
-    return lines or [name.rstrip()]
+    indent, text = " " * (len(name) + 2), with_units(text)
+    lines = textwrap.wrap(text, LINE, initial_indent=name, subsequent_indent=indent, **WHOLE)
+    return [line.replace(NO_BREAK, " ") for line in lines] or [name.rstrip()]

@@ -47,7 +47,7 @@ def sentences(report: Report) -> list[str]:
     if verdicts:
         tried, kept = len(verdicts), verdicts.count("kept")
         said.append(
-            f"Of {tried} {'change' if tried == 1 else 'changes'} tried, {kept} {'was' if kept == 1 else 'were'} kept: what "
+            f"Of {tried} change{'' if tried == 1 else 's'} tried, {kept} {'was' if kept == 1 else 'were'} kept: what "
             "brings the outputs closer to the float network's, on what none was fitted to."
         )
     return said + ([] if report.details is None else _errors(report.details))
