@@ -42,6 +42,8 @@ from dfq_jax.stages.rounding import GPTQConfig, gptq
 SPATIAL_CORRELATION = 0.25
 # How many samples: each pixel of one tells something, but behind a global pooling one sample is one value.
 NUM_SAMPLES = 32
+# Networks that are compared get the same noise: fewer samples of large inputs tell as much, which cost time and memory.
+LEAST_COMPARED, COMPARED_VALUES = 8, 32 * 64 * 64 * 3
 # Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
 # takes the compiler minutes. The number is prime, so that where samples repeat, they do at other channels.
 POOL = 4_194_301
@@ -159,6 +161,9 @@ def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_sa
     Raises:
       GraphError: the network has no BatchNorm.
     """
+    if num_samples is None:
+        fitting = COMPARED_VALUES // math.prod(graph.input.shape[1:])
+        num_samples = max(LEAST_COMPARED, min(NUM_SAMPLES, fitting))
     noise, rule = noise_of_moments(graph, variables, num_samples)
     return compare_outputs(graph, [_apply_both(graph, variables, qvariables, noise, rule)])
 
