@@ -743,6 +743,8 @@ BAD_INPUT = {
     "bool": ({"key": True}, TypeError, "key: expected"),
     "keys": ({"key": jax.random.split(jax.random.key(0), 3)}, TypeError, "key: expected"),
     "large seed": ({"key": 2**70}, ValueError, "key: expected a seed of at most 64 bits"),
+    "words for images": ({"images": "none"}, TypeError, r"images: expected an array like \[N, 8, 8, 3\], found a str"),
+    "ragged images": ({"images": [[1.0], [1.0, 2.0]]}, TypeError, "images: expected an array like .* found a list"),
     "no images": ({"images": np.zeros((0, 8, 8, 3), np.float32)}, ValueError, "images: found none"),
     "image channels": ({"images": np.zeros((4, 8, 8, 1), np.float32)}, ValueError, r"images: .*found \(4, 8, 8, 1\)"),
     "image height": (

@@ -74,11 +74,14 @@ def find_images(
 ) -> Images:
     """The images given, or what the recipe takes; `options` are `synthesize_sets`'."""
     if given is not None:
-        given = jnp.asarray(given)
+        expected = f"images: expected an array like [N, {', '.join(map(str, graph.input.shape[1:]))}]"
+        try:
+            given = jnp.asarray(given)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{expected}, found a {type(given).__name__}: {error}") from error
         check_images(graph, given)
         if given.shape[1:] != graph.input.shape[1:]:
-            wanted = ", ".join(map(str, graph.input.shape[1:]))
-            raise ValueError(f"images: expected an array like [N, {wanted}], as input_shape says, found {given.shape}.")
+            raise ValueError(f"{expected}, as input_shape says, found {given.shape}.")
         return Images(given, f"{len(given)} given", num_fitted=len(given) - _num_held_out(recipe, len(given)))
     count = recipe.synthesis.num_images
     if not is_synthesized(graph, recipe, convention):
