@@ -6,7 +6,7 @@ from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
 from dfq_jax.base.environment import environment, package_version
 from dfq_jax.base.extras import require
-from dfq_jax.base.fields import check_field, check_fields, is_non_negative, known_fields
+from dfq_jax.base.fields import check_field, check_fields, check_kind, is_non_negative, known_fields
 from dfq_jax.base.files import replacing, write_atomically
 from dfq_jax.base.images import (
     batches,
@@ -41,6 +41,7 @@ __all__ = [
     "batches",
     "check_field",
     "check_fields",
+    "check_kind",
     "check_precision",
     "clip",
     "cpu_jit",

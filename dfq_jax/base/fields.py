@@ -51,6 +51,16 @@ def check_field(name: str, value: object, wanted: str, ok: Callable[[Any], bool]
         raise ValueError(f"{name}: expected {wanted}, found {value!r}.")
 
 
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse, by name, what is no record of a kind.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, found {value!r}.")
+
+
 def check_fields(record: Any, wanted: str | tuple[Any, ...], *names: str) -> None:
     """Refuse, by name, fields of a record that are not what `RULES` has under these words, or one of these choices.
 

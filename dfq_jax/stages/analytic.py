@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from dfq_jax.base import RUN_ONCE, cpu_jit, full_precision
+from dfq_jax.base import RUN_ONCE, check_kind, cpu_jit, full_precision
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -105,8 +105,10 @@ def analytic_correction(
       `qvariables` with new mean, variance and bias leaves.
 
     Raises:
+      TypeError: `config` is something else.
       GraphError: the network has no BatchNorm.
     """
+    check_kind("config", config, BatchNormConfig)
     noise, rule = noise_of_moments(graph, variables, num_samples)
     adapted = adapt_batch_norm(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
     return correct_bias(graph, variables, adapted, noise, normalized=False, batch_norm=rule)
@@ -134,9 +136,11 @@ def gptq_from_noise(
       `qvariables` with other codes.
 
     Raises:
+      TypeError: `config` is something else.
       GraphError: the network has no BatchNorm.
       ValueError: as `gptq`.
     """
+    check_kind("config", config, GPTQConfig)
     noise, rule = noise_of_moments(graph, variables, num_samples)
     return gptq(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
 

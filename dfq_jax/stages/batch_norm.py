@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, check_fields, full_precision
+from dfq_jax.base import batches, check_fields, check_kind, full_precision
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -160,8 +160,10 @@ def adapt_batch_norm(
       `qvariables` with new mean and variance leaves; everything else is kept.
 
     Raises:
+      TypeError: `config` is something else.
       ValueError: no images, or images with NaN or infinity.
     """
+    check_kind("config", config, BatchNormConfig)
     check_images(graph, images)
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
     rule = as_argument(batch_norm)

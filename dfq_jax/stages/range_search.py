@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, check_field, check_fields, full_precision, side_by_side
+from dfq_jax.base import batches, check_field, check_fields, check_kind, full_precision, side_by_side
 from dfq_jax.graph import Graph, check_images, subnetwork
 from dfq_jax.quantizers import check_quantized, quantization
 from dfq_jax.stages.analytic import analytic_summaries
@@ -98,10 +98,11 @@ def candidate_ranges(
       `{"analytic lp": {tensor name: (lo, hi)}, ..., "image lp": ...}`.
 
     Raises:
-      TypeError: `convention` is something else.
+      TypeError: `convention` or `config` is something else.
       ValueError: no images, or images with NaN or infinity.
     """
     check_convention(convention)
+    check_kind("config", config, RangeSearchConfig)
     known = {"analytic": analytic_summaries(graph, variables)} if graph.batch_norms else {}
     known["image"] = summarize(graph, variables, images, batch_size=batch_size)
     return {
@@ -143,8 +144,10 @@ def search_ranges(
       `qvariables` with other activation quantizers, and what was found.
 
     Raises:
+      TypeError: `config` is something else.
       ValueError: a candidate lacks a tensor, `qvariables` are not quantized, or unusable images.
     """
+    check_kind("config", config, RangeSearchConfig)
     check_images(graph, images)
     check_quantized(qvariables)
     for name, ranges in candidates.items():

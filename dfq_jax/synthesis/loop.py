@@ -18,7 +18,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Together, Turn, memory_size, platform_of, usable_cores
+from dfq_jax.base import Loop, Plan, Progress, State, Together, Turn, check_kind, memory_size, platform_of, usable_cores
 from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -99,6 +99,7 @@ def synthesize(
       The images and how well they match. Ctrl-C returns what there is, `completed=False`.
 
     Raises:
+      TypeError: `config` is something else.
       GraphError: the network has no BatchNorm, or class scores are needed and it has none.
       ValueError: weights with NaN or infinity, variances below zero, or a checkpoint of other work.
       OSError: the checkpoint cannot be written.
@@ -107,6 +108,7 @@ def synthesize(
     Warns:
       GraphWarning: BatchNorm statistics look as if they were never updated.
     """
+    check_kind("config", config, SynthesisConfig)
     loop = _ImageLoop(graph, variables, key, config, optimizer)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)

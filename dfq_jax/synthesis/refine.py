@@ -34,6 +34,7 @@ from dfq_jax.base import (
     Turn,
     check_field,
     check_fields,
+    check_kind,
     descend,
     full_precision,
     init_state,
@@ -121,12 +122,14 @@ def refine(
       As many images, `[N, H, W, C]` float32.
 
     Raises:
+      TypeError: `config` is something else.
       GraphError: the network has no BatchNorm, or the variables are not those that were traced.
       ValueError: images of another shape, variables that are not quantized, damaged weights, or a checkpoint of other
         work.
       SynthesisError: the loss became NaN or infinite.
       KeyboardInterrupt: on Ctrl-C; a checkpoint, if asked for, is kept.
     """
+    check_kind("config", config, RefineConfig)
     check_synthesizable(graph, variables, config.statistics)
     if not is_quantized(qvariables):
         raise ValueError("qvariables: hold no activation quantizers; pass what quantize_params returned.")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, init_state, platform_of
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, check_kind, init_state, platform_of
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import Comparison, comparer
@@ -109,12 +109,14 @@ def finetune(
       Ctrl-C returns the best so far.
 
     Raises:
+      TypeError: `config` is something else.
       GraphError: the variables are not those of the graph.
       ValueError: `qvariables` are not quantized, there are too few or unusable images, labels do not fit, or a
         checkpoint of other work.
       OSError: the checkpoint cannot be written.
       FloatingPointError: the student's outputs became NaN or infinite.
     """
+    check_kind("config", config, FinetuneConfig)
     check_learning(graph, variables, qvariables, images)
     labels = None if labels is None else _checked_labels(graph, labels, len(images))
     loop = _StudentLoop(graph, variables, qvariables, jnp.asarray(images), key, config, labels)

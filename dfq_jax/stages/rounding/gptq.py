@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, check_field, check_fields, full_precision, is_non_negative
+from dfq_jax.base import batches, check_field, check_fields, check_kind, full_precision, is_non_negative
 from dfq_jax.graph import BatchNormRule, Graph, KernelForm, LayerCall, apply_quantized, as_argument, check_images
 from dfq_jax.quantizers import QTensor
 from dfq_jax.stages.rounding.codes import KernelCodes, kernel_codes, quantized_kernels, with_codes
@@ -89,8 +89,10 @@ def gptq(
       that they read as different matrices (`x @ w` and `h @ w.T`) keeps its codes.
 
     Raises:
+      TypeError: `config` is something else.
       ValueError: no kernel is quantized, `variables` are not the float ones, no images, or images with NaN or infinity.
     """
+    check_kind("config", config, GPTQConfig)
     check_images(graph, images)
     kernels = quantized_kernels(graph, variables, qvariables)
     for _ in range(config.passes):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, full_precision, platform_of
+from dfq_jax.base import Loop, Plan, Progress, State, Turn, check_kind, full_precision, platform_of
 from dfq_jax.graph import Graph, Subnetwork, apply_quantized, merge_blocks, subnetwork
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.learning import check_learning, held_out_count
@@ -111,10 +111,12 @@ def reconstruct(
       Quantized variables of the same structure, and what happened. Ctrl-C keeps the blocks finished so far.
 
     Raises:
+      TypeError: `config` is something else.
       GraphError: the variables are not those of the graph.
       ValueError: `qvariables` are not quantized, there are too few or unusable images, or a checkpoint of other work.
       OSError: the checkpoint cannot be written.
     """
+    check_kind("config", config, ReconstructionConfig)
     check_learning(graph, variables, qvariables, images)
     if config.prediction_weight and graph.num_classes < 2:
         raise ValueError("prediction_weight: the network has no class scores to compare; set it to 0.")
