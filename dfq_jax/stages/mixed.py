@@ -81,7 +81,7 @@ class MixedNetwork:
         check_variables(graph, variables)
         if images is not None:
             check_images(graph, images)
-            graph = graph.at((1, *images.shape[1:]))
+            graph = graph.at((graph.input.shape[0], *images.shape[1:]))
         self.graph, self.bits = graph, tuple(bits)
         parts = parts_of(graph, convention, self.bits)
         self.uniform, self.weights, self.inputs = parts.uniform, parts.weights, parts.inputs

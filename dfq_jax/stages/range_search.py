@@ -153,7 +153,7 @@ def search_ranges(
     for name, ranges in candidates.items():
         if missing := sorted(set(quantization(qvariables).by_tensor) - set(ranges)):
             raise ValueError(f"candidates: {name!r} has no range for tensor {missing[0]!r}.")
-    graph = graph.at((1, *images.shape[1:]))
+    graph = graph.at((graph.input.shape[0], *images.shape[1:]))
     return _Search(graph, variables, images, config).run(qvariables, candidates)
 
 
