@@ -2,9 +2,13 @@
 
 Behind a BatchNorm each channel has mean `bias` and standard deviation `|scale| sqrt(var / (var + epsilon))` by
 construction (Nagel et al., DFQ, arXiv 1906.04721, who leave out the epsilon). So the network is run with every
-BatchNorm's output replaced by Gaussian noise of just these moments; what follows up to the next BatchNorm (activations,
+BatchNorm's output replaced by noise of just these moments; what follows up to the next BatchNorm (activations,
 residual sums, pooling, gates) acts on the noise as it would on data. Layers in front of a BatchNorm do not matter then,
 and the compiler drops them.
+
+For means and variances the noise is Gaussian. For ranges it has the tails of a Laplace distribution, which activations
+are nearer to (Banner et al., ACIQ, arXiv 1810.05723): Gaussian ranges cut off so much of some tensors that 8 bits are
+not lossless.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int | None 
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    noise, rule = noise_of_moments(graph, variables, num_samples)
+    noise, rule = noise_of_moments(graph, variables, num_samples, heavy_tails=True)
     return summarize(graph, variables, noise, batch_size=len(noise), batch_norm=rule)
 
 
@@ -184,23 +188,31 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
 
 
 @full_precision  # as all that run it: the programs are the same then
-def noise_of_moments(graph: Graph, variables: Any, num_samples: int | None = None) -> tuple[jax.Array, Partial]:
-    """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
+def noise_of_moments(
+    graph: Graph, variables: Any, num_samples: int | None = None, *, heavy_tails: bool = False
+) -> tuple[jax.Array, Partial]:
+    """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time.
+
+    It is Gaussian, or with heavy tails Laplacian, of the same moments.
+    """
     graph.require_batch_norms("so nothing is known of its activations without images.")
     if num_samples is None:
         num_samples = NUM_SAMPLES
     leaves = graph.leaves_by_path(variables)
     paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
-    pool, images = _pool((num_samples, *graph.input.shape[1:]))
+    pool, images = _pool((num_samples, *graph.input.shape[1:]), heavy_tails)
     statistics = [leaf if path in paths else None for path, leaf in leaves.items()]
     return images, Partial(_NoiseOfMoments(tuple(bn.name for bn in graph.batch_norms)), pool, statistics)
 
 
-@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=0)
-def _pool(shape: tuple[int, ...]) -> tuple[Float[Array, " n"], Float[Array, "..."]]:
-    """The samples of all noise, and images of them."""
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=(0, 1))
+def _pool(shape: tuple[int, ...], heavy_tails: bool) -> tuple[Float[Array, " n"], Float[Array, "..."]]:
+    """The samples of all noise, and images of Gaussian ones."""
     pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
-    return pool, _take(pool, 0, shape)
+    images = _take(pool, 0, shape)
+    if heavy_tails:
+        pool = jax.random.laplace(jax.random.key(0), (POOL,), jnp.float32) / math.sqrt(2)  # of variance 1
+    return pool, images
 
 
 @dataclasses.dataclass(frozen=True)
