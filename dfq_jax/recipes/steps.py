@@ -138,7 +138,7 @@ def _measure(work: Work, start: Candidate) -> Candidate:
     if not convention.quantizes_activations(graph):
         ranges = {}
     elif work.ranges_are_analytic:
-        summaries = analytic_summaries(graph, variables)
+        summaries = analytic_summaries(graph, variables, convention)
         ranges = apply_estimator(graph, summaries, convention, ESTIMATORS[recipe.estimator])
     else:
         settings: dict[str, Any] = {"estimator": recipe.estimator, "batch_size": recipe.batch_size}
