@@ -53,9 +53,15 @@ TOPOLOGIES = {
 BATCHES = {"cifar_resnet20": 256, "resnet50": 64, "mobilenet_v2": 64}
 CACHED = 512  # images that a block is reconstructed on, so many a step
 RECONSTRUCTION_BATCH = 32
-COLLECTIVES = (
-    "all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
-)
+COLLECTIVES = [
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+]
 HOST_OPERATIONS = ("infeed", "outfeed", "send", "recv")
 
 
@@ -209,7 +215,9 @@ def shapes(types: str, most: int = 3) -> str:
 
 def oddities(text: str) -> list[str]:
     """What no program of the library should hold."""
-    found = [f"{count} values of {kind}" for kind in ("f64", "c128") if (count := len(re.findall(rf"= {kind}\[", text)))]
+    found = [
+        f"{count} values of {kind}" for kind in ("f64", "c128") if (count := len(re.findall(rf"= {kind}\[", text)))
+    ]
     targets = set(re.findall(r'custom_call_target="([^"]*)"', text))
     found += [f"calls {target}" for target in sorted(targets) if "callback" in target.lower()]
     found += [f"{count} {op}" for op in HOST_OPERATIONS if (count := len(re.findall(rf" {op}(?:-start)?\(", text)))]
@@ -381,8 +389,10 @@ def generator(network: Network) -> Program:
     return synthesis(network, dataclasses.replace(GENIE, batch_size=network.batch))
 
 
-def reconstruction(network: Network) -> Program:
-    """A chunk of learning a block in the middle, W4A4."""
+def reconstruction(network: Network, *, spread: bool = False) -> Program:
+    """A chunk of learning a block in the middle, W4A4; each chip has a share of the minibatch, and if `spread` of the
+    images that it is drawn from.
+    """
     import jax
 
     from dfq_jax import ReconstructionConfig, apply_quantized
@@ -404,7 +414,7 @@ def reconstruction(network: Network) -> Program:
         return advance_block(sub.graph, config, steps, None, None, own, bases, cache, count, state, draws)
 
     steps, own, bases, count, state = map(network.replicated, (50, own, bases, CACHED, state))
-    cache = network.replicated(Cache(inputs, inputs, targets))
+    cache = (network.sharded if spread else network.replicated)(Cache(inputs, inputs, targets))
     return Program(advance, (steps, own, bases, cache, count, state, draws), (5,))
 
 
@@ -430,6 +440,7 @@ PROGRAMS: dict[str, Callable[[Network], Program]] = {
     "pyramid": pyramid,
     "generator": generator,
     "reconstruction": reconstruction,
+    "spread": functools.partial(reconstruction, spread=True),
     "adaptation": adaptation,
 }
 
