@@ -161,19 +161,18 @@ def device_mesh(generation: str, chips: int) -> Any:
 def description(compiled: Any, text: str, seconds: float) -> list[str]:
     """Lines about a compiled program."""
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    total = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
     estimate = [f"{1e3 * costs['optimal_seconds']:.3f} ms"] if costs.get("optimal_seconds", 0) > 0 else []
     estimate += [f"{1e-6 * cycles:.2f} million cycles"] if cycles else []
-    found = collectives(text)
     return [
         f"compiled in {seconds:.0f} s; a chip: {1e-9 * costs.get('flops', 0):.2f} GFLOP, "
         f"{2**-20 * costs.get('bytes accessed', 0):.1f} MiB moved, memory {2**-20 * total:.1f} MiB "
-        f"(arguments {2**-20 * memory.argument_size_in_bytes:.1f}, temporaries {2**-20 * memory.temp_size_in_bytes:.1f})",
+        f"(arguments {2**-20 * arguments:.1f}, temporaries {2**-20 * temporaries:.1f})",
         f"estimate: {', '.join(estimate) or 'none'}",
         f"products: {counted(products(text))}",
-        f"collectives: {counted(found)}",
+        f"collectives: {counted(collectives(text))}",
         *(f"odd: {what}" for what in oddities(text)),
     ]
 

@@ -44,7 +44,7 @@ def compiled(*arguments):
     """What the benchmark prints, by program."""
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
-    found = {}
+    found, program = {}, ""
     for line in done.stdout.splitlines():
         if line.startswith("  "):
             what, _, said = line.strip().partition(": ")
