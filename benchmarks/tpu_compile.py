@@ -16,6 +16,12 @@ estimate     XLA's own: `optimal_seconds` of its cost analysis, which takes ever
 products     types of operands and results of convolutions and matrix products, in the optimized program
 collectives  by kind and what they reduce by, with the bytes of their results; what else is odd: host calls, float64
 
+The programs are inference in float32, in bfloat16, simulated (W8A8 in float) and integer (W8A8, residual sums in
+float32; `shortcuts`: as codes; `bfloat16`: of a network in that; W4A8 with kernels packed or as int4); chunks of
+synthesis by pixels, by a pyramid (the default) and by a generator with swing convolutions (GENIE); a chunk of learning
+the block in the middle, W4A4, from images that every chip has, or that are `spread`; and adapting BatchNorms by
+regression, W4A4.
+
 Random weights: what is compiled does not depend on them. `tpu_compile.txt` has the output.
 """
 
@@ -131,7 +137,7 @@ def report(generation: str, chips: int, network: str, program: str, batch: int, 
     import jax
 
     mesh = device_mesh(generation, chips)
-    made = PROGRAMS[program](Network(network, batch, mesh))
+    made = PROGRAMS[program](Network(network, batch, mesh, "bfloat16" if "bfloat16" in program else "float32"))
     began = time.perf_counter()
     try:
         compiled = jax.jit(made.function, donate_argnums=made.donated).lower(*made.arguments).compile()
@@ -226,9 +232,8 @@ def oddities(text: str) -> list[str]:
 class Network:
     """A network of the zoo with random weights, and what its programs take, as shapes with shardings."""
 
-    def __init__(self, name: str, batch: int, mesh: Any):
+    def __init__(self, name: str, batch: int, mesh: Any, dtype: Any):
         import jax
-        import jax.numpy as jnp
         import numpy as np
 
         from dfq_jax import as_function, trace
@@ -247,10 +252,11 @@ class Network:
             low = -1.0 if len(leaf.shape) > 1 else 0.5  # variances and scales are positive
             return rng.uniform(low, 1.5, leaf.shape).astype(np.float32)
 
-        self.apply_fn, self.variables = as_function(module, jax.tree.map(draw, template))
-        self.shape = (batch, *entry.input_shape[1:])
-        self.graph = trace(self.apply_fn, self.variables, self.shape)
-        self.images = self.sharded(jax.ShapeDtypeStruct(self.shape, jnp.float32))
+        self.apply_fn, variables = as_function(module, jax.tree.map(draw, template))
+        self.variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+        images = jax.ShapeDtypeStruct((batch, *entry.input_shape[1:]), dtype)
+        self.graph = trace(self.apply_fn, self.variables, images)
+        self.images = self.sharded(images)
 
     def sharded(self, tree: Any) -> Any:
         """Over their first axis."""
@@ -265,19 +271,8 @@ class Network:
         from dfq_jax import Convention, quantize_params
 
         convention = Convention.parse(bits, weight_range="min_max", **fields)
-        return quantize_params(
-            self.graph, self.variables, {tensor.name: (-1.0, 6.0) for tensor in self.graph.tensors}, convention
-        )
-
-    def integer(self, bits: str, **fields: Any) -> tuple[Any, Any]:
-        """Plan and variables of integer execution on a TPU."""
-        import dataclasses
-
-        from dfq_jax.runtime import compile_integer, default_policy
-
-        policy = dataclasses.replace(default_policy("tpu"), self_test=False, **fields)
-        symmetric = {"symmetric_weights": True, "edge_bits": None} if bits == "w4a8" else {}
-        return compile_integer(self.graph, self.quantized(bits, **symmetric), policy)
+        ranges = {tensor.name: (-1.0, 6.0) for tensor in self.graph.tensors}
+        return quantize_params(self.graph, self.variables, ranges, convention)
 
 
 def _placed(tree: Any, sharding: Any) -> Any:
@@ -291,21 +286,9 @@ def _placed(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def float32(network: Network) -> Program:
+def floating(network: Network) -> Program:
     """The network itself."""
     return Program(network.apply_fn, (network.replicated(network.variables), network.images))
-
-
-def bfloat16(network: Network) -> Program:
-    """The network with variables and images in bfloat16."""
-    import jax
-    import jax.numpy as jnp
-
-    half = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding),
-        (network.replicated(network.variables), network.images),
-    )
-    return Program(network.apply_fn, half)
 
 
 def simulated(network: Network) -> Program:
@@ -318,28 +301,18 @@ def simulated(network: Network) -> Program:
     )
 
 
-def integer(network: Network, bits: str = "w8a8", **fields: Any) -> Program:
-    """W8A8, codes from layer to layer."""
-    from dfq_jax.runtime import apply_plan
+def integer(network: Network, bits: str = "w8a8", *, policy: Any = None, **fields: Any) -> Program:
+    """Codes from layer to layer; by the policy for TPUs, with some fields of another value."""
+    import dataclasses
 
-    plan, variables = network.integer(bits, **fields)
+    from dfq_jax.runtime import apply_plan, compile_integer, default_policy
+
+    policy = dataclasses.replace(default_policy("tpu"), self_test=False, **(policy or {}))
+    plan, variables = compile_integer(network.graph, network.quantized(bits, **fields), policy)
+    for layer in plan.layers:
+        if layer.decision.runs != "int8":
+            print(f"  {layer.name} runs as {layer.decision.runs}: {layer.decision.reason}")
     return Program(functools.partial(apply_plan, plan), (network.replicated(variables), network.images))
-
-
-def int4(network: Network) -> Program:
-    """Integer W4A8, kernels given as int4."""
-    import jax
-    import jax.numpy as jnp
-
-    program = integer(network, "w4a8")
-    variables, images = program.arguments
-    narrow = jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape, jnp.int4, sharding=leaf.sharding) if leaf.dtype == jnp.int8 else leaf
-        ),
-        variables,
-    )
-    return program._replace(arguments=(narrow, images))
 
 
 def synthesis(network: Network, config: Any) -> Program:
@@ -428,13 +401,16 @@ def adaptation(network: Network) -> Program:
     return Program(adapt, (variables, qvariables, network.images))
 
 
+SYMMETRIC = {"symmetric_weights": True, "edge_bits": None}
 PROGRAMS: dict[str, Callable[[Network], Program]] = {
-    "float32": float32,
-    "bfloat16": bfloat16,
+    "float32": floating,
+    "bfloat16": floating,
     "simulated": simulated,
     "integer": integer,
-    "packed": functools.partial(integer, bits="w4a8", storage="memory"),
-    "int4": int4,
+    "integer_shortcuts": functools.partial(integer, shortcuts="quantized"),
+    "integer_bfloat16": integer,
+    "packed": functools.partial(integer, bits="w4a8", policy={"storage": "memory", "int4": False}, **SYMMETRIC),
+    "int4": functools.partial(integer, bits="w4a8", **SYMMETRIC),
     "pixels": pixels,
     "pyramid": pyramid,
     "generator": generator,
