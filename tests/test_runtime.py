@@ -79,6 +79,16 @@ def test_integer_equals_simulation(build):
     assert all(layer.decision.runs == INT8 for layer in plan.layers)
 
 
+@pytest.mark.parametrize("shortcuts", ["quantized", "float"])
+def test_codes_in_int8_between_layers_are_the_same(shortcuts):
+    graph, qvariables, x, _ = quantized(model_grid.cifar_resnet8, "w4a8", shortcuts)
+    compiled = (
+        compile_integer(graph, qvariables, dataclasses.replace(EVERYTHING, backend=backend))
+        for backend in ("cpu", "tpu")
+    )
+    np.testing.assert_array_equal(*(run_integer(plan, ivariables, x) for plan, ivariables in compiled))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", GRID)
 @pytest.mark.parametrize(
