@@ -61,20 +61,28 @@ def memory(found):
     return float(re.search(r"memory ([\d.]+) MiB", said)[1])
 
 
+SMALL = ("--networks", "fashion_resnet20", "--batch", "64")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", ["cpu", "v5e"])
-def test_a_small_network(generation):
-    if generation != "cpu" and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
-    given = ["--generations", generation, "--networks", "fashion_resnet20", "--batch", "64", "--programs"]
-    programs = ["bfloat16", "integer", "pixels", "reconstruction"]
-    one, four = (compiled(*given, *programs, "--chips", chips) for chips in ("1", "4"))
+def test_a_small_network_over_devices():
+    """By the host's own compiler, which splits programs as that for TPUs does."""
+    programs = ("bfloat16", "integer", "pixels", "reconstruction")
+    one, four = (
+        compiled(*SMALL, "--generations", "cpu", "--chips", chips, "--programs", *programs) for chips in ("1", "4")
+    )
     for program in programs:
         assert one[program]["collectives"] == "none" and "odd" not in {**one[program], **four[program]}
         assert memory(four[program]) < memory(one[program])
-        sums = re.findall(r"(all\S+|\S+-\S+) \((\w+)\)", four[program]["collectives"])
-        assert all(what == ("all-reduce", "add") for what in sums)
-        assert bool(sums) == (program in ("pixels", "reconstruction"))
-    if generation != "cpu":  # which widens operands where int8 is slow
-        kinds = {program: set(re.findall(r"(\S+ x \S+) ->", four[program]["products"])) for program in programs}
-        assert kinds["integer"] == {"s8 x s8"} and kinds["bfloat16"] == {"bf16 x bf16"}
+        found = re.findall(r"([a-z-]+) \((\w+)\) of", four[program]["collectives"])
+        assert set(found) == ({("all-reduce", "add")} if program in ("pixels", "reconstruction") else set())
+
+
+@pytest.mark.slow
+def test_a_small_network_for_tpus():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    found = compiled(*SMALL, "--generations", "v5e", "--chips", "4", "--programs", "bfloat16", "integer", "int4")
+    kinds = {program: set(re.findall(r"(\S+ x \S+) ->", lines["products"])) for program, lines in found.items()}
+    assert kinds == {"bfloat16": {"bf16 x bf16"}, "integer": {"s8 x s8"}, "int4": {"s8 x s4"}}
+    assert all(lines["collectives"] == "none" and "odd" not in lines for lines in found.values())
