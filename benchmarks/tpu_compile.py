@@ -35,7 +35,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +46,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_ID": "0",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or the lock file of another process, or of one that was killed, refuses this one
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -122,8 +122,6 @@ def main() -> None:
             )
         except subprocess.TimeoutExpired:
             print(f"  not compiled within {args.minutes:g} minutes", flush=True)
-            # What is killed leaves it, and whoever comes after is refused.
-            pathlib.Path(tempfile.gettempdir(), "libtpu_lockfile").unlink(missing_ok=True)
             continue
         if done.returncode:
             print(f"  failed: {' '.join(done.stderr.decode(errors='replace').split())[-600:]}", flush=True)
