@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 # libtpu looks for a TPU and its metadata server unless it is told that there is none.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # which tests set
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_ID": "0",
@@ -115,7 +116,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--here", *row, "--batch", str(batch)]
         if args.hlo:
             command += ["--hlo", str(args.hlo)]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={chips}"} if generation == "cpu" else {}
+        # libtpu ends a process whose flags it does not know.
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={chips}" if generation == "cpu" else ""}
         try:
             done = subprocess.run(
                 command, timeout=60 * args.minutes, env=os.environ | ENVIRONMENT | flags, stderr=subprocess.PIPE
