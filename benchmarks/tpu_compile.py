@@ -12,7 +12,7 @@ a chip       floating-point operations (of a product three or six times over whe
              bfloat16), bytes read and written, and memory: arguments, outputs that take the place of none, temporaries.
              What a loop does is counted once: for chunks of steps, that is a step
 estimate     XLA's own: `optimal_seconds` of its cost analysis, which takes every operation to be limited by arithmetic
-             or memory alone, and the cycles that the compiler chose its windows by
+             or memory alone, and the sum of the cycles that the compiler chose its windows by; they may disagree
 products     types of operands and results of convolutions and matrix products, in the optimized program
 collectives  by kind and what they reduce by, with the bytes of their results; what else is odd: host calls, float64
 
