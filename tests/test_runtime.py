@@ -19,7 +19,7 @@ from dfq_jax.graph import apply_quantized, record_tensors
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.graph.tracing.program import sub_jaxprs
 from dfq_jax.graph.tracing.structure import GraphError
-from dfq_jax.quantizers import pack, qtensor, unpack
+from dfq_jax.quantizers import dequantized, pack, qtensor, unpack
 from dfq_jax.runtime import IntegerPlan, apply_plan, compile_integer
 from dfq_jax.runtime.policy import FLOAT, INT8, WEIGHT_ONLY, Policy, default_policy
 from dfq_jax.stages.convention import Convention, quantize_params
@@ -77,6 +77,16 @@ FAST_GRID = [case for case in GRID if case.id in FAST]
 def test_integer_equals_simulation(build):
     plan = check(build, "w8a8", "quantized")
     assert all(layer.decision.runs == INT8 for layer in plan.layers)
+
+
+@pytest.mark.parametrize("shortcuts", ["quantized", "float"])
+def test_codes_in_int8_between_layers_are_the_same(shortcuts):
+    graph, qvariables, x, _ = quantized(model_grid.cifar_resnet8, "w4a8", shortcuts)
+    compiled = (
+        compile_integer(graph, qvariables, dataclasses.replace(EVERYTHING, backend=backend))
+        for backend in ("cpu", "tpu")
+    )
+    np.testing.assert_array_equal(*(run_integer(plan, ivariables, x) for plan, ivariables in compiled))
 
 
 @pytest.mark.slow
@@ -206,6 +216,26 @@ def test_packed_weights(bits):
     size, small = unpacked["layers"][inner.name]["kernel"], packed["layers"][inner.name]["kernel"]
     assert small.dtype == jnp.uint8 and size.nbytes == small.nbytes * 8 // int(bits[1])
     assert_same_network(run_integer(plan, packed, x), expected, 0.02)
+
+
+@pytest.mark.parametrize("storage", ["speed", "memory"])
+def test_weights_of_4_bits_as_int4(storage):
+    graph, qvariables, x, _ = quantized(model_grid.cifar_resnet8, "w4a8", "quantized")
+    ranges = dict.fromkeys((tensor.name for tensor in graph.tensors), (-1.0, 6.0))
+    edge, inner = graph.layers[0].name, graph.layers[2].name  # of 8 and of 4 bits
+
+    def compiled(symmetric, int4):
+        convention = Convention.parse("w4a8", weight_range="min_max", symmetric_weights=symmetric)
+        own = quantize_params(graph, dequantized(qvariables), ranges, convention)
+        return compile_integer(graph, own, dataclasses.replace(EVERYTHING, storage=storage, int4=int4))
+
+    narrow, wide = (compiled(True, int4) for int4 in (True, False))
+    types = [{n: variables["layers"][n]["kernel"].dtype for n in (edge, inner)} for _, variables in (narrow, wide)]
+    assert types[0] == {edge: jnp.int8, inner: jnp.int4}
+    assert types[1] == {edge: jnp.int8, inner: jnp.int8 if storage == "speed" else jnp.uint8}
+    np.testing.assert_array_equal(run_integer(*narrow, x), run_integer(*wide, x))
+    _, variables = compiled(False, True)  # codes less their zero point need 5 bits
+    assert variables["layers"][inner]["kernel"].dtype == types[1][inner]
 
 
 @pytest.mark.parametrize("signed", [True, False])

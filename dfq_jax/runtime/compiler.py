@@ -15,6 +15,7 @@ from dfq_jax.quantizers import (
     ActivationQuantizers,
     QTensor,
     QuantizerParams,
+    bounds,
     check_quantized,
     code_limits,
     int8_zero,
@@ -101,9 +102,20 @@ class _Network:
             decision=decision,
             bits=kernel.bits,
             signed=kernel.signed,
-            packed=self.policy.storage == "memory" and storage_bits(kernel.bits) < 8,
+            packed=self.packs(kernel) and not self.as_int4(decision, kernel),
             requantizes=fusion.requantizes.get(layer.name),
         )
+
+    def packs(self, kernel: QTensor) -> bool:
+        """Whether memory counts and bytes can hold several of its codes."""
+        return self.policy.storage == "memory" and storage_bits(kernel.bits) < 8
+
+    def as_int4(self, decision: Decision, kernel: QTensor) -> bool:
+        """Whether a kernel is held as int4."""
+        if not self.policy.int4 or decision.runs != INT8 or storage_bits(kernel.bits) != 4:
+            return False
+        (low, high), codes = bounds(4, signed=True), kernel.centered()
+        return bool(low <= codes.min(initial=0) and codes.max(initial=0) <= high)
 
     def layer_arrays(self, plans: list[LayerPlan], fusion: Fusion) -> dict[str, dict[str, jax.Array]]:
         """What each layer computes with; layers that share a kernel share its buffer."""
@@ -120,6 +132,8 @@ class _Network:
     def _kernel_arrays(self, own: LayerPlan, kernel: QTensor) -> dict[str, jax.Array]:
         """A kernel ready to multiply; or, where memory counts, its codes as they are and their zero point."""
         policy, runs = self.policy, own.decision.runs
+        if self.as_int4(own.decision, kernel):
+            return {"kernel": jnp.asarray(kernel.centered().astype(jnp.int4))}
         if policy.storage == "speed" and not (runs == WEIGHT_ONLY and policy.activations == "codes"):
             return {"kernel": jnp.asarray(kernel.centered().astype(np.int8 if runs == INT8 else np.float32))}
         arrays = {"kernel": jnp.asarray(pack(kernel.qvalue, kernel.bits) if own.packed else kernel.qvalue)}

@@ -45,6 +45,8 @@ class Policy:
         differ; once per shape and process.
       storage: "speed" holds kernels ready to multiply: int8, and float32 where a layer runs as float. "memory" holds
         all of them as int8, or packed where they have 2 to 4 bits, and unpacks them in every call.
+      int4: kernels of 3 and 4 bits that fit, less their zero point, are held as int4, and multiplied with int8 as they
+        are: nothing is unpacked.
       measured: by layer, the time of the float kernel over that of the int8 kernel, from `measure_policy`; goes before
         the rules about channels, layouts and depthwise convolutions.
       min_speedup: measured ratio above which a layer runs as int8.
@@ -61,6 +63,7 @@ class Policy:
     channels_first: bool = True
     self_test: bool = True
     storage: str = "speed"
+    int4: bool = False
     measured: tuple[tuple[str, float], ...] = ()
     min_speedup: float = 1.0
     activations: str = "codes"
@@ -71,7 +74,7 @@ class Policy:
         for name, allowed in choices.items():
             check_fields(self, allowed, name)
         check_fields(self, "an integer of at least 1", "min_input_channels")
-        check_fields(self, "True or False", "depthwise", "grouped", "channels_first", "self_test")
+        check_fields(self, "True or False", "depthwise", "grouped", "channels_first", "self_test", "int4")
         check_field("min_speedup", self.min_speedup, "a ratio of at least 0", lambda v: v >= 0)
 
     def ratio(self, layer: str) -> float | None:
@@ -93,7 +96,7 @@ def default_policy(backend: str | None = None) -> Policy:
     if backend == "cuda":
         return Policy(backend=backend, accumulator="float32", min_input_channels=8, depthwise=False, grouped=False)
     if backend == "tpu":
-        return Policy(backend=backend)
+        return Policy(backend=backend, int4=True)  # products of int8 and int4: `benchmarks/tpu_compile.txt`
     raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}.")
 
 
