@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfq_jax.base.devices import fetched
 from dfq_jax.base.files import replacing
 
 
@@ -86,7 +87,7 @@ def fingerprint(*trees: Any) -> str:
     """
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(trees):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(fetched(leaf).tobytes())
     return digest.hexdigest()
 
 
@@ -101,7 +102,7 @@ def _named_leaves(batch: int, tree: Any) -> list[tuple[str, Any]]:
 
 
 def _to_numpy(leaf: jax.Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return fetched(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _from_numpy(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

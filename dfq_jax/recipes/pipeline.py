@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import Progress, environment, may_transfer, require
+from dfq_jax.base import Progress, check_mesh, environment, may_transfer, on_all, require
 from dfq_jax.graph import (
     Graph,
     GraphWarning,
@@ -68,6 +69,7 @@ def quantize(
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
     details: bool | Callable[[np.ndarray], Any] = False,
+    mesh: Mesh | None = None,
 ) -> Quantized:
     """Quantize a trained network without data.
 
@@ -104,6 +106,8 @@ def quantize(
       details: measure in the end what a page of the report shows: the error of each layer, its values against its
         steps, and pictures of the images (see `report.examine`); `quantized.report.save_html` writes the page. In
         place of True, the preprocessing that makes images of pixels 0...255, which is undone for the pictures.
+      mesh: the devices to use, of one process or several: images are sharded over all of them, however its axes are
+        named, and variables have a copy on each. None for the device where the variables lie.
 
     Returns:
       The quantized network.
@@ -130,9 +134,10 @@ def quantize(
     preprocessing = details if callable(details) else None
     if details:
         _check_pictures(input_shape, preprocessing)
+    mesh = check_mesh(mesh)
     clock = _Clock(on_stage)
     apply_fn, variables = as_function(model, variables)
-    variables = on_device(variables)
+    variables = on_all(on_device(variables), mesh)
     with clock("trace"):
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)

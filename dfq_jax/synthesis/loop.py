@@ -18,7 +18,21 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Together, Turn, memory_size, platform_of, usable_cores
+from dfq_jax.base import (
+    Loop,
+    Plan,
+    Progress,
+    State,
+    Together,
+    Turn,
+    fetched,
+    memory_size,
+    mesh_of,
+    on_all,
+    platform_of,
+    sharded,
+    usable_cores,
+)
 from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
@@ -177,7 +191,7 @@ class _ImageLoop(Loop):
             patience=config.patience,
             min_improvement=config.min_improvement,
         )
-        super().__init__(plan, key)
+        super().__init__(plan, key, mesh_of(self.variables))
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         optimizer = jax.eval_shape(_init, self.graph, self.settings, self.optimizer, self.key)[0].optimizer
@@ -192,7 +206,14 @@ class _ImageLoop(Loop):
         return jax.random.split(jax.random.fold_in(self.key, batch))
 
     def begin(self, batch: int) -> tuple[State, Targets, None]:
-        return (*_init(self.graph, self.settings, self.optimizer, self.keys(batch)[0]), None)
+        return self.place(batch, (*_init(self.graph, self.settings, self.optimizer, self.keys(batch)[0]), None))
+
+    def place(self, batch: int, work: Any) -> Any:
+        if self.mesh is None:
+            return work
+        state, targets, losses = work
+        axes = image_axes(self.graph, self.settings, self.optimizer)
+        return (*sharded((state, targets), self.mesh, axes), on_all(losses, self.mesh))
 
     def prepare(self, turn: Turn, work: Any) -> Any:
         if turn.begin != self.response_step:
@@ -251,9 +272,9 @@ class _ImageLoop(Loop):
     def result(self, completed: bool) -> Synthesis:
         states, targets, losses = zip(*(self.work[b] for b in sorted(self.work)), strict=True)
         finished = (batch_images(self.graph, self.settings, state) for state in states)
-        images = np.concatenate([np.asarray(images) for images in finished])[: self.config.num_images]
+        images = np.concatenate([fetched(images) for images in finished])[: self.config.num_images]
         if self.config.uses_classes:
-            labels = np.concatenate([np.asarray(t.labels) for t in targets])[: self.config.num_images]
+            labels = np.concatenate([fetched(t.labels) for t in targets])[: self.config.num_images]
         else:
             labels = np.zeros(len(images), np.int32)
         layer_losses = np.mean([np.asarray(e.layer_losses) for e in losses], axis=0)
@@ -261,8 +282,8 @@ class _ImageLoop(Loop):
         moments = jax.tree.map(lambda *m: np.stack(m).reshape(-1, m[0].shape[-1]).mean(0), *(e.moments for e in losses))
         errors = relative_errors(self.graph, self.variables, moments)
         return Synthesis(
-            images=jnp.asarray(images),
-            labels=jnp.asarray(labels),
+            images=sharded(jnp.asarray(images), self.mesh),
+            labels=sharded(jnp.asarray(labels), self.mesh),
             losses=tuple(float(e.loss) for e in losses),
             layer_losses={bn.name: float(v) for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True)},
             statistic_errors=jax.tree.map(float, errors),
@@ -299,3 +320,16 @@ def _scaled_sum(share: Float[ArrayLike, ""], *trees: Any) -> Any:
 
 
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))
+
+
+def image_axes(graph: Graph, config: SynthesisConfig, optimizer: optax.GradientTransformation) -> Any:
+    """Of what `init_batch` gives, the axis of images in each array, which grows with their number; -1 for none."""
+
+    def shapes(count: int) -> Any:
+        sized = dataclasses.replace(config, batch_size=count)
+        return jax.eval_shape(functools.partial(init_batch, graph, sized, optimizer), jax.random.key(0))
+
+    def axis(one: Any, other: Any) -> int:
+        return next((i for i, (m, n) in enumerate(zip(one.shape, other.shape, strict=True)) if m != n), -1)
+
+    return jax.tree.map(axis, shapes(config.batch_size), shapes(2 * config.batch_size))

@@ -1,0 +1,200 @@
+"""Images over several devices.
+
+Computation follows its data: what is computed with images that are sharded over a mesh's devices is computed on all of
+them, each for its own images, and XLA adds up sums over images. So nothing here computes; it says where arrays lie.
+Variables have a copy on each device. Where a mesh spans several processes, all of them run the same program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dfq_jax.base.backend import platform_of, usable_cores
+
+__all__ = [
+    "agreed",
+    "by_image",
+    "check_mesh",
+    "fetched",
+    "is_writer",
+    "mesh_of",
+    "move_near",
+    "on_all",
+    "sharded",
+    "sharded_as",
+    "spans_processes",
+    "threads_for",
+]
+
+
+def check_mesh(mesh: Any) -> Mesh | None:
+    """The mesh that images are sharded over: its devices, with an axis for each prime factor of their number.
+
+    So images can be sharded over any number of them that divides both. Axes are left to the compiler: explicit ones
+    would ask for the sharding of every intermediate result, which a network traced without a mesh does not have.
+
+    Args:
+      mesh: None for one device.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: no device of it is this process's, or a mesh with explicit axes is set around the call.
+    """
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        hint = "; pass its mesh" if isinstance(mesh, jax.sharding.Sharding) else ""
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh or None, found {mesh!r}{hint}.")
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "mesh: a mesh with explicit axes is set around the call (jax.set_mesh), which a network traced without one "
+            "cannot follow; call outside of it."
+        )
+    devices = mesh.devices.reshape(-1)
+    if not any(device.process_index == jax.process_index() for device in devices):
+        raise ValueError(f"mesh: none of its {len(devices)} devices is one of process {jax.process_index()}.")
+    factors = _prime_factors(len(devices))
+    return Mesh(devices.reshape(factors or [1]), tuple(f"images{i}" for i in range(len(factors) or 1)))
+
+
+def _prime_factors(number: int) -> list[int]:
+    factor = next((f for f in range(2, math.isqrt(number) + 1) if number % f == 0), number)
+    return [] if number == 1 else [factor, *_prime_factors(number // factor)]
+
+
+def mesh_of(*trees: Any) -> Mesh | None:
+    """The mesh of the first array that lies on several devices, if there is one.
+
+    >>> mesh_of({"w": jnp.ones(2)}) is None
+    True
+    """
+    for leaf in jax.tree.leaves(trees):
+        sharding = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else None
+        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+            return sharding.mesh
+    return None
+
+
+def by_image(mesh: Mesh, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
+    """An array sharded along the axis of images over as many devices as divide their number; the others have copies.
+
+    Along no axis, if it is negative.
+    """
+    if axis < 0:
+        return NamedSharding(mesh, PartitionSpec())
+    count, sizes = shape[axis], mesh.shape
+    names = [some for n in range(len(sizes) + 1) for some in itertools.combinations(mesh.axis_names, n)]
+    dividing = [some for some in names if count % math.prod(sizes[name] for name in some) == 0]
+    best = max(dividing, key=lambda some: math.prod(sizes[name] for name in some))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, best))
+
+
+def sharded(tree: Any, mesh: Mesh | None, axes: Any = None) -> Any:
+    """Arrays sharded by image over a mesh, as far as the number of images allows; as they are without one.
+
+    Within a compiled function, too.
+
+    Args:
+      tree: of arrays.
+      mesh: None for one device.
+      axes: of images, the same tree; negative for arrays that all devices have a copy of. By default the first ones.
+
+    >>> sharded(np.ones(3), None)
+    array([1., 1., 1.])
+    """
+    if mesh is None:
+        return tree
+    axes = jax.tree.map(lambda _: 0, tree) if axes is None else axes
+    return jax.tree.map(lambda a, axis: _put(a, by_image(mesh, a.shape, axis)), tree, axes)
+
+
+def sharded_as(part: Any, whole: Any) -> Any:
+    """A part of a set of images, sharded over the devices that the set is sharded over; as it is if that is not."""
+    mesh = mesh_of(whole)
+    return part if mesh is None or whole.is_fully_replicated else sharded(part, mesh)
+
+
+def on_all(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays with a copy on each device of a mesh; as they are without one."""
+    return tree if mesh is None else jax.tree.map(lambda a: _put(a, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array placed so; what each process has of its own is the same in all of them."""
+    if isinstance(array, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(array, sharding)
+    is_own = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if not is_own or not spans_processes(sharding.mesh) or _is_key(array):
+        return jax.device_put(array, sharding)
+    array = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _is_key(array: Any) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def fetched(tree: Any) -> Any:
+    """The tree with arrays of NumPy, also where other processes hold parts of them."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = on_all(leaf, mesh_of(leaf))
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+def move_near(tree: Any, other: Any) -> Any:
+    """The tree of NumPy arrays with arrays of JAX for leaves, on the devices where another array lies.
+
+    >>> move_near(np.ones(2), jnp.zeros(3)).devices() == jnp.zeros(3).devices()
+    True
+    """
+    if (mesh := mesh_of(other)) is not None:
+        return on_all(tree, mesh)
+    moved = jax.device_put(tree)
+    if not isinstance(other, jax.Array) or not (leaves := jax.tree.leaves(moved)):
+        return moved
+    # What lies on the default device stays free to follow others; what is put somewhere is not.
+    return moved if leaves[0].devices() == other.devices() else jax.device_put(moved, *other.devices())
+
+
+def threads_for(*trees: Any) -> int:
+    """How many calls with these arrays may run side by side: on CPU one for each core.
+
+    Accelerators have no use for it, and programs of several devices have to begin everywhere in the same order.
+    """
+    return usable_cores() if platform_of(*trees) == "cpu" and mesh_of(*trees) is None else 1
+
+
+# --- several processes ---
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of several processes."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def is_writer(mesh: Mesh | None) -> bool:
+    """Whether it is this process that writes files: the first one of a mesh, or the only one."""
+    return mesh is None or jax.process_index() == min(device.process_index for device in mesh.devices.flat)
+
+
+def agreed(flags: Sequence[bool], mesh: Mesh | None) -> tuple[bool, ...]:
+    """Flags that are set in any process of a mesh, the same in all of them, at the same place of the program.
+
+    >>> agreed((True, False), None)
+    (True, False)
+    """
+    if not spans_processes(mesh):
+        return tuple(flags)
+    return tuple(multihost_utils.process_allgather(np.array(flags)).reshape(-1, len(flags)).any(0).tolist())
