@@ -1,17 +1,19 @@
 """What every room stands on: fields of records, files, arrays of images, precision, and the loop of an optimizer."""
 
 from dfq_jax.base.backend import memory_size, namespace_of, on_host, platform_of, usable_cores
-from dfq_jax.base.checkpoint import remove_checkpoint
+from dfq_jax.base.checkpoint import fingerprint, remove_checkpoint
 from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, cpu_jit
 from dfq_jax.base.contexts import may_transfer
 from dfq_jax.base.devices import (
     agreed,
     by_image,
+    check_alike,
     check_mesh,
     fetched,
     is_writer,
     mesh_of,
     move_near,
+    noting_lost_processes,
     on_all,
     sharded,
     sharded_as,
@@ -55,6 +57,7 @@ __all__ = [
     "aligned",
     "batches",
     "by_image",
+    "check_alike",
     "check_field",
     "check_fields",
     "check_mesh",
@@ -64,6 +67,7 @@ __all__ = [
     "descend",
     "environment",
     "fetched",
+    "fingerprint",
     "full_precision",
     "hanging",
     "in_pieces",
@@ -79,6 +83,7 @@ __all__ = [
     "mesh_of",
     "move_near",
     "namespace_of",
+    "noting_lost_processes",
     "on_all",
     "on_host",
     "package_version",

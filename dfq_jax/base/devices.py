@@ -7,9 +7,12 @@ Variables have a copy on each device. Where a mesh spans several processes, all 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +25,14 @@ from dfq_jax.base.backend import platform_of, usable_cores
 __all__ = [
     "agreed",
     "by_image",
+    "check_alike",
     "check_mesh",
     "fetched",
+    "from_writer",
     "is_writer",
     "mesh_of",
     "move_near",
+    "noting_lost_processes",
     "on_all",
     "sharded",
     "sharded_as",
@@ -46,7 +52,7 @@ def check_mesh(mesh: Any) -> Mesh | None:
 
     Raises:
       TypeError: it is something else.
-      ValueError: no device of it is this process's, or a mesh with explicit axes is set around the call.
+      ValueError: it has devices of some processes, but not of all, or a mesh with explicit axes is set around the call.
     """
     if mesh is None:
         return None
@@ -59,8 +65,12 @@ def check_mesh(mesh: Any) -> Mesh | None:
             "cannot follow; call outside of it."
         )
     devices = mesh.devices.reshape(-1)
-    if not any(device.process_index == jax.process_index() for device in devices):
-        raise ValueError(f"mesh: none of its {len(devices)} devices is one of process {jax.process_index()}.")
+    processes = {device.process_index for device in devices}
+    if processes != {jax.process_index()} and len(processes) < jax.process_count():
+        raise ValueError(
+            f"mesh: expected devices of this process alone, or of all {jax.process_count()}, found those of the "
+            f"processes {sorted(processes)} in process {jax.process_index()}."
+        )
     factors = _prime_factors(len(devices))
     return Mesh(devices.reshape(factors or [1]), tuple(f"images{i}" for i in range(len(factors) or 1)))
 
@@ -131,15 +141,11 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     """An array placed so; what each process has of its own is the same in all of them."""
     if isinstance(array, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(array, sharding)
-    is_own = not isinstance(array, jax.Array) or array.is_fully_addressable
-    if not is_own or not spans_processes(sharding.mesh) or _is_key(array):
+    spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if spread or not spans_processes(sharding.mesh) or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.device_put(array, sharding)
-    array = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _is_key(array: Any) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    own = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+    return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
 
 
 def fetched(tree: Any) -> Any:
@@ -198,3 +204,50 @@ def agreed(flags: Sequence[bool], mesh: Mesh | None) -> tuple[bool, ...]:
     if not spans_processes(mesh):
         return tuple(flags)
     return tuple(multihost_utils.process_allgather(np.array(flags)).reshape(-1, len(flags)).any(0).tolist())
+
+
+def from_writer(data: bytes | None, mesh: Mesh | None) -> bytes | None:
+    """What the process that writes files has, in every process of a mesh.
+
+    >>> from_writer(b"work", None)
+    b'work'
+    """
+    if not spans_processes(mesh):
+        return data
+    own = is_writer(mesh)
+    size = struct.pack("<q", -1 if data is None else len(data)) if own else bytes(8)
+    (length,) = struct.unpack("<q", _sent(size, own))
+    return None if length < 0 else _sent(data if own else bytes(length), own)
+
+
+def _sent(data: bytes, own: bool) -> bytes:
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8), is_source=own).tobytes()
+
+
+def check_alike(mesh: Mesh | None, **digests: str) -> None:
+    """Refuse arguments that differ between the processes of a mesh.
+
+    Raises:
+      ValueError: the digest of one, by its name, is another one in another process.
+    """
+    if not spans_processes(mesh):
+        return
+    own = [hashlib.sha256(digest.encode()).digest() for digest in digests.values()]
+    found = multihost_utils.process_allgather(np.frombuffer(b"".join(own), np.uint8)).reshape(-1, len(own), 32)
+    for name, alike in zip(digests, (found == found[:1]).all((0, 2)), strict=True):
+        if not alike:
+            raise ValueError(f"{name}: found others in other processes of the mesh; give all of them the same.")
+
+
+@contextlib.contextmanager
+def noting_lost_processes(mesh: Mesh | None) -> Iterator[None]:
+    """Errors of the runtime say what they mean where several processes work together."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if spans_processes(mesh):
+            error.add_note(
+                "mesh: a process that shares it may have ended, or cannot be reached any more. End the others, and start "
+                "all of them again with the same arguments; with a checkpoint they go on from there."
+            )
+        raise

@@ -19,8 +19,8 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from dfq_jax.base.checkpoint import Checkpoint, fingerprint, remove_checkpoint
-from dfq_jax.base.devices import agreed, on_all
+from dfq_jax.base.checkpoint import Checkpoint, fingerprint
+from dfq_jax.base.devices import agreed, on_all, spans_processes
 from dfq_jax.base.interrupt import catch_interrupt
 from dfq_jax.base.precision import products
 from dfq_jax.base.threads import side_by_side
@@ -191,7 +191,7 @@ class Loop:
 
         Ctrl-C ends it after the compiled calls in progress, and saves; the second one raises.
         """
-        saved = None if checkpoint is None else Checkpoint(checkpoint, self.identity())
+        saved = None if checkpoint is None else Checkpoint(checkpoint, self.identity(), self.mesh)
         if saved is not None:
             self._restore(saved)
         first, begun = self.done, time.perf_counter()
@@ -212,7 +212,7 @@ class Loop:
                         if on_progress is not None:
                             on_progress(self._progress(turn, loss, now - self.started, eta))
                 due = saved is not None and time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS
-                stop, due = agreed((interrupted(), due), self.mesh)
+                stop, due = self._agreed(turns, interrupted(), due)
                 if saved is not None and (stop or due):
                     self._save(saved)
                     last_save = time.perf_counter()
@@ -220,7 +220,7 @@ class Loop:
                     break
         completed = not self.waiting()
         if saved is not None and completed:
-            self._save(saved) if keep_checkpoint else remove_checkpoint(saved.path)
+            self._save(saved) if keep_checkpoint else saved.remove()
         return completed
 
     def waiting(self) -> list[int]:
@@ -267,6 +267,16 @@ class Loop:
         plan = self.plan
         name = plan.names[turn.batch] if plan.names else ""
         return Progress(turn.batch + 1, plan.num_batches, turn.end, plan.steps, loss, seconds, eta, self.done, name)
+
+    def _agreed(self, turns: list[Turn], *flags: bool) -> tuple[bool, ...]:
+        """Flags that any process has set; several processes ask each other only when they wait for the device anyway.
+
+        A flag that is set between two reports is still set at the next one.
+        """
+        if not spans_processes(self.mesh):
+            return flags
+        reports = any(map(self.plan.reports, turns))
+        return agreed(flags, self.mesh) if reports else (False,) * len(flags)
 
     # --- checkpoints ---
 

@@ -18,7 +18,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import Progress, check_mesh, environment, may_transfer, on_all, require
+from dfq_jax.base import (
+    Progress,
+    check_alike,
+    check_mesh,
+    environment,
+    fingerprint,
+    is_writer,
+    may_transfer,
+    noting_lost_processes,
+    on_all,
+    require,
+    spans_processes,
+)
 from dfq_jax.graph import (
     Graph,
     GraphWarning,
@@ -135,10 +147,12 @@ def quantize(
     if details:
         _check_pictures(input_shape, preprocessing)
     mesh = check_mesh(mesh)
-    clock = _Clock(on_stage)
+    clock = _Clock(on_stage, mesh)
     apply_fn, variables = as_function(model, variables)
-    variables = on_all(on_device(variables), mesh)
+    variables = on_device(variables)
     with clock("trace"):
+        _check_alike(mesh, variables, images, recipe, convention, budget, target, input_shape, key)
+        variables = on_all(variables, mesh)
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
         convention.check(graph)
@@ -169,7 +183,7 @@ def quantize(
     doubts += _warned(*outcome.doubts)
     facts: Any = {"warnings": doubts, "seconds": clock.seconds, "target": outcome.target, "details": extra}
     report = _report(work, result, compared, key=key, **facts)
-    if checkpoint is not None and not keep_checkpoint:
+    if checkpoint is not None and not keep_checkpoint and is_writer(mesh):
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
     return Quantized(
         variables=result.quantized,
@@ -235,16 +249,17 @@ def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Arr
 class _Clock:
     """Wall time of named stages."""
 
-    def __init__(self, on_stage: Callable[[str], None] | None):
+    def __init__(self, on_stage: Callable[[str], None] | None, mesh: Mesh | None):
         self.seconds: dict[str, float] = {}
-        self._on_stage = on_stage
+        self._on_stage, self._mesh = on_stage, mesh
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         if self._on_stage is not None:
             self._on_stage(stage)
         began = time.perf_counter()
-        yield
+        with noting_lost_processes(self._mesh):
+            yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 3)
 
 
@@ -258,6 +273,14 @@ def _check_wishes(budget: Budget | None, target: Target | None) -> None:
             raise TypeError(f"{name}: expected a {kind.__name__} or None, found {value!r}.")
     if budget is not None and target is not None:
         raise ValueError("target: expected None beside a budget, found both.")
+
+
+def _check_alike(mesh: Mesh | None, variables: Any, images: Any, *settings: Any) -> None:
+    """Refuse arguments that differ between the processes of a mesh, which would wait for each other forever."""
+    if spans_processes(mesh):
+        *settings, key = settings
+        digests = {"variables": fingerprint(variables), "images": fingerprint(images), "recipe": repr(settings)}
+        check_alike(mesh, **digests, key=str(jax.random.key_data(key)))
 
 
 def _as_convention(convention: Convention | None, bits: str, edge_bits: int | None) -> Convention:
