@@ -247,7 +247,7 @@ def noting_lost_processes(mesh: Mesh | None) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if spans_processes(mesh):
             error.add_note(
-                "mesh: a process that shares it may have ended, or cannot be reached any more. End the others, and start "
-                "all of them again with the same arguments; with a checkpoint they go on from there."
+                "mesh: a process that shares it may have ended, or cannot be reached any more. End the others, and "
+                "start all of them again with the same arguments; with a checkpoint they go on from there."
             )
         raise

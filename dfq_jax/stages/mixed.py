@@ -112,7 +112,8 @@ class MixedNetwork:
         }
         threads = threads_for(self._leaves)
         kernels = [(path, b) for b in self.bits for _, path in dict.fromkeys(self.weights.values())]
-        self._kernels = dict(zip(kernels, side_by_side(lambda which: self._quantized(*which), kernels, threads), strict=True))
+        quantized = side_by_side(lambda which: self._quantized(*which), kernels, threads)
+        self._kernels = dict(zip(kernels, quantized, strict=True))
         self._rule = rule
         self._offsets: list[dict[str, Array]] = [{} for _ in self._pieces]
         self._reference: list[Any] = [None for _ in self._pieces]

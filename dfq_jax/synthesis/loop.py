@@ -37,6 +37,7 @@ from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.objective import OffsetMoments, Targets
+from dfq_jax.synthesis.side_by_side import SideBySide
 from dfq_jax.synthesis.source import image_optimizer
 from dfq_jax.synthesis.statistics import StatisticErrors, relative_errors
 from dfq_jax.synthesis.step import advance_batch, batch_images, init_batch, response_targets
@@ -121,7 +122,7 @@ def synthesize(
     Warns:
       GraphWarning: BatchNorm statistics look as if they were never updated.
     """
-    loop = _ImageLoop(graph, variables, key, config, optimizer)
+    loop = _image_loop(graph, variables, key, config, optimizer)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)
     completed = loop.run(
@@ -157,7 +158,7 @@ def synthesize_sets(
     Returns:
       What `synthesize` returns, of each; after Ctrl-C of those that have begun, not completed. It warns of nothing.
     """
-    parts = [_ImageLoop(graph, variables, key, config, None) for key, config in sets]
+    parts = [_image_loop(graph, variables, key, config, None) for key, config in sets]
     platform, in_turn = platform_of(variables), any(part.plan.in_turn for part in parts)
     total = sum(part.plan.num_batches for part in parts)
     lanes = 1 if in_turn else min(default_lanes(part.graph, platform, total) for part in parts)
@@ -165,6 +166,19 @@ def synthesize_sets(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=sets[0][1].precision
     )
     return [part.result(completed) for part in parts if part.work]
+
+
+def _image_loop(graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any) -> Any:
+    """The loop of one call: batches that devices share, or whole ones on each.
+
+    Whole batches take no sums over devices, but as much memory of each as on one device, and as many devices as there
+    are batches. So they are made side by side where their number is a multiple of that of the devices, and they do
+    not need each other: neither statistics of the set nor a plateau, at which one would end before others.
+    """
+    loop = _ImageLoop(graph, variables, key, config, optimizer)
+    alone = config.statistics != "set" and not config.patience
+    fills = loop.mesh is not None and loop.plan.num_batches % loop.mesh.size == 0
+    return SideBySide(loop) if alone and fills else loop
 
 
 class _ImageLoop(Loop):
@@ -206,7 +220,11 @@ class _ImageLoop(Loop):
         return jax.random.split(jax.random.fold_in(self.key, batch))
 
     def begin(self, batch: int) -> tuple[State, Targets, None]:
-        return self.place(batch, (*_init(self.graph, self.settings, self.optimizer, self.keys(batch)[0]), None))
+        return self.place(batch, self.first(batch))
+
+    def first(self, batch: int) -> tuple[State, Targets, None]:
+        """The work on a batch before its first step, on the default device."""
+        return (*_init(self.graph, self.settings, self.optimizer, self.keys(batch)[0]), None)
 
     def place(self, batch: int, work: Any) -> Any:
         if self.mesh is None:
