@@ -270,9 +270,9 @@ class _BlockLoop(Loop):
         for start in range(first, count, size):
             # The last batch reaches back; what it computes again is cut off.
             begin = min(start, count - size)
-            result = _batch_outputs(sub.graph, own, inputs, np.int32(begin), size, self.mesh)
+            result = on_all(_batch_outputs(sub.graph, own, inputs, np.int32(begin), size, self.mesh), self.mesh)
             results.append(result if begin == start else jax.tree.map(lambda a, n=start - begin: a[n:], result))
-        return on_all(jax.tree.map(lambda *parts: jnp.concatenate(parts), *results), self.mesh)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
     # --- checkpoints ---
 

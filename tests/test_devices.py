@@ -1,0 +1,333 @@
+"""One call on several devices, and in several processes: what one device gives.
+
+Run as a script, this module does the work on the devices that it finds and prints what it found as JSON; the tests run
+it with eight simulated ones, or as two processes with four each.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from random_networks import random_network
+
+import dfq_jax
+from dfq_jax.base import agreed, by_image, check_mesh, fingerprint, in_pieces, mesh_of, on_all, sharded
+from dfq_jax.recipes import RECIPES
+from dfq_jax.stages import RangeSearchConfig
+from dfq_jax.synthesis.loop import image_axes
+from dfq_jax.synthesis.source import image_optimizer
+from dfq_jax.zoo import load_model
+
+# Momentum, not Adam: its first steps are the signs of gradients, of which rounding decides the small ones.
+SMALL = {
+    "synthesis_num_images": 48,
+    "synthesis_batch_size": 16,
+    "synthesis_steps": 4,
+    "synthesis_optimizer": "sgd",
+    "synthesis_learning_rate": 0.1,
+}
+LEARNING = {"reconstruction_steps": 20, "finetune_steps": 20}
+EVERYTHING = dfq_jax.Recipe(
+    name="everything",
+    equalize=True,
+    range_search=RangeSearchConfig(max_images=16, batch_size=16),
+    rounding="gptq",
+    reconstruction=dfq_jax.ReconstructionConfig(steps=4),
+    bias_correction=True,
+    batch_norm=dfq_jax.BatchNormConfig(method="regression"),
+    finetune=dfq_jax.FinetuneConfig(steps=4),
+    held_out=0.5,
+).replace(**SMALL)
+
+
+def small(name: str) -> dfq_jax.Recipe:
+    """A recipe with few images and steps."""
+    recipe = RECIPES[name].replace(**SMALL)
+    given = {field: n for field, n in LEARNING.items() if getattr(recipe, field.partition("_")[0]) is not None}
+    return recipe.replace(**given)
+
+
+def vectors() -> tuple[Any, Any, tuple[int, ...]]:
+    """A small network of vectors, which compiles fast."""
+    rng = np.random.default_rng(0)
+
+    def apply_fn(variables: Any, x: jax.Array) -> jax.Array:
+        for layer in variables[:-1]:
+            x = x @ layer["kernel"] - layer["mean"]
+            x = jax.nn.relu(x * jax.lax.rsqrt(layer["var"] + 1e-5) * layer["scale"] + layer["bias"])
+        return x @ variables[-1]["kernel"] + variables[-1]["bias"]
+
+    sizes, layers = (6, 8, 8, 4), []
+    for inner, outer in itertools.pairwise(sizes):
+        layer = {"kernel": rng.normal(size=(inner, outer)) / np.sqrt(inner), "bias": rng.normal(size=outer)}
+        layers.append(layer | {"mean": 0.2 * rng.normal(size=outer), "var": rng.uniform(0.5, 2, outer)})
+        layers[-1]["scale"] = rng.uniform(0.5, 1.5, outer)
+    layers[-1] = {name: layers[-1][name] for name in ("kernel", "bias")}
+    return apply_fn, jax.tree.map(np.float32, layers), (2, 6)
+
+
+def network(name: str) -> tuple[Any, Any, tuple[int, ...]]:
+    """A network, its variables and its input's shape."""
+    if name == "vectors":
+        return vectors()
+    if name.startswith("random"):
+        found = random_network(int(name.split()[1]))
+        return found.apply_fn, found.variables, found.input_shape
+    model = load_model(name)
+    return model.module, model.variables, model.input_shape
+
+
+def differences(found: Any, expected: Any) -> dict[str, float]:
+    """Share of integers that differ, and largest difference of floats in units of their array's largest value."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = [tuple(map(np.asarray, p)) for p in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
+    integers = [(a, b) for a, b in pairs if np.issubdtype(a.dtype, np.integer)]
+    floats = [(np.float64(a), np.float64(b)) for a, b in pairs if not np.issubdtype(a.dtype, np.integer)]
+    return {
+        "codes": float(sum((a != b).sum() for a, b in integers) / sum(a.size for a, _ in integers)),
+        "floats": float(max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-3) for a, b in floats)),
+    }
+
+
+def both(name: str, recipe: dfq_jax.Recipe, mesh: Mesh, **settings: Any) -> dict[str, Any]:
+    """One device against all of them."""
+    model, variables, shape = network(name)
+    settings = {"input_shape": shape, "recipe": recipe, "bits": "w4a4", **settings}
+    one = dfq_jax.quantize(model, variables, **settings)
+    many = dfq_jax.quantize(model, variables, mesh=mesh, **settings)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(many.variables))
+    assert len(mesh_of(many.variables).devices.flat) == mesh.size
+    verdicts = [[step.partition(",")[0] for step in found.report.steps] for found in (one, many)]
+    return {
+        **differences(many.variables, one.variables),
+        "images": differences((many.images, 0), (one.images, 0))["floats"],
+        "image_devices": len({str(shard.index) for shard in many.images.addressable_shards}),
+        "decisions": verdicts[0] == verdicts[1],
+        "divergence": abs(many.report.sqnr - one.report.sqnr),
+    }
+
+
+# --- arguments ---
+
+
+def test_a_mesh_is_taken_apart_into_prime_factors():
+    mesh = check_mesh(Mesh(np.array(jax.devices()[:1]), ("batch",)))
+    assert mesh.size == 1 and set(mesh.axis_types) == {AxisType.Auto}
+    assert check_mesh(None) is None
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("value", [4, "batch", AbstractMesh((2,), ("batch",))])
+def test_what_is_no_mesh_is_refused(value):
+    model, variables, shape = vectors()
+    with pytest.raises(TypeError, match=r"^mesh: expected a jax.sharding.Mesh or None, found"):
+        dfq_jax.quantize(model, variables, input_shape=shape, recipe="instant", mesh=value)
+
+
+@pytest.mark.untyped
+def test_a_sharding_is_refused_with_a_hint():
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), PartitionSpec("batch"))
+    with pytest.raises(TypeError, match=r"pass its mesh\.$"):
+        check_mesh(sharding)
+
+
+def test_a_mesh_set_around_the_call_is_refused():
+    explicit = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match=r"^mesh: .* explicit axes .*; call outside of it\.$"):
+        check_mesh(explicit)
+    assert check_mesh(explicit).axis_types == (AxisType.Auto,)  # its devices are all that is asked of it
+
+
+@pytest.mark.parametrize(("count", "devices"), [(24, 12), (12, 12), (6, 6), (4, 4), (9, 3), (10, 2), (7, 1)])
+def test_images_are_shared_by_as_many_devices_as_divide_them(count, devices):
+    mesh = AbstractMesh((2, 2, 3), ("a", "b", "c"))
+    sharding = by_image(mesh, (count, 5))
+    assert sharding.shard_shape((count, 5)) == (count // devices, 5)
+    assert by_image(mesh, (5, count), 1).shard_shape((5, count)) == (5, count // devices)
+    assert by_image(mesh, (count, 5), -1).shard_shape((count, 5)) == (count, 5)
+
+
+def test_one_device_needs_nothing():
+    x = jnp.ones(3)
+    assert mesh_of(x, {"w": x}) is None and sharded(x, None) is x and on_all(x, None) is x
+    assert agreed((True, False), None) == (True, False)
+
+
+@pytest.mark.parametrize("source", ["pixels", "pyramid", "fourier", "generator"])
+def test_axes_of_images(source):
+    config = dfq_jax.SynthesisConfig(num_images=3, batch_size=3, source=source)
+    graph = random_network(8)
+    graph = dfq_jax.trace(graph.apply_fn, graph.variables, graph.input_shape)
+    state, targets = image_axes(graph, config, image_optimizer(config))
+    assert targets.labels == 0 and targets.response_level == -1 and state.step == -1
+    axes = {"latent": 0, "generator": -1}
+    if source == "generator":
+        assert {name: set(jax.tree.leaves(part)) for name, part in state.parameters.items()} == {
+            name: {axis} for name, axis in axes.items()
+        }
+    else:
+        assert set(jax.tree.leaves(state.parameters)) == {0}
+    assert set(jax.tree.leaves(state.optimizer)) <= {0, -1}
+
+
+# --- eight devices ---
+
+
+def small_work(mesh: Mesh) -> dict[str, Any]:
+    """What a fast test asks of eight devices."""
+    found: dict[str, Any] = {"devices": mesh.size}
+    found["everything"] = both("vectors", EVERYTHING, mesh, details=True)
+    # Eight batches fill the devices: each makes whole ones, as one device does. Three batches of 10 are shared by two.
+    explicit = jax.make_mesh((mesh.size,), ("batch",))
+    for name, count, size in (("side by side", 128, 16), ("awkward", 30, 10)):
+        recipe = RECIPES["noise"].replace(source="synthesis", **SMALL)
+        recipe = recipe.replace(synthesis_num_images=count, synthesis_batch_size=size)
+        found[name] = both("vectors", recipe, explicit)
+    model, variables, _ = vectors()
+    x = np.random.default_rng(1).normal(size=(21, 6)).astype(np.float32)
+    spread = in_pieces(model, on_all(variables, check_mesh(mesh)), x)
+    found["pieces"] = float(np.abs(spread(x) - in_pieces(model, variables, x)(x)).max())
+    return found
+
+
+def every_recipe(mesh: Mesh, name: str) -> dict[str, Any]:
+    """All recipes on one network."""
+    return {recipe: both(name, small(recipe), mesh) for recipe in RECIPES}
+
+
+@functools.cache
+def on_eight_devices(*arguments: str) -> tuple[dict[str, Any], str]:
+    """What this module prints as a script, and what is on its stderr."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_eight_devices_give_what_one_gives():
+    found, said = on_eight_devices("small")
+    assert found["devices"] == 8 and found["pieces"] < 1e-5
+    assert found["side by side"]["images"] == found["side by side"]["codes"] == 0  # bit for bit
+    for name, images in (("everything", 8), ("side by side", 8), ("awkward", 2)):
+        assert found[name]["image_devices"] == images
+        assert found[name]["codes"] == 0 and found[name]["decisions"], (name, found[name])
+        assert found[name]["floats"] < 1e-3 and found[name]["images"] < 1e-3, (name, found[name])
+    assert "rematerialization" not in said  # nothing is copied to all devices in the middle of a program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random 8", "random 20", "fashion_mobilenet"])  # the last two: depthwise
+def test_every_recipe_on_eight_devices(name):
+    found, _ = on_eight_devices("recipes", name)
+    assert set(found) == set(RECIPES)
+    for recipe, seen in found.items():
+        assert seen["codes"] < 1e-3 and seen["floats"] < 1e-2, (recipe, seen)
+        assert seen["image_devices"] == 8, recipe
+
+
+# --- several processes ---
+
+
+def process(rank: int, port: str, folder: str, dies: str = "") -> dict[str, Any]:
+    """One of two processes that share a call; it may die as blocks are reconstructed."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, heartbeat_timeout_seconds=10)
+    dfq_jax.base.loop.CHECKPOINT_EVERY_SECONDS = 0.0
+    model, variables, shape = vectors()
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    stages: list[str] = []
+
+    def on_progress(progress: Any) -> None:
+        stages.append(progress.name or "images")
+        if dies == str(rank) and progress.name:
+            os._exit(9)
+
+    settings = {"input_shape": shape, "recipe": EVERYTHING, "bits": "w4a4", "mesh": mesh, "on_progress": on_progress}
+    quantized = dfq_jax.quantize(model, variables, checkpoint=f"{folder}/work{rank}", **settings)
+    quantized.save(f"{folder}/network{rank}.safetensors")
+    with pytest.raises(ValueError, match=r"^variables: found others in other processes"):
+        dfq_jax.quantize(model, jax.tree.map(lambda a: a + rank, variables), **settings)
+    return {
+        "digest": fingerprint(quantized.variables),
+        "images": fingerprint(quantized.images),
+        "own_images": sum(shard.data.shape[0] for shard in quantized.images.addressable_shards),
+        "stages": stages,
+    }
+
+
+def two_processes(folder: Any, *arguments: str) -> list[subprocess.CompletedProcess]:
+    """Run this module as two processes with four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    commands = [[sys.executable, __file__, "process", str(rank), port, str(folder), *arguments] for rank in (0, 1)]
+    files = [open(folder / f"{kind}{rank}.txt", "w+") for rank in (0, 1) for kind in ("out", "err")]  # noqa: SIM115
+    running = [
+        subprocess.Popen(command, stdout=files[2 * rank], stderr=files[2 * rank + 1], env=environment)
+        for rank, command in enumerate(commands)
+    ]
+    done = []
+    for rank, process in enumerate(running):
+        code = process.wait(timeout=300)
+        texts = [(folder / f"{kind}{rank}.txt").read_text() for kind in ("out", "err")]
+        done.append(subprocess.CompletedProcess(commands[rank], code, *texts))
+    for file in files:
+        file.close()
+    return done
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_call(tmp_path):
+    done = two_processes(tmp_path)
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    first, second = (json.loads(d.stdout.splitlines()[-1]) for d in done)
+    assert first == second and first["own_images"] == 24
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["network0.safetensors"]
+    assert not list(tmp_path.glob("work*"))  # no checkpoint is left
+    model, variables, shape = vectors()
+    one = dfq_jax.quantize(model, variables, input_shape=shape, recipe=EVERYTHING, bits="w4a4")
+    loaded = dfq_jax.load(tmp_path / "network0.safetensors", model, variables)
+    found = differences(loaded.variables, one.variables)
+    assert found["codes"] == 0 and found["floats"] < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_dies_ends_the_other_and_both_resume(tmp_path, rank):
+    begun = time.perf_counter()
+    done = two_processes(tmp_path, rank)
+    assert time.perf_counter() - begun < 60 + 60  # until one died, and after
+    other = done[1 - int(rank)]
+    assert done[int(rank)].returncode == 9 and other.returncode not in (0, 9)
+    assert "mesh: a process that shares it may have ended" in other.stderr or "another task died" in other.stderr
+    assert [path.name for path in tmp_path.glob("work*")] != []
+    resumed = two_processes(tmp_path)
+    whole = two_processes(tmp_path)
+    reports = [json.loads(d.stdout.splitlines()[-1]) for d in (*resumed, *whole)]
+    assert len({r["digest"] for r in reports}) == len({r["images"] for r in reports}) == 1
+    assert "images" in reports[2]["stages"] and "images" not in reports[0]["stages"]
+
+
+if __name__ == "__main__":
+    task, *rest = sys.argv[1:]
+    if task == "process":
+        print(json.dumps(process(int(rest[0]), *rest[1:])))
+    else:
+        devices = Mesh(np.array(jax.devices()), ("batch",))
+        print(json.dumps(small_work(devices) if task == "small" else every_recipe(devices, *rest)))
