@@ -18,6 +18,7 @@ from dfq_jax.base.devices import (
     sharded,
     sharded_as,
     spans_processes,
+    summed,
     threads_for,
 )
 from dfq_jax.base.environment import environment, package_version
@@ -102,6 +103,7 @@ __all__ = [
     "side_by_side",
     "smooth",
     "spans_processes",
+    "summed",
     "threads_for",
     "usable_cores",
     "write_atomically",

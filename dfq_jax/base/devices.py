@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from dfq_jax.base.backend import platform_of, usable_cores
 
@@ -37,6 +38,7 @@ __all__ = [
     "sharded",
     "sharded_as",
     "spans_processes",
+    "summed",
     "threads_for",
 ]
 
@@ -88,12 +90,12 @@ def mesh_of(*trees: Any) -> Mesh | None:
     """
     for leaf in jax.tree.leaves(trees):
         sharding = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else None
-        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
             return sharding.mesh
     return None
 
 
-def by_image(mesh: Mesh, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
+def by_image(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
     """An array sharded along the axis of images over as many devices as divide their number; the others have copies.
 
     Along no axis, if it is negative.
@@ -142,7 +144,7 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(array, sharding)
     spread = isinstance(array, jax.Array) and not array.is_fully_addressable
-    if spread or not spans_processes(sharding.mesh) or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if spread or sharding.is_fully_addressable or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.device_put(array, sharding)
     own = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
     return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
@@ -204,6 +206,17 @@ def agreed(flags: Sequence[bool], mesh: Mesh | None) -> tuple[bool, ...]:
     if not spans_processes(mesh):
         return tuple(flags)
     return tuple(multihost_utils.process_allgather(np.array(flags)).reshape(-1, len(flags)).any(0).tolist())
+
+
+def summed(counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Counts of all processes of `jax.distributed`, added up exactly; each below 2^31.
+
+    >>> summed(np.array([3, 4]))
+    array([3, 4])
+    """
+    if jax.process_count() == 1:
+        return counts
+    return multihost_utils.process_allgather(counts.astype(np.int32)).reshape(-1, len(counts)).sum(0, dtype=np.int64)
 
 
 def from_writer(data: bytes | None, mesh: Mesh | None) -> bytes | None:

@@ -151,7 +151,7 @@ def quantize(
     apply_fn, variables = as_function(model, variables)
     variables = on_device(variables)
     with clock("trace"):
-        _check_alike(mesh, variables, images, recipe, convention, budget, target, input_shape, key)
+        _check_alike(mesh, key, variables, images, recipe, convention, budget, target, input_shape)
         variables = on_all(variables, mesh)
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
@@ -275,10 +275,9 @@ def _check_wishes(budget: Budget | None, target: Target | None) -> None:
         raise ValueError("target: expected None beside a budget, found both.")
 
 
-def _check_alike(mesh: Mesh | None, variables: Any, images: Any, *settings: Any) -> None:
+def _check_alike(mesh: Mesh | None, key: Any, variables: Any, images: Any, *settings: Any) -> None:
     """Refuse arguments that differ between the processes of a mesh, which would wait for each other forever."""
     if spans_processes(mesh):
-        *settings, key = settings
         digests = {"variables": fingerprint(variables), "images": fingerprint(images), "recipe": repr(settings)}
         check_alike(mesh, **digests, key=str(jax.random.key_data(key)))
 

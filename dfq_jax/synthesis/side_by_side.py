@@ -93,7 +93,7 @@ class SideBySide(Loop):
 def advance_batches(
     mesh: Mesh, graph: Any, config: Any, optimizer: Any, steps: Any, variables: Any, state: Any, targets: Any, keys: Any
 ) -> tuple[Any, Any]:
-    """`advance_batch` of a batch on each device; `state`, `targets`, `keys` and what it gives are those of all, stacked."""
+    """`advance_batch` of a batch on each device; what it takes and gives of batches is that of all, stacked."""
 
     def alone(steps: Any, variables: Any, *stacked: Any) -> Any:
         own = jax.tree.map(lambda a: a[0], stacked)
