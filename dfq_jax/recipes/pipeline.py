@@ -118,8 +118,9 @@ def quantize(
       details: measure in the end what a page of the report shows: the error of each layer, its values against its
         steps, and pictures of the images (see `report.examine`); `quantized.report.save_html` writes the page. In
         place of True, the preprocessing that makes images of pixels 0...255, which is undone for the pictures.
-      mesh: the devices to use, of one process or several: images are sharded over all of them, however its axes are
-        named, and variables have a copy on each. None for the device where the variables lie.
+      mesh: the devices to use, of one process or several, which all make the same call: images are sharded over all of
+        them, however its axes are named, and variables have a copy on each, those returned too. The first process
+        alone reads and writes checkpoints. None for the device where the variables lie.
 
     Returns:
       The quantized network.

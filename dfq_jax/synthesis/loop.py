@@ -92,7 +92,8 @@ def synthesize(
     """Make images from the network's own BatchNorm statistics.
 
     On CPU, batches that do not share statistics are made side by side, one on each core that the process may use and
-    that there is memory for; the images are the same, bit for bit.
+    that there is memory for; the images are the same, bit for bit. So it is with variables that have a copy on each of
+    several devices, if the number of batches is a multiple of that of the devices; else the devices share each batch.
 
     >>> config = dfq_jax.SynthesisConfig(num_images=4, batch_size=4, steps=1)
     >>> synthesize(graph, variables, jax.random.key(0), config).images.shape
