@@ -26,6 +26,7 @@ from dfq_jax.base import (
     fingerprint,
     is_writer,
     may_transfer,
+    mesh_of,
     noting_lost_processes,
     on_all,
     require,
@@ -120,7 +121,7 @@ def quantize(
         place of True, the preprocessing that makes images of pixels 0...255, which is undone for the pictures.
       mesh: the devices to use, of one process or several, which all make the same call: images are sharded over all of
         them, however its axes are named, and variables have a copy on each, those returned too. The first process
-        alone reads and writes checkpoints. None for the device where the variables lie.
+        alone reads and writes checkpoints. None for the device, or the devices, where the variables lie.
 
     Returns:
       The quantized network.
@@ -147,10 +148,10 @@ def quantize(
     preprocessing = details if callable(details) else None
     if details:
         _check_pictures(input_shape, preprocessing)
-    mesh = check_mesh(mesh)
-    clock = _Clock(on_stage, mesh)
     apply_fn, variables = as_function(model, variables)
     variables = on_device(variables)
+    mesh = check_mesh(mesh_of(variables) if mesh is None else mesh)
+    clock = _Clock(on_stage, mesh)
     with clock("trace"):
         _check_alike(mesh, key, variables, images, recipe, convention, budget, target, input_shape)
         variables = on_all(variables, mesh)
