@@ -220,11 +220,16 @@ def every_recipe(mesh: Mesh, name: str) -> dict[str, Any]:
     return found
 
 
+# Two threads for each device: one that starts programs and one that runs them. With fewer, as on a machine of few cores,
+# all may be taken by programs that wait for each other.
+SIMULATED = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"}
+
+
 def on_eight_devices(*arguments: str, flags: str = "") -> tuple[dict[str, Any], str]:
     """What this module prints as a script, and what is on its stderr."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {flags}"
     # Programs are compiled, not taken from a cache: XLA writes down what it compiles.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    environment = {**os.environ, **SIMULATED, "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -313,7 +318,7 @@ def two_processes(folder: Any, *arguments: str) -> list[subprocess.CompletedProc
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, **SIMULATED, "XLA_FLAGS": flags}
     commands = [[sys.executable, __file__, "process", str(rank), port, str(folder), *arguments] for rank in (0, 1)]
     files = [open(folder / f"{kind}{rank}.txt", "w+") for rank in (0, 1) for kind in ("out", "err")]  # noqa: SIM115
     running = [
