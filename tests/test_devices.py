@@ -220,8 +220,8 @@ def every_recipe(mesh: Mesh, name: str) -> dict[str, Any]:
     return found
 
 
-# Two threads for each device: one that starts programs and one that runs them. With fewer, as on a machine of few cores,
-# all may be taken by programs that wait for each other.
+# Two threads for each device, one that starts programs and one that runs them: with fewer, as on a machine of few
+# cores, all may be taken by programs that wait for each other.
 SIMULATED = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"}
 
 
