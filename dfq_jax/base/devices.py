@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -102,11 +101,11 @@ def by_image(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axis: int = 0) -
     """
     if axis < 0:
         return NamedSharding(mesh, PartitionSpec())
-    count, sizes = shape[axis], mesh.shape
-    names = [some for n in range(len(sizes) + 1) for some in itertools.combinations(mesh.axis_names, n)]
-    dividing = [some for some in names if count % math.prod(sizes[name] for name in some) == 0]
-    best = max(dividing, key=lambda some: math.prod(sizes[name] for name in some))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, best))
+    left, dividing = shape[axis], list[str]()
+    for name, size in mesh.shape.items():
+        if left % size == 0:
+            left, dividing = left // size, [*dividing, name]
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(dividing)))
 
 
 def sharded(tree: Any, mesh: Mesh | None, axes: Any = None) -> Any:
