@@ -154,6 +154,12 @@ def test_a_mesh_set_around_the_call_is_refused():
     assert check_mesh(explicit).axis_types == (AxisType.Auto,)  # its devices are all that is asked of it
 
 
+def test_devices_of_the_command_line():
+    options = pytest.importorskip("dfq_jax.cli.options")
+    assert options.mesh_of_devices(None) is None
+    assert options.mesh_of_devices("all").size == jax.local_device_count() == options.mesh_of_devices(1).size
+
+
 @pytest.mark.parametrize(("count", "devices"), [(24, 12), (12, 12), (6, 6), (4, 4), (9, 3), (10, 2), (7, 1)])
 def test_images_are_shared_by_as_many_devices_as_divide_them(count, devices):
     mesh = AbstractMesh((2, 2, 3), ("a", "b", "c"))
