@@ -98,7 +98,10 @@ class Bench(Network):
             step = max(1, len(self.images) // arguments.real)
             self.x, rule, self.described = self.images[::step], None, "real images"
         self.ranges = apply_estimator(
-            graph, analytic_summaries(graph, variables), self.convention, ESTIMATORS[arguments.estimator]
+            graph,
+            analytic_summaries(graph, variables, self.convention),
+            self.convention,
+            ESTIMATORS[arguments.estimator],
         )
         qvariables = quantize_params(graph, variables, self.ranges, self.convention)
         kernels = {layer.name: graph.leaf(qvariables, layer.kernel).dequantize() for layer in graph.layers}

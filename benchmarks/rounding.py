@@ -120,7 +120,7 @@ class Bench(Network):
         return quantize_params(self.graph, self.variables, ranges, convention)
 
     def instant(self, convention: Convention) -> list[Score]:
-        qvariables = self.quantize(convention, analytic_summaries(self.graph, self.variables))
+        qvariables = self.quantize(convention, analytic_summaries(self.graph, self.variables, convention))
         rounded = self.round(qvariables, lambda q: gptq_from_noise(self.graph, self.variables, q))
         return [self.drop(analytic_correction(self.graph, self.variables, q)) for q in rounded.values()]
 

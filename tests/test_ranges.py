@@ -336,6 +336,46 @@ def test_analytic_moments_are_the_closed_forms():
     np.testing.assert_allclose(moment(summaries["sum"], 2), total.mean(), rtol=0.03)
 
 
+def chained(v, x):
+    """A layer behind a BatchNorm, in the middle."""
+    for norm, kernel in (("n1", "k2"), ("n2", "k3")):
+        x = (x - v[norm]["mean"]) * jax.lax.rsqrt(v[norm]["var"] + 1e-3) * v[norm]["scale"] + v[norm]["bias"]
+        x = x @ v[kernel]
+    return x
+
+
+@pytest.mark.parametrize(("bits", "excess"), [(4, 0.0), (6, 1.875), (8, 1.875), (None, 0.0)])
+def test_analytic_tails(bits, excess):
+    """A quarter of Laplacian noise's variance is common to pixels: its excess kurtosis is 3 (0.25^2 + 0.75^2)."""
+    norm = {k: (6,) for k in ("mean", "var", "scale", "bias")}
+    shapes = {"n1": norm, "k2": (6, 6), "n2": norm, "k3": (6, 4)}
+    case = model_grid.function_case("chained", chained, shapes, (1, 6))
+    case.variables["n2"] |= {"scale": jnp.full(6, 2.0), "bias": jnp.full(6, 50.0), "var": jnp.full(6, 1e6)}
+    graph = trace(chained, case.variables, case.input_shape)
+    convention = None if bits is None else Convention(activation_bits=bits, edge_bits=None)
+    summary = analytic_summaries(graph, case.variables, convention, num_samples=60_000)[graph.last_layer.tensor]
+    weight = np.asarray(summary.counts, np.float64) / np.asarray(summary.counts, np.float64).sum()
+    centered = (np.asarray(summary.centers, np.float64) - 50) / 2
+    np.testing.assert_allclose((weight * centered).sum(), 0.0, atol=0.01)
+    np.testing.assert_allclose((weight * centered**2).sum(), 1.0, rtol=0.01)
+    np.testing.assert_allclose((weight * centered**4).sum() - 3, excess, atol=0.1)
+
+
+def test_analytic_tails_of_each_tensor():
+    graph, variables = branching_case()
+    mixed = analytic_summaries(graph, variables, Convention(activation_bits=4, edge_bits=8), num_samples=16)
+    heavy, light = (
+        analytic_summaries(graph, variables, Convention(activation_bits=bits, edge_bits=None), num_samples=16)
+        for bits in (8, 4)
+    )
+    edges = {graph.first_layer.tensor, graph.last_layer.tensor}
+    for name, summary in mixed.items():
+        jax.tree.map(np.testing.assert_array_equal, summary, (heavy if name in edges else light)[name])
+    assert any(float(heavy[name].hi) != float(light[name].hi) for name in edges)
+    with pytest.raises(TypeError, match="convention"):
+        analytic_summaries(graph, variables, "w4a4")
+
+
 def test_analytic_summaries_need_the_parameters_alone():
     graph, variables = branching_case()
     once = analytic_summaries(graph, variables)

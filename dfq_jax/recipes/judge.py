@@ -90,13 +90,11 @@ class Judge:
         other = current.moved(quantized)
         return self.choose(name, current, other) if self.has_images else other.noting(name)
 
-    def choose(
-        self, name: str, current: Candidate, other: Candidate, *, least_gain: float = LEAST_GAIN_ON_NOISE
-    ) -> Candidate:
+    def choose(self, name: str, current: Candidate, other: Candidate) -> Candidate:
         """The one of less divergence; where noise is the judge, less by a share of it."""
         current, other = self._seen(current), self._seen(other)
         before, after = current.divergence, other.divergence
-        most = 1 if self.has_images else 1 - least_gain
+        most = 1 if self.has_images else 1 - LEAST_GAIN_ON_NOISE
         taken, verdict = (other, "kept") if after <= most * before + LEAST else (current, "dropped")
         measure = "held-out divergence" if self.has_images else f"divergence on {MOMENT_NOISE}"
         taken = dataclasses.replace(taken, decisions=current.decisions)  # what was tried before, whatever came of it

@@ -19,7 +19,7 @@ from dfq_jax.base import Progress, remove_checkpoint
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS
 from dfq_jax.recipes.images import BITS, JUDGING, TARGET, Images, file_of, make_images, settings_of
-from dfq_jax.recipes.judge import LEAST_GAIN_ON_NOISE, Candidate, Judge
+from dfq_jax.recipes.judge import Candidate, Judge
 from dfq_jax.recipes.recipe import RECIPES, ROUNDINGS, Recipe
 from dfq_jax.stages import (
     ESTIMATORS,
@@ -104,23 +104,19 @@ class Work:
 
 
 def _equalize(work: Work, start: Candidate) -> Candidate:
-    """Equalized weight ranges and stretched channels, unless nearest rounding loses by them, where there is a judge."""
-    graph, judge, forms = work.graph, work.judge, dict[str, Callable[..., Any]]()
+    """Equalized weight ranges and stretched channels, unless nearest rounding loses by them."""
+    graph, judge, forms = work.graph, work.judge, list[tuple[str, Callable[..., Any], bool]]()
     if find_pairs(graph)[0]:
-        forms["equalization"] = equalize
+        forms.append(("equalization", equalize, judge.can_judge))
     if find_stretchable(graph, work.convention):
+        # They cost nothing that noise could see, and by what they gain there it cannot tell.
         stretch = functools.partial(stretch_channels, convention=work.convention)
-        forms["stretched channels of depthwise layers"] = stretch
+        forms.append(("stretched channels of depthwise layers", stretch, judge.has_images))
     result, taken = start, tuple[str, ...]()
-    for name, form in forms.items():
-        make = functools.partial(form, graph, result.variables)
-        if not judge.can_judge:
-            result = dataclasses.replace(result, variables=make()).noting(name)
-            continue
-        result = result if result.quantized is not None else _begun(work, taken, result)
-        other = _begun(work, (*taken, name), result, make)
-        # Stretched channels cost nothing that noise could be blind to.
-        result = judge.choose(name, result, other, least_gain=LEAST_GAIN_ON_NOISE if form is equalize else 0.0)
+    for name, form, is_judged in forms:
+        before = _begun(work, taken, result) if is_judged and result.quantized is None else result
+        other = _begun(work, (*taken, name), before, functools.partial(form, graph, before.variables))
+        result = judge.choose(name, before, other) if is_judged else other.noting(name)
         taken = (*taken, name) if result.variables is other.variables else taken
     return result
 
@@ -142,7 +138,7 @@ def _measure(work: Work, start: Candidate) -> Candidate:
     if not convention.quantizes_activations(graph):
         ranges = {}
     elif work.ranges_are_analytic:
-        summaries = analytic_summaries(graph, variables)
+        summaries = analytic_summaries(graph, variables, convention)
         ranges = apply_estimator(graph, summaries, convention, ESTIMATORS[recipe.estimator])
     else:
         settings: dict[str, Any] = {"estimator": recipe.estimator, "batch_size": recipe.batch_size}

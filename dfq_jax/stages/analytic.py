@@ -2,9 +2,13 @@
 
 Behind a BatchNorm each channel has mean `bias` and standard deviation `|scale| sqrt(var / (var + epsilon))` by
 construction (Nagel et al., DFQ, arXiv 1906.04721, who leave out the epsilon). So the network is run with every
-BatchNorm's output replaced by Gaussian noise of just these moments; what follows up to the next BatchNorm (activations,
+BatchNorm's output replaced by noise of just these moments; what follows up to the next BatchNorm (activations,
 residual sums, pooling, gates) acts on the noise as it would on data. Layers in front of a BatchNorm do not matter then,
 and the compiler drops them.
+
+The noise is Gaussian, but for ranges of many bits, where it has the tails of a Laplace distribution, which activations
+are nearer to (Banner et al., ACIQ, arXiv 1810.05723): Gaussian ranges cut off so much of some tensors that 8 bits are
+not lossless, while at 4 bits the finer step is worth more than the tails.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from dfq_jax.graph import (
 )
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias, output_moments
 from dfq_jax.stages.comparison import Comparison, compare_outputs
+from dfq_jax.stages.convention import Convention, check_convention
 from dfq_jax.stages.ranges import Summary, summarize
 from dfq_jax.stages.rounding import GPTQConfig, gptq
 
@@ -42,12 +47,18 @@ from dfq_jax.stages.rounding import GPTQConfig, gptq
 SPATIAL_CORRELATION = 0.25
 # How many samples: each pixel of one tells something, but behind a global pooling one sample is one value.
 NUM_SAMPLES = 32
+# Networks that are compared get the same noise: fewer samples of large inputs tell as much, which cost time and memory.
+LEAST_COMPARED, COMPARED_VALUES = 8, 32 * 64 * 64 * 3
+# From so many bits on, ranges are those of heavier tails than Gaussian ones.
+HEAVY_TAILED_BITS = 6
 # Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
 # takes the compiler minutes. The number is prime, so that where samples repeat, they do at other channels.
 POOL = 4_194_301
 
 
-def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int | None = None) -> dict[str, Summary]:
+def analytic_summaries(
+    graph: Graph, variables: Any, convention: Convention | None = None, *, num_samples: int | None = None
+) -> dict[str, Summary]:
     """Tell the summaries of every tensor, for `apply_estimator`, from BatchNorm parameters.
 
     >>> summaries = dfq_jax.analytic_summaries(graph, variables, num_samples=8)
@@ -57,6 +68,8 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int | None 
     Args:
       graph: from `trace`.
       variables: float variables.
+      convention: gives the bits of tensors; those of `HEAVY_TAILED_BITS` and more are told with heavier tails, since
+        they have codes for them. Without it, all are told with Gaussian ones.
       num_samples: samples of noise of the input's shape, as many as tell enough if None; the input itself is taken as
         standard Gaussian, as preprocessed images are on average.
 
@@ -65,9 +78,17 @@ def analytic_summaries(graph: Graph, variables: Any, *, num_samples: int | None 
 
     Raises:
       GraphError: the network has no BatchNorm.
+      TypeError: `convention` is something else.
     """
-    noise, rule = noise_of_moments(graph, variables, num_samples)
-    return summarize(graph, variables, noise, batch_size=len(noise), batch_norm=rule)
+    if convention is not None:
+        check_convention(convention)
+    bits = {t.name: None if convention is None else convention.tensor_bits(graph, t) for t in graph.tensors}
+    heavy = {name: b is not None and b >= HEAVY_TAILED_BITS for name, b in bits.items()}
+    told = {}
+    for tails in set(heavy.values()):
+        noise, rule = noise_of_moments(graph, variables, num_samples, heavy_tails=tails)
+        told[tails] = summarize(graph, variables, noise, batch_size=len(noise), batch_norm=rule)
+    return {name: told[tails][name] for name, tails in heavy.items()}
 
 
 def analytic_correction(
@@ -159,6 +180,9 @@ def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_sa
     Raises:
       GraphError: the network has no BatchNorm.
     """
+    if num_samples is None:
+        fitting = COMPARED_VALUES // math.prod(graph.input.shape[1:])
+        num_samples = max(LEAST_COMPARED, min(NUM_SAMPLES, fitting))
     noise, rule = noise_of_moments(graph, variables, num_samples)
     return compare_outputs(graph, [_apply_both(graph, variables, qvariables, noise, rule)])
 
@@ -179,23 +203,31 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
 
 
 @full_precision  # as all that run it: the programs are the same then
-def noise_of_moments(graph: Graph, variables: Any, num_samples: int | None = None) -> tuple[jax.Array, Partial]:
-    """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time."""
+def noise_of_moments(
+    graph: Graph, variables: Any, num_samples: int | None = None, *, heavy_tails: bool = False
+) -> tuple[jax.Array, Partial]:
+    """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time.
+
+    It is Gaussian, or with heavy tails Laplacian, of the same moments.
+    """
     graph.require_batch_norms("so nothing is known of its activations without images.")
     if num_samples is None:
         num_samples = NUM_SAMPLES
     leaves = graph.leaves_by_path(variables)
     paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
-    pool, images = _pool((num_samples, *graph.input.shape[1:]))
+    pool, images = _pool((num_samples, *graph.input.shape[1:]), heavy_tails)
     statistics = [leaf if path in paths else None for path, leaf in leaves.items()]
     return images, Partial(_NoiseOfMoments(tuple(bn.name for bn in graph.batch_norms)), pool, statistics)
 
 
-@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=0)
-def _pool(shape: tuple[int, ...]) -> tuple[Float[Array, " n"], Float[Array, "..."]]:
-    """The samples of all noise, and images of them."""
+@functools.partial(cpu_jit, options=RUN_ONCE, static_argnums=(0, 1))
+def _pool(shape: tuple[int, ...], heavy_tails: bool) -> tuple[Float[Array, " n"], Float[Array, "..."]]:
+    """The samples of all noise, and images of Gaussian ones."""
     pool = jax.random.normal(jax.random.key(0), (POOL,), jnp.float32)
-    return pool, _take(pool, 0, shape)
+    images = _take(pool, 0, shape)
+    if heavy_tails:
+        pool = jax.random.laplace(jax.random.key(0), (POOL,), jnp.float32) / math.sqrt(2)  # of variance 1
+    return pool, images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ def candidate_ranges(
       ValueError: no images, or images with NaN or infinity.
     """
     check_convention(convention)
-    known = {"analytic": analytic_summaries(graph, variables)} if graph.batch_norms else {}
+    known = {"analytic": analytic_summaries(graph, variables, convention)} if graph.batch_norms else {}
     known["image"] = summarize(graph, variables, images, batch_size=batch_size)
     return {
         f"{source} {name}": apply_estimator(graph, summaries, convention, ESTIMATORS[name])
