@@ -638,6 +638,8 @@ REFUSED = {
     "no images": ((*QUANTIZE, "--images", "0"), "num_images: expected an integer of at least 1, found 0"),
     "no steps": ((*QUANTIZE, "--steps", "-1"), "steps: expected an integer of at least 1, found -1"),
     "seed": ((*QUANTIZE, "--recipe", "noise", "--seed", "9" * 30), "found 9999"),
+    "devices": ((*QUANTIZE, "--devices", "99"), "devices: expected a number from 1 to"),
+    "devices in words": ((*QUANTIZE, "--devices", "some"), "--devices"),
     "checkpoint missing": (("quantize", "fashion_resnet20", "--checkpoint", "absent.th"), "absent.th"),
     "checkpoint foreign": (("quantize", "fashion_resnet20", "--checkpoint", "noise.th"), "none of the formats"),
     "checkpoint on the hub": (("quantize", "cifar_resnet20", "--checkpoint", "hf:a"), "'hf:a' is no reference to"),

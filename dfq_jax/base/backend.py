@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["memory_size", "move_near", "namespace_of", "on_host", "platform_of", "usable_cores"]
+__all__ = ["memory_size", "namespace_of", "on_host", "platform_of", "usable_cores"]
 
 
 def platform_of(*trees: Any) -> str:
@@ -53,7 +53,7 @@ def namespace_of(*arrays: Any) -> Any:
 
 
 def on_host(tree: Any) -> Any:
-    """The tree with arrays of NumPy for leaves; None if a leaf is traced or lies on several devices.
+    """The tree with arrays of NumPy for leaves; None if a leaf is traced, or parts of it lie on several devices.
 
     >>> on_host({"w": jnp.ones(2)})
     {'w': array([1., 1.], dtype=float32)}
@@ -62,19 +62,6 @@ def on_host(tree: Any) -> Any:
     []
     """
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1):
+        if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_replicated):
             return None
     return jax.tree.map(np.asarray, tree)
-
-
-def move_near(tree: Any, other: Any) -> Any:
-    """The tree of NumPy arrays with arrays of JAX for leaves, where another array lies, on one device.
-
-    >>> move_near(np.ones(2), jnp.zeros(3)).devices() == jnp.zeros(3).devices()
-    True
-    """
-    moved = jax.device_put(tree)
-    if not isinstance(other, jax.Array) or not (leaves := jax.tree.leaves(moved)):
-        return moved
-    # What lies on the default device stays free to follow others; what is put somewhere is not.
-    return moved if leaves[0].devices() == other.devices() else jax.device_put(moved, *other.devices())

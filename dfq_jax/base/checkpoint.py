@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -12,16 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from dfq_jax.base.devices import fetched, from_writer, is_writer
 from dfq_jax.base.files import replacing
 
 
 class Checkpoint:
-    """A file that belongs to one piece of work, told by `identity`."""
+    """A file that belongs to one piece of work, told by `identity`.
 
-    def __init__(self, path: str | Path, identity: str):
-        self.path = Path(path)
+    Of several processes that share a mesh one alone reads and writes it; all of them call the same methods.
+    """
+
+    def __init__(self, path: str | Path, identity: str, mesh: Mesh | None = None):
+        self.path, self.mesh, self.is_writer = Path(path), mesh, is_writer(mesh)
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
+        if not self.is_writer:
+            return
         if self.path.is_dir():
             raise ValueError(f"checkpoint: {str(self.path)!r} is a folder; give the name of a file.")
         if not self.path.parent.is_dir():
@@ -32,6 +40,8 @@ class Checkpoint:
     def save(self, work: dict[int, Any], **facts: Any) -> None:
         """Write `{batch: pytree of arrays}` and JSON-able facts."""
         arrays = {name: _to_numpy(leaf) for batch, tree in work.items() for name, leaf in _named_leaves(batch, tree)}
+        if not self.is_writer:
+            return
         header = json.dumps({"identity": self.identity, "batches": sorted(work), **facts})
         with replacing(self.path, _temporary(self.path)) as file:
             np.savez(file, header=np.array(header), **arrays)
@@ -42,10 +52,11 @@ class Checkpoint:
         Raises:
           ValueError: the file is damaged, or belongs to other work.
         """
-        if not self.path.exists():
+        found = self.path.read_bytes() if self.is_writer and self.path.exists() else None
+        if (found := from_writer(found, self.mesh)) is None:
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(found), allow_pickle=False) as file:
                 facts = json.loads(str(file["header"]))
                 arrays = {name: file[name] for name in file.files}
             identity = facts["identity"]
@@ -65,6 +76,11 @@ class Checkpoint:
                 raise self._unreadable(error) from error
             work[batch] = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return work, facts
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self.is_writer:
+            remove_checkpoint(self.path)
 
     def _unreadable(self, error: Exception) -> ValueError:
         reason = str(error).partition(".")[0]  # NumPy goes on with advice to unpickle
@@ -86,7 +102,7 @@ def fingerprint(*trees: Any) -> str:
     """
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(trees):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(fetched(leaf).tobytes())
     return digest.hexdigest()
 
 
@@ -101,7 +117,7 @@ def _named_leaves(batch: int, tree: Any) -> list[tuple[str, Any]]:
 
 
 def _to_numpy(leaf: jax.Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return fetched(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _from_numpy(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

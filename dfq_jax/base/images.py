@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from dfq_jax.base.devices import sharded_as
+
 
 def batches(images: Any, batch_size: int) -> Iterator[Any]:
-    """Equal batches of at most `batch_size`, so that each stage compiles once; the count of images is kept."""
+    """Equal batches of at most `batch_size`, so that each stage compiles once; the count of images is kept.
+
+    Batches of images that are sharded over devices are sharded over them, too.
+    """
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size: expected an integer of at least 1, found {batch_size!r}.")
     count = images.shape[0]
@@ -20,7 +25,7 @@ def batches(images: Any, batch_size: int) -> Iterator[Any]:
     if size * 4 < min(batch_size, count):  # an awkward count: one smaller last batch instead of many tiny ones
         size = min(batch_size, count)
     for start in range(0, count, size):
-        yield images[start : start + size]
+        yield sharded_as(images[start : start + size], images)
 
 
 def largest_divisor(limit: int, length: int) -> int:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from dfq_jax.base.checkpoint import Checkpoint, fingerprint, remove_checkpoint
+from dfq_jax.base.checkpoint import Checkpoint, fingerprint
+from dfq_jax.base.devices import agreed, on_all, spans_processes
 from dfq_jax.base.interrupt import catch_interrupt
 from dfq_jax.base.precision import products
 from dfq_jax.base.threads import side_by_side
@@ -72,7 +74,8 @@ class Plan:
       boundary: a step at which something else begins to be optimized: a call ends there, and what came before says
         nothing about a plateau.
       in_turn: go on to the next batch after each call.
-      lanes: batches that take their calls side by side, in threads; for those that do not need each other.
+      lanes: batches that take their calls side by side, in threads; for those that do not need each other. With a mesh
+        they take them one after the other: programs of several devices have to begin everywhere in the same order.
       report_every: steps between two reports to the host, which must wait for the device for each of them.
       patience: stop a batch when its loss has not improved by `min_improvement` (relative) in so many steps; 0 never.
       min_improvement: see `patience`.
@@ -115,11 +118,12 @@ class Loop:
       seen: by batch, the steps that it has seen.
       best: by batch, its lowest loss and the step of that.
       stopped: batches that reached a plateau.
+      mesh: of the devices that the work lies on; None for one device.
       started: when, in seconds of `time.perf_counter`.
     """
 
-    def __init__(self, plan: Plan, key: Key[Array, ""]):
-        self.plan, self.key, self.started = plan, key, time.perf_counter()
+    def __init__(self, plan: Plan, key: Key[Array, ""], mesh: Mesh | None = None):
+        self.plan, self.key, self.mesh, self.started = plan, key, mesh, time.perf_counter()
         self.work: dict[int, Any] = {}
         self.compiled: set[Hashable] = set()
         self.seen = dict.fromkeys(range(plan.num_batches), 0)
@@ -131,6 +135,10 @@ class Loop:
     def begin(self, batch: int) -> Any:
         """The work on a batch before its first step."""
         raise NotImplementedError
+
+    def place(self, batch: int, work: Any) -> Any:
+        """The work on a batch, as it was saved, on the devices that it lies on."""
+        return on_all(work, self.mesh)
 
     def prepare(self, turn: Turn, work: Any) -> Any:
         """The work on a batch with what is known only when a compiled call is about to begin."""
@@ -183,14 +191,15 @@ class Loop:
 
         Ctrl-C ends it after the compiled calls in progress, and saves; the second one raises.
         """
-        saved = None if checkpoint is None else Checkpoint(checkpoint, self.identity())
+        saved = None if checkpoint is None else Checkpoint(checkpoint, self.identity(), self.mesh)
         if saved is not None:
             self._restore(saved)
         first, begun = self.done, time.perf_counter()
         last_save = begun
         with products(precision), catch_interrupt() as interrupted:
             while waiting := self.waiting():
-                turns = [self.turn(batch, self.seen[batch]) for batch in waiting[: self.plan.lanes]]
+                lanes = self.plan.lanes if self.mesh is None else 1
+                turns = [self.turn(batch, self.seen[batch]) for batch in waiting[:lanes]]
                 losses = self._visit(turns)
                 self.seen.update({turn.batch: turn.end for turn in turns})
                 for turn, latest in zip(turns, losses, strict=True):
@@ -202,15 +211,16 @@ class Loop:
                         eta = (now - begun) / (self.done - first) * left
                         if on_progress is not None:
                             on_progress(self._progress(turn, loss, now - self.started, eta))
-                stop = interrupted()
-                if saved is not None and (stop or time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS):
+                due = saved is not None and time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS
+                stop, due = self._agreed(turns, interrupted(), due)
+                if saved is not None and (stop or due):
                     self._save(saved)
                     last_save = time.perf_counter()
                 if stop:
                     break
         completed = not self.waiting()
         if saved is not None and completed:
-            self._save(saved) if keep_checkpoint else remove_checkpoint(saved.path)
+            self._save(saved) if keep_checkpoint else saved.remove()
         return completed
 
     def waiting(self) -> list[int]:
@@ -258,6 +268,16 @@ class Loop:
         name = plan.names[turn.batch] if plan.names else ""
         return Progress(turn.batch + 1, plan.num_batches, turn.end, plan.steps, loss, seconds, eta, self.done, name)
 
+    def _agreed(self, turns: list[Turn], *flags: bool) -> tuple[bool, ...]:
+        """Flags that any process has set; several processes ask each other only when they wait for the device anyway.
+
+        A flag that is set between two reports is still set at the next one.
+        """
+        if not spans_processes(self.mesh):
+            return flags
+        reports = any(map(self.plan.reports, turns))
+        return agreed(flags, self.mesh) if reports else (False,) * len(flags)
+
     # --- checkpoints ---
 
     def identity(self) -> str:
@@ -274,7 +294,8 @@ class Loop:
         loaded = checkpoint.load(self.template)
         if loaded is None:
             return
-        self.work, facts = loaded
+        work, facts = loaded
+        self.work = {batch: self.place(batch, saved) for batch, saved in work.items()}
         self.seen = {int(batch): steps for batch, steps in facts["seen"].items()}
         self.stopped = set(facts["stopped"])
         self.best = {int(batch): (loss, step) for batch, (loss, step) in facts["best"].items()}

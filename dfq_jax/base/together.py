@@ -25,7 +25,7 @@ class Together(Loop):
     def __init__(self, parts: Sequence[Loop], *, lanes: int = 1):
         plans = [part.plan for part in parts]
         total = sum(plan.num_batches for plan in plans)
-        super().__init__(dataclasses.replace(plans[0], num_batches=total, lanes=lanes), parts[0].key)
+        super().__init__(dataclasses.replace(plans[0], num_batches=total, lanes=lanes), parts[0].key, parts[0].mesh)
         self.parts = tuple(parts)
         self._places = [(i, batch) for i, plan in enumerate(plans) for batch in range(plan.num_batches)]
 
@@ -44,6 +44,11 @@ class Together(Loop):
         part, own = self._own(batch)
         part.work[own] = part.begin(own)
         return part.work[own]
+
+    def place(self, batch: int, work: Any) -> Any:
+        """By the batch's own loop."""
+        part, own = self._own(batch)
+        return part.place(own, work)
 
     def prepare(self, turn: Turn, work: Any) -> Any:
         """By the batch's own loop."""

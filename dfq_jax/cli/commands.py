@@ -23,6 +23,7 @@ from dfq_jax.cli.options import (
     ConventionOptions,
     Count,
     Data,
+    Devices,
     ModelName,
     OptionalData,
     OptionalFile,
@@ -33,6 +34,7 @@ from dfq_jax.cli.options import (
     SynthesisOptions,
     TargetOptions,
     Weights,
+    mesh_of_devices,
 )
 from dfq_jax.cli.output import (
     accuracy_facts,
@@ -68,6 +70,7 @@ def quantize(
     budget: BudgetOptions = BudgetOptions(),
     target: TargetOptions = TargetOptions(),
     seed: int = 0,
+    devices: Devices = None,
     synthesis: SynthesisOptions = SynthesisOptions(),
     evaluate: OptionalData = None,
     limit: Count = None,
@@ -87,6 +90,7 @@ def quantize(
       recipe: instant, fast, best, finetune, paper or noise.
       bits: Bits of weights and activations: w8a8, w4a4, w2a4, w4a16 (float activations), ...
       seed: Seed of all that is random.
+      devices: Share the images among so many of this machine's devices, or all of them.
       evaluate: Measure float and quantized accuracy on labeled images: bundled, npz:FILE, folder:DIR or
           tfds:NAME/SPLIT.
       limit: Evaluate on the first N images only.
@@ -101,7 +105,7 @@ def quantize(
     began = time.perf_counter()
     check_targets(output, json, resume, report)
     settings = {"recipe": synthesis.within(get_recipe(recipe)), "convention": convention.of(bits), "key": seed}
-    settings |= {"budget": budget.budget(), "target": target.target()}
+    settings |= {"budget": budget.budget(), "target": target.target(), "mesh": mesh_of_devices(devices)}
     network = resolve(model, checkpoint)
     check_pages(report, save_images, network, settings["recipe"])
     settings["details"] = report is not None and (network.undone or True)

@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
 from tyro.conf import UseAppendAction, arg
 
 from dfq_jax.recipes import Recipe, Target
@@ -39,7 +42,23 @@ OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
 Page = Annotated[Path | None, arg(metavar="FILE.html")]
 Count = Annotated[int | None, arg(metavar="N")]
 LayerBits = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="LAYERS=BITS", help=LAYER_BITS_HELP)]
+Devices = Annotated[int | Literal["all"] | None, arg(metavar="N|all")]
 Bits = Annotated[int | Literal["none"], arg(metavar="N|none")]
+
+
+def mesh_of_devices(count: int | Literal["all"] | None) -> Mesh | None:
+    """A mesh of so many of this machine's devices.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    if count is None:
+        return None
+    found = jax.local_devices()
+    wanted = len(found) if count == "all" else count
+    if not 1 <= wanted <= len(found):
+        raise ValueError(f"devices: expected a number from 1 to {len(found)}, which this machine has, found {count}")
+    return Mesh(np.array(found[:wanted]), ("images",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -118,6 +119,29 @@ class Dataset:
             )
         self.check_labels([label])
         return image, label
+
+    def part(self, index: int, count: int) -> Dataset:
+        """One of several parts of the images, as equal as can be: those at `index`, `index + count`, ...
+
+        >>> data = Dataset(name="numbers", size=5, read=lambda i: (np.full((1, 1, 1), i, np.uint8), 0))
+        >>> [int(image.max()) for image in data.part(1, 2).images]
+        [1, 3]
+
+        Args:
+          index: of the part, such as `jax.process_index()`.
+          count: of all parts, such as `jax.process_count()`.
+
+        Raises:
+          ValueError: there is no such part, or no image in it.
+        """
+        if not 0 <= index < count:
+            raise ValueError(f"index: expected 0...{count - 1} of {count} parts, found {index}")
+        return dataclasses.replace(
+            self,
+            name=f"part {index + 1} of {count} of {self.name}",
+            size=len(range(index, self.size, count)),
+            read=lambda i: self.read(index + i * count),
+        )
 
     @property
     def images(self) -> UInt8[np.ndarray, "n h w c"]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from dfq_jax.base import in_pieces
+from dfq_jax.base import in_pieces, summed
 from dfq_jax.graph import ApplyFn
 
 TOP = 5
@@ -104,6 +104,8 @@ def accuracy(
     predicted: Int[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
     reference: Int[np.ndarray, "n k"] | None = None,
+    *,
+    over_processes: bool = False,
 ) -> Accuracy:
     """Top-1 and top-5 against labels, and agreement with the reference's first choices.
 
@@ -111,6 +113,8 @@ def accuracy(
       predicted: from `predict`, the likeliest class first.
       labels: `[N]`.
       reference: of another network on the same images.
+      over_processes: each process of `jax.distributed` has images of its own (`Dataset.part`); all get the accuracy
+        over all of them, of counts that are added up exactly.
 
     Raises:
       ValueError: the shapes do not belong to the same images.
@@ -121,9 +125,12 @@ def accuracy(
     if reference is not None and len(reference) != len(labels):
         raise ValueError(f"reference: expected [N, k] for {len(labels)} labels, found shape {reference.shape}.")
     hits = predicted == labels[:, None]
+    same = hits[:0] if reference is None else predicted[:, 0] == reference[:, 0]
+    counts = np.array([len(labels), hits[:, 0].sum(), hits.any(1).sum(), same.sum()])
+    n, first, any_, agreeing = map(int, summed(counts) if over_processes else counts)
     return Accuracy(
-        top1=100.0 * float(hits[:, 0].mean()),
-        n=len(labels),
-        agreement=None if reference is None else 100.0 * float((predicted[:, 0] == reference[:, 0]).mean()),
-        top5=100.0 * float(hits.any(1).mean()) if predicted.shape[1] == TOP else None,
+        top1=100.0 * (first / n),
+        n=n,
+        agreement=None if reference is None else 100.0 * (agreeing / n),
+        top5=100.0 * (any_ / n) if predicted.shape[1] == TOP else None,
     )

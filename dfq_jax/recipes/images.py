@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from dfq_jax.base import RUN_ONCE, cpu_jit
+from dfq_jax.base import RUN_ONCE, cpu_jit, mesh_of, sharded, sharded_as
 from dfq_jax.graph import Graph, check_images
 from dfq_jax.recipes.judge import MOMENT_NOISE
 from dfq_jax.recipes.recipe import Recipe
@@ -41,12 +41,12 @@ class Images(NamedTuple):
     @property
     def fitted(self) -> Any:
         """The images that steps are fitted to."""
-        return self.images[: self.num_fitted]
+        return sharded_as(self.images[: self.num_fitted], self.images)
 
     @property
     def held_out(self) -> Any:
         """Those that it is judged on; maybe none."""
-        return self.images[self.num_fitted :]
+        return sharded_as(self.images[self.num_fitted :], self.images)
 
     def without(self) -> Images:
         """BatchNorm parameters in their place."""
@@ -82,13 +82,14 @@ def find_images(
         check_images(graph, given)
         if given.shape[1:] != graph.input.shape[1:]:
             raise ValueError(f"{expected}, as input_shape says, found {given.shape}.")
+        given = sharded(given, mesh_of(variables))
         return Images(given, f"{len(given)} given", num_fitted=len(given) - _num_held_out(recipe, len(given)))
     count = recipe.synthesis.num_images
     if not is_synthesized(graph, recipe, convention):
         analytic = recipe.source == "analytic" and bool(graph.batch_norms)
         # Where nothing is measured on them, exporters that run the network still have something to run it on.
         shape = (min(count, ANALYTIC_IMAGES) if analytic else count, *graph.input.shape[1:])
-        noise = _noise(keys["images"], shape)
+        noise = sharded(_noise(keys["images"], shape), mesh_of(variables))
         if analytic:
             origin = "none (BatchNorm parameters in their place)"
             return Images(noise, origin, MOMENT_NOISE, num_fitted=len(noise), analytic=True)
@@ -133,7 +134,7 @@ def _synthesized(
     origin = _origin(made[0], whole.steps)
     if held_out:
         origin += f", and {held_out} of the source {sources[JUDGING]!r} to judge on"
-    images = jnp.concatenate([images.images for images in made])
+    images = sharded(jnp.concatenate([images.images for images in made]), mesh_of(variables))
     return Images(images, origin, num_fitted=sizes["images"], checkpoint=checkpoint)
 
 

@@ -15,9 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from dfq_jax.base import Progress, environment, may_transfer, require
+from dfq_jax.base import (
+    Progress,
+    check_alike,
+    check_mesh,
+    environment,
+    fingerprint,
+    is_writer,
+    may_transfer,
+    mesh_of,
+    noting_lost_processes,
+    on_all,
+    require,
+    spans_processes,
+)
 from dfq_jax.graph import (
     Graph,
     GraphWarning,
@@ -68,6 +82,7 @@ def quantize(
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
     details: bool | Callable[[np.ndarray], Any] = False,
+    mesh: Mesh | None = None,
 ) -> Quantized:
     """Quantize a trained network without data.
 
@@ -104,6 +119,9 @@ def quantize(
       details: measure in the end what a page of the report shows: the error of each layer, its values against its
         steps, and pictures of the images (see `report.examine`); `quantized.report.save_html` writes the page. In
         place of True, the preprocessing that makes images of pixels 0...255, which is undone for the pictures.
+      mesh: the devices to use, of one process or several, which all make the same call: images are sharded over all of
+        them, however its axes are named, and variables have a copy on each, those returned too. The first process
+        alone reads and writes checkpoints. None for the device, or the devices, where the variables lie.
 
     Returns:
       The quantized network.
@@ -130,10 +148,13 @@ def quantize(
     preprocessing = details if callable(details) else None
     if details:
         _check_pictures(input_shape, preprocessing)
-    clock = _Clock(on_stage)
     apply_fn, variables = as_function(model, variables)
     variables = on_device(variables)
+    mesh = check_mesh(mesh_of(variables) if mesh is None else mesh)
+    clock = _Clock(on_stage, mesh)
     with clock("trace"):
+        _check_alike(mesh, key, variables, images, recipe, convention, budget, target, input_shape)
+        variables = on_all(variables, mesh)
         graph, variables = compute_kernels(trace(apply_fn, variables, input_shape), variables)
         check_variables(graph, variables)
         convention.check(graph)
@@ -164,7 +185,7 @@ def quantize(
     doubts += _warned(*outcome.doubts)
     facts: Any = {"warnings": doubts, "seconds": clock.seconds, "target": outcome.target, "details": extra}
     report = _report(work, result, compared, key=key, **facts)
-    if checkpoint is not None and not keep_checkpoint:
+    if checkpoint is not None and not keep_checkpoint and is_writer(mesh):
         remove_checkpoints(checkpoint, recipe, images=found.checkpoint is not None)
     return Quantized(
         variables=result.quantized,
@@ -230,16 +251,17 @@ def _report(work: Work, result: Candidate, compared: Comparison, *, key: jax.Arr
 class _Clock:
     """Wall time of named stages."""
 
-    def __init__(self, on_stage: Callable[[str], None] | None):
+    def __init__(self, on_stage: Callable[[str], None] | None, mesh: Mesh | None):
         self.seconds: dict[str, float] = {}
-        self._on_stage = on_stage
+        self._on_stage, self._mesh = on_stage, mesh
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         if self._on_stage is not None:
             self._on_stage(stage)
         began = time.perf_counter()
-        yield
+        with noting_lost_processes(self._mesh):
+            yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 3)
 
 
@@ -253,6 +275,13 @@ def _check_wishes(budget: Budget | None, target: Target | None) -> None:
             raise TypeError(f"{name}: expected a {kind.__name__} or None, found {value!r}.")
     if budget is not None and target is not None:
         raise ValueError("target: expected None beside a budget, found both.")
+
+
+def _check_alike(mesh: Mesh | None, key: Any, variables: Any, images: Any, *settings: Any) -> None:
+    """Refuse arguments that differ between the processes of a mesh, which would wait for each other forever."""
+    if spans_processes(mesh):
+        digests = {"variables": fingerprint(variables), "images": fingerprint(images), "recipe": repr(settings)}
+        check_alike(mesh, **digests, key=str(jax.random.key_data(key)))
 
 
 def _as_convention(convention: Convention | None, bits: str, edge_bits: int | None) -> Convention:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import may_transfer, package_version
+from dfq_jax.base import is_writer, may_transfer, mesh_of, package_version
 from dfq_jax.export import artifact
 from dfq_jax.graph import (
     Graph,
@@ -157,7 +157,12 @@ class Quantized:
 
     @may_transfer
     def save(self, path: str | Path, **header: Any) -> None:
-        """Write one safetensors file that `dfq_jax.load` reads; `header` adds facts of your own."""
+        """Write one safetensors file that `dfq_jax.load` reads; `header` adds facts of your own.
+
+        Of several processes that share the network's devices the first one writes; in the others nothing is done.
+        """
+        if not is_writer(mesh_of(self.variables)):
+            return
         facts = {
             **header,
             "graph": self.graph.digest,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfq_jax.base import RUN_ONCE, batches, cpu_jit, full_precision, known_fields
+from dfq_jax.base import RUN_ONCE, batches, cpu_jit, full_precision, known_fields, mesh_of, on_all
 from dfq_jax.graph import Graph, Tensor, check_images, run
 from dfq_jax.quantizers import QTensor, QuantizerParams, bounds, check_quantized, fake_quant, quantization
 from dfq_jax.report.pictures import pictures, png
@@ -132,7 +132,8 @@ def examine(
     check_images(graph, images)
     check_quantized(qvariables)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(enough_images(graph), len(images))).astype(int))
-    seen = jnp.asarray(images)[chosen]
+    images = jnp.asarray(images)
+    seen = on_all(images[chosen], mesh_of(images))
     errors = compare_layers(graph, variables, qvariables, seen, batch_size=BATCH)
     inputs = _inputs(graph, variables, quantization(qvariables).by_tensor, seen)
     kernels, qkernels = graph.leaves_by_path(variables), graph.leaves_by_path(qvariables)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, full_precision
+from dfq_jax.base import batches, fetched, full_precision
 from dfq_jax.graph import Graph, apply_quantized, check_images, run
 
 
@@ -95,7 +95,7 @@ def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Compari
     classes = graph.num_classes
 
     def scores(outputs: Any) -> np.ndarray:
-        return np.asarray(graph.logits(outputs), np.float64).reshape(-1, max(classes, 1))
+        return fetched(graph.logits(outputs)).astype(np.float64).reshape(-1, max(classes, 1))
 
     pairs = [(scores(reference), scores(other)) for reference, other in outputs]
     reference, other = map(np.concatenate, zip(*pairs, strict=True))

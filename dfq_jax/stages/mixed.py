@@ -20,7 +20,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from dfq_jax.base import RUN_ONCE, batches, cpu_jit, full_precision, on_host, platform_of, side_by_side
+from dfq_jax.base import (
+    RUN_ONCE,
+    batches,
+    cpu_jit,
+    full_precision,
+    move_near,
+    on_host,
+    platform_of,
+    side_by_side,
+    threads_for,
+)
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -102,8 +112,10 @@ class MixedNetwork:
         self._rows = {
             b: self._quantizers(b, apply_estimator(graph, summaries, self.uniform[b], estimate)) for b in bits
         }
+        threads = threads_for(self._leaves)
         kernels = [(path, b) for b in self.bits for _, path in dict.fromkeys(self.weights.values())]
-        self._kernels = dict(zip(kernels, side_by_side(lambda which: self._quantized(*which), kernels), strict=True))
+        quantized = side_by_side(lambda which: self._quantized(*which), kernels, threads)
+        self._kernels = dict(zip(kernels, quantized, strict=True))
         self._rule = rule
         self._offsets: list[dict[str, Array]] = [{} for _ in self._pieces]
         self._reference: list[Any] = [None for _ in self._pieces]
@@ -132,7 +144,7 @@ class MixedNetwork:
             if stored not in graph.kernels:
                 continue  # a slice that nothing reads
             quantized = quantize_layer(graph, graph.kernels[stored][0], self._leaves[stored], convention)
-            kernels[stored] = jax.device_put(jax.tree.map(np.asarray, quantized).dequantize())
+            kernels[stored] = move_near(jax.tree.map(np.asarray, quantized).dequantize(), self._leaves[stored])
         return kernels
 
     def _quantizers(self, bits: int, ranges: Ranges) -> dict[str, tuple[float, ...]]:
@@ -183,7 +195,7 @@ class MixedNetwork:
         if self._reference[0] is None:
             self._reference = [self._run({}, self.float, place) for place in range(len(self._pieces))]
         work = [(widths, place) for widths in choices for place in range(len(self._pieces))]
-        threads = None if platform_of(self._leaves) == "cpu" else 1
+        threads = threads_for(self._leaves)
         outputs = iter(side_by_side(lambda item: self._run(item[0], start, item[1]), work, threads))
         pairs = [[(reference, next(outputs)) for reference in self._reference] for _ in choices]
         return [compare_outputs(self.graph, pair).divergence for pair in pairs]

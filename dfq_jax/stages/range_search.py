@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, check_field, check_fields, check_kind, full_precision, side_by_side
+from dfq_jax.base import batches, check_field, check_fields, check_kind, full_precision, mesh_of, side_by_side
 from dfq_jax.graph import Graph, check_images, subnetwork
 from dfq_jax.quantizers import check_quantized, quantization
 from dfq_jax.stages.analytic import analytic_summaries
@@ -175,7 +175,8 @@ class _Search:
     def divergences(self, networks: Mapping[str, Any], first: int, inputs: list[Any]) -> dict[str, float]:
         """Of quantized networks from the float one, from the inputs of a block, which they share."""
         work = [(qvariables, x) for qvariables in networks.values() for x in inputs]
-        outputs = iter(side_by_side(lambda item: self.outputs(item[0], first, item[1]), work))
+        threads = None if mesh_of(inputs) is None else 1  # programs of several devices begin in one order
+        outputs = iter(side_by_side(lambda item: self.outputs(item[0], first, item[1]), work, threads))
         pairs = {name: [(reference, next(outputs)) for reference in self.reference] for name in networks}
         return {name: compare_outputs(self.graph, pair).divergence for name, pair in pairs.items()}
 

@@ -18,11 +18,27 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Together, Turn, check_kind, memory_size, platform_of, usable_cores
+from dfq_jax.base import (
+    Loop,
+    Plan,
+    Progress,
+    State,
+    Together,
+    Turn,
+    check_kind,
+    fetched,
+    memory_size,
+    mesh_of,
+    on_all,
+    platform_of,
+    sharded,
+    usable_cores,
+)
 from dfq_jax.graph import Graph, GraphWarning, doubtful_statistics
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
 from dfq_jax.synthesis.objective import OffsetMoments, Targets
+from dfq_jax.synthesis.side_by_side import SideBySide
 from dfq_jax.synthesis.source import image_optimizer
 from dfq_jax.synthesis.statistics import StatisticErrors, relative_errors
 from dfq_jax.synthesis.step import advance_batch, batch_images, init_batch, response_targets
@@ -77,7 +93,8 @@ def synthesize(
     """Make images from the network's own BatchNorm statistics.
 
     On CPU, batches that do not share statistics are made side by side, one on each core that the process may use and
-    that there is memory for; the images are the same, bit for bit.
+    that there is memory for; the images are the same, bit for bit. So it is with variables that have a copy on each of
+    several devices, if the number of batches is a multiple of that of the devices; else the devices share each batch.
 
     >>> config = dfq_jax.SynthesisConfig(num_images=4, batch_size=4, steps=1)
     >>> synthesize(graph, variables, jax.random.key(0), config).images.shape
@@ -109,7 +126,7 @@ def synthesize(
       GraphWarning: BatchNorm statistics look as if they were never updated.
     """
     check_kind("config", config, SynthesisConfig)
-    loop = _ImageLoop(graph, variables, key, config, optimizer)
+    loop = _image_loop(graph, variables, key, config, optimizer)
     for doubt in doubtful_statistics(graph, variables):
         warnings.warn(doubt, GraphWarning, stacklevel=2)
     completed = loop.run(
@@ -145,7 +162,7 @@ def synthesize_sets(
     Returns:
       What `synthesize` returns, of each; after Ctrl-C of those that have begun, not completed. It warns of nothing.
     """
-    parts = [_ImageLoop(graph, variables, key, config, None) for key, config in sets]
+    parts = [_image_loop(graph, variables, key, config, None) for key, config in sets]
     platform, in_turn = platform_of(variables), any(part.plan.in_turn for part in parts)
     total = sum(part.plan.num_batches for part in parts)
     lanes = 1 if in_turn else min(default_lanes(part.graph, platform, total) for part in parts)
@@ -153,6 +170,19 @@ def synthesize_sets(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=sets[0][1].precision
     )
     return [part.result(completed) for part in parts if part.work]
+
+
+def _image_loop(graph: Graph, variables: Any, key: Any, config: SynthesisConfig, optimizer: Any) -> Any:
+    """The loop of one call: batches that devices share, or whole ones on each.
+
+    Whole batches take no sums over devices, but as much memory of each as on one device, and as many devices as there
+    are batches. So they are made side by side where their number is a multiple of that of the devices, and they do
+    not need each other: neither statistics of the set nor a plateau, at which one would end before others.
+    """
+    loop = _ImageLoop(graph, variables, key, config, optimizer)
+    alone = config.statistics != "set" and not config.patience
+    fills = loop.mesh is not None and loop.plan.num_batches % loop.mesh.size == 0
+    return SideBySide(loop) if alone and fills else loop
 
 
 class _ImageLoop(Loop):
@@ -179,7 +209,7 @@ class _ImageLoop(Loop):
             patience=config.patience,
             min_improvement=config.min_improvement,
         )
-        super().__init__(plan, key)
+        super().__init__(plan, key, mesh_of(self.variables))
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         optimizer = jax.eval_shape(_init, self.graph, self.settings, self.optimizer, self.key)[0].optimizer
@@ -194,7 +224,18 @@ class _ImageLoop(Loop):
         return jax.random.split(jax.random.fold_in(self.key, batch))
 
     def begin(self, batch: int) -> tuple[State, Targets, None]:
+        return self.place(batch, self.first(batch))
+
+    def first(self, batch: int) -> tuple[State, Targets, None]:
+        """The work on a batch before its first step, on the default device."""
         return (*_init(self.graph, self.settings, self.optimizer, self.keys(batch)[0]), None)
+
+    def place(self, batch: int, work: Any) -> Any:
+        if self.mesh is None:
+            return work
+        state, targets, losses = work
+        axes = image_axes(self.graph, self.settings, self.optimizer)
+        return (*sharded((state, targets), self.mesh, axes), on_all(losses, self.mesh))
 
     def prepare(self, turn: Turn, work: Any) -> Any:
         if turn.begin != self.response_step:
@@ -253,9 +294,9 @@ class _ImageLoop(Loop):
     def result(self, completed: bool) -> Synthesis:
         states, targets, losses = zip(*(self.work[b] for b in sorted(self.work)), strict=True)
         finished = (batch_images(self.graph, self.settings, state) for state in states)
-        images = np.concatenate([np.asarray(images) for images in finished])[: self.config.num_images]
+        images = np.concatenate([fetched(images) for images in finished])[: self.config.num_images]
         if self.config.uses_classes:
-            labels = np.concatenate([np.asarray(t.labels) for t in targets])[: self.config.num_images]
+            labels = np.concatenate([fetched(t.labels) for t in targets])[: self.config.num_images]
         else:
             labels = np.zeros(len(images), np.int32)
         layer_losses = np.mean([np.asarray(e.layer_losses) for e in losses], axis=0)
@@ -263,8 +304,8 @@ class _ImageLoop(Loop):
         moments = jax.tree.map(lambda *m: np.stack(m).reshape(-1, m[0].shape[-1]).mean(0), *(e.moments for e in losses))
         errors = relative_errors(self.graph, self.variables, moments)
         return Synthesis(
-            images=jnp.asarray(images),
-            labels=jnp.asarray(labels),
+            images=sharded(jnp.asarray(images), self.mesh),
+            labels=sharded(jnp.asarray(labels), self.mesh),
             losses=tuple(float(e.loss) for e in losses),
             layer_losses={bn.name: float(v) for bn, v in zip(self.graph.batch_norms, layer_losses, strict=True)},
             statistic_errors=jax.tree.map(float, errors),
@@ -301,3 +342,16 @@ def _scaled_sum(share: Float[ArrayLike, ""], *trees: Any) -> Any:
 
 
 _init = jax.jit(init_batch, static_argnums=(0, 1, 2))
+
+
+def image_axes(graph: Graph, config: SynthesisConfig, optimizer: optax.GradientTransformation) -> Any:
+    """Of what `init_batch` gives, the axis of images in each array, which grows with their number; -1 for none."""
+
+    def shapes(count: int) -> Any:
+        sized = dataclasses.replace(config, batch_size=count)
+        return jax.eval_shape(functools.partial(init_batch, graph, sized, optimizer), jax.random.key(0))
+
+    def axis(one: Any, other: Any) -> int:
+        return next((i for i, (m, n) in enumerate(zip(one.shape, other.shape, strict=True)) if m != n), -1)
+
+    return jax.tree.map(axis, shapes(config.batch_size), shapes(2 * config.batch_size))

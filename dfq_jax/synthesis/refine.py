@@ -38,8 +38,10 @@ from dfq_jax.base import (
     descend,
     full_precision,
     init_state,
+    mesh_of,
     platform_of,
     repeat,
+    sharded,
 )
 from dfq_jax.graph import Graph, apply_quantized, check_images
 from dfq_jax.quantizers import is_quantized
@@ -137,7 +139,8 @@ def refine(
     loop = _RefineLoop(graph, variables, qvariables, jnp.asarray(images, jnp.float32), key, config)
     if not loop.run(on_progress=on_progress, checkpoint=checkpoint):
         raise KeyboardInterrupt("refinement was interrupted")
-    return jnp.concatenate([loop.work[batch].parameters for batch in sorted(loop.work)])[: len(images)]
+    refined = jnp.concatenate([loop.work[batch].parameters for batch in sorted(loop.work)])[: len(images)]
+    return sharded(refined, loop.mesh)
 
 
 class _RefineLoop(Loop):
@@ -152,7 +155,8 @@ class _RefineLoop(Loop):
         sized, platform = graph.at((self.size, *images.shape[1:]), images.dtype), platform_of(variables)
         num_batches = math.ceil(len(images) / self.size)
         chunk, lanes = default_chunk(sized, platform), default_lanes(sized, platform, num_batches)
-        super().__init__(Plan(num_batches=num_batches, steps=config.steps, chunk=chunk, lanes=lanes), key)
+        plan = Plan(num_batches=num_batches, steps=config.steps, chunk=chunk, lanes=lanes)
+        super().__init__(plan, key, mesh_of(images, variables))
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         return ("refinement", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
@@ -160,7 +164,11 @@ class _RefineLoop(Loop):
     def begin(self, batch: int) -> State:
         # The last batch is filled up with images from the start, whose second versions are dropped.
         chosen = (batch * self.size + jnp.arange(self.size)) % len(self.images)
-        return init_state(self.optimizer, self.images[chosen])
+        return self.place(batch, init_state(self.optimizer, self.images[chosen]))
+
+    def place(self, batch: int, work: State) -> State:
+        # The step, and counts of the optimizer, are no images.
+        return sharded(work, self.mesh, jax.tree.map(lambda leaf: 0 if leaf.ndim else -1, work))
 
     def advance(self, turn: Turn, work: State) -> tuple[State, jax.Array]:
         settings, key = (self.graph, self.config, self.optimizer), jax.random.fold_in(self.key, turn.batch)

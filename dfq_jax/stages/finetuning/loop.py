@@ -20,7 +20,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, check_kind, init_state, platform_of
+from dfq_jax.base import (
+    Loop,
+    Plan,
+    Progress,
+    State,
+    Turn,
+    check_kind,
+    init_state,
+    mesh_of,
+    on_all,
+    platform_of,
+    sharded,
+)
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.comparison import Comparison, comparer
@@ -140,8 +152,10 @@ class _StudentLoop(Loop):
         labels: jax.Array | None,
     ):
         train = len(images) - held_out_count(config.held_out, len(images))
-        self.images, self.held_out = images[:train], images[train:]
-        self.labels = None if labels is None else labels[:train]
+        # Of several devices each has a copy of what minibatches are drawn from, and works on a part of each minibatch.
+        mesh = mesh_of(images, variables)
+        self.images, self.held_out = on_all(images[:train], mesh), sharded(images[train:], mesh)
+        self.labels = None if labels is None else on_all(labels[:train], mesh)
         # A minibatch holds no image twice.
         self.config = dataclasses.replace(config, batch_size=min(config.batch_size, train))
         self.graph = graph.at((self.config.batch_size, *images.shape[1:]), images.dtype)
@@ -149,7 +163,7 @@ class _StudentLoop(Loop):
         self.evaluations: list[Evaluation] = []
         self.latest: jax.Array | None = None
         chunk = config.chunk or (1 if platform_of(images, qvariables) == "cpu" else ACCELERATOR_CHUNK)
-        super().__init__(Plan(num_batches=1, steps=config.steps, chunk=chunk), key)
+        super().__init__(Plan(num_batches=1, steps=config.steps, chunk=chunk), key, mesh)
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         arrays = self.variables, self.start, self.images, self.held_out, self.labels
@@ -166,7 +180,8 @@ class _StudentLoop(Loop):
     def advance(self, turn: Turn, work: tuple[State, Any]) -> tuple[tuple[State, Any], jax.Array]:
         state, best = work
         fixed = self.variables, self.start, self.images, self.labels
-        state, losses = advance_student(self.graph, self.config, turn.end - turn.begin, *fixed, state, self.key)
+        steps = turn.end - turn.begin
+        state, losses = advance_student(self.graph, self.config, steps, *fixed, state, self.key, self.mesh)
         self.latest = losses.total
         before, after = (step * self.config.evaluations // self.config.steps for step in (turn.begin, turn.end))
         return (state, self.better(state, best, turn.end) if before < after else best), losses.total

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import NO_YNN, State, cpu_jit, descend, random_crop, random_flip, repeat
+from dfq_jax.base import NO_YNN, State, cpu_jit, descend, on_all, random_crop, random_flip, repeat, sharded
 from dfq_jax.graph import Graph
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.losses import DistillationLosses, distillation_loss
@@ -66,7 +67,7 @@ def augment_minibatch(
     return images
 
 
-@functools.partial(cpu_jit, options=NO_YNN, static_argnames=("graph", "config"), donate_argnames="state")
+@functools.partial(cpu_jit, options=NO_YNN, static_argnames=("graph", "config", "mesh"), donate_argnames="state")
 def advance_student(
     graph: Graph,
     config: FinetuneConfig,
@@ -77,6 +78,7 @@ def advance_student(
     labels: Int[Array, " n"] | None,
     state: State,
     key: Key[Array, ""],
+    mesh: Mesh | None = None,
 ) -> tuple[State, DistillationLosses]:
     """Optimize the student for `steps` steps.
 
@@ -90,6 +92,7 @@ def advance_student(
       labels: of the images; None for the teacher's choice.
       state: donated.
       key: of the whole run; the step number is folded in.
+      mesh: of the devices that share a minibatch; static.
 
     Returns:
       The new state, and the losses of the last step.
@@ -98,8 +101,10 @@ def advance_student(
 
     def step(state: State) -> tuple[State, DistillationLosses]:
         draw_key, augment_key = jax.random.split(jax.random.fold_in(key, state.step))
-        chosen = jax.random.permutation(draw_key, len(images))[: config.batch_size]
-        x = augment_minibatch(config, augment_key, images[chosen])
+        # Drawn whole on each device: sharded as the images are, parts of it would be sent around.
+        order = on_all(jax.random.permutation(draw_key, len(images)), mesh)
+        chosen = on_all(order[: config.batch_size], mesh)
+        x = augment_minibatch(config, augment_key, sharded(images[chosen], mesh))
         teacher = teacher_outputs(graph, variables, x)
         own_labels = None if labels is None else labels[chosen]
 

@@ -14,9 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from dfq_jax.base import NO_YNN, RUN_ONCE, State, cpu_jit, descend, init_state, largest_divisor, mean_of_parts, repeat
+from dfq_jax.base import (
+    NO_YNN,
+    RUN_ONCE,
+    State,
+    cpu_jit,
+    descend,
+    init_state,
+    largest_divisor,
+    mean_of_parts,
+    repeat,
+    sharded,
+)
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
 from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization
 from dfq_jax.stages.comparison import kl_divergence
@@ -211,7 +223,7 @@ def rounding_pressure(config: ReconstructionConfig, step: Int[Array, ""]) -> tup
 @functools.partial(
     cpu_jit,
     options=NO_YNN,
-    static_argnames=("graph", "config", "rest_graph"),
+    static_argnames=("graph", "config", "rest_graph", "mesh"),
     donate_argnames="state",
 )
 def advance_block(
@@ -226,6 +238,7 @@ def advance_block(
     count: int | Int[Array, ""],
     state: State,
     draws: Draws,
+    mesh: Mesh | None = None,
 ) -> tuple[State, BlockLosses]:
     """Optimize a block for `steps` steps.
 
@@ -242,6 +255,7 @@ def advance_block(
       count: of images in the cache that are, the first.
       state: donated.
       draws: of all steps, each in parts that are worked on one after the other.
+      mesh: of the devices that share the images of a part; static.
 
     Returns:
       The new state, and the losses of the last step.
@@ -250,7 +264,8 @@ def advance_block(
 
     def error(learned: BlockParameters, part: Draws) -> tuple[jax.Array, jax.Array]:
         """What the outputs of some images are off, by all terms and by the first."""
-        batch = jax.tree.map(lambda a: a[part.images % jnp.asarray(count, jnp.uint32)], cache)
+        drawn = jax.tree.map(lambda a: a[part.images % jnp.asarray(count, jnp.uint32)], cache)
+        batch = sharded(drawn, mesh)
         x = mix(part.seeds[0], batch.float_inputs, batch.inputs, config.drop)
         variables, soft = _learned(own, learned.kernels, learned), frozenset(learned.kernels)
         found = apply_soft(graph, variables, x, part.seeds[1:], config.drop, soft)

@@ -20,9 +20,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import Loop, Plan, Progress, State, Turn, check_kind, full_precision, platform_of
+from dfq_jax.base import (
+    Loop,
+    Plan,
+    Progress,
+    State,
+    Turn,
+    check_kind,
+    full_precision,
+    mesh_of,
+    on_all,
+    platform_of,
+    sharded,
+)
 from dfq_jax.graph import Graph, Subnetwork, apply_quantized, merge_blocks, subnetwork
 from dfq_jax.quantizers import changed_codes
 from dfq_jax.stages.learning import check_learning, held_out_count
@@ -158,7 +171,9 @@ class _BlockLoop(Loop):
         self.graph = graph.at((self.batch_size, *images.shape[1:]), images.dtype)
         self.blocks = merge_blocks(self.graph.blocks, config.min_layers)
         self.variables, self.qvariables = variables, qvariables
-        self.images = self.float_inputs = self.inputs = images
+        # Of several devices each has a copy of what minibatches are drawn from, and works on a part of each minibatch.
+        mesh = mesh_of(images, variables)
+        self.images = self.float_inputs = self.inputs = on_all(images, mesh)
         self.block: _Block | None = None
         self.results: list[BlockResult] = []
         self.on_cpu = platform_of(images, qvariables) == "cpu"
@@ -170,7 +185,7 @@ class _BlockLoop(Loop):
             report_every=50,
             names=tuple(block.name for block in self.blocks),
         )
-        super().__init__(plan, key)
+        super().__init__(plan, key, mesh)
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         return ("reconstruction", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
@@ -184,7 +199,7 @@ class _BlockLoop(Loop):
         block = self.enter(turn.batch)
         static = block.sub.graph, self.config, turn.end - turn.begin
         given = *block.rest, block.own, block.bases, block.cache, self.train
-        state, losses = advance_block(*static, *given, work, block.draws)
+        state, losses = advance_block(*static, *given, work, block.draws, self.mesh)
         finished = turn.end == self.config.steps
         return self.finish(block, state) if finished else state, losses.reconstruction
 
@@ -197,7 +212,7 @@ class _BlockLoop(Loop):
             own, key = sub.select(self.graph, self.qvariables), jax.random.fold_in(self.key, index)
             state, bases = self.start(index)
             parts = parts_on_cpu(sub.graph, self.batch_size) if self.on_cpu else 1
-            draws = draw(key, self.config, parts, len(sub.layers))
+            draws = on_all(draw(key, self.config, parts, len(sub.layers)), self.mesh)
             self.block = _Block(index, sub, own, cache, state, bases, self.rest(index), draws, started)
         return self.block
 
@@ -269,7 +284,7 @@ class _BlockLoop(Loop):
         for start in range(first, count, size):
             # The last batch reaches back; what it computes again is cut off.
             begin = min(start, count - size)
-            result = _batch_outputs(sub.graph, own, inputs, np.int32(begin), size)
+            result = on_all(_batch_outputs(sub.graph, own, inputs, np.int32(begin), size, self.mesh), self.mesh)
             results.append(result if begin == start else jax.tree.map(lambda a, n=start - begin: a[n:], result))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
@@ -288,7 +303,9 @@ class _BlockLoop(Loop):
         return jax.eval_shape(lambda: self.start(batch)[0])
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "size"))
-def _batch_outputs(graph: Graph, own: Variables, inputs: jax.Array, begin: Int[Array, ""], size: int) -> Any:
+@functools.partial(jax.jit, static_argnames=("graph", "size", "mesh"))
+def _batch_outputs(
+    graph: Graph, own: Variables, inputs: jax.Array, begin: Int[Array, ""], size: int, mesh: Mesh | None
+) -> Any:
     """Of a block, on `size` of the images."""
-    return apply_quantized(graph, own, jax.lax.dynamic_slice_in_dim(inputs, begin, size))
+    return apply_quantized(graph, own, sharded(jax.lax.dynamic_slice_in_dim(inputs, begin, size), mesh))
