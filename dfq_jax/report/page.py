@@ -14,7 +14,7 @@ from dfq_jax.report.details import Details, Picture
 from dfq_jax.report.heat_map import heat_map, sensitivity_words
 from dfq_jax.report.layer_rows import BARS, layer_rows
 from dfq_jax.report.markup import Markup, element, joined
-from dfq_jax.report.words import decimals, megabytes, sentences
+from dfq_jax.report.words import decimals, for_people, sentences
 from dfq_jax.stages import Sensitivity
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _cards(report: Report) -> Markup:
     """What most want to know, in large figures."""
     size = report.size
     cards = [
-        ("Size", megabytes(size["quantized"]), f"{size['float'] / size['quantized']:.1f} times smaller than float32"),
+        ("Size", *for_people(size["quantized"]), f"{size['float'] / size['quantized']:.1f} times smaller than float32"),
     ]
     if report.agreement is not None:
         cards.append(

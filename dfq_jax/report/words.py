@@ -23,18 +23,23 @@ def decimals(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def megabytes(size: int) -> str:
-    """A size for people."""
-    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+def for_people(*sizes: int) -> list[str]:
+    """Sizes in one unit, that of the smallest.
+
+    >>> for_people(24_100, 120_000), for_people(240_000)
+    (['24.1 kB', '120.0 kB'], ['0.24 MB'])
+    """
+    return [f"{size / 1e6:.2f} MB" if min(sizes) >= 1e5 else f"{size / 1e3:.1f} kB" for size in sizes]
 
 
 def sentences(report: Report) -> list[str]:
     """What was done and what came of it."""
     size = report.size
     images = report.images.removeprefix("none (").removesuffix(")") if report.images.startswith("none (") else None
+    quantized, whole = for_people(size["quantized"], size["float"])
     said = [
         f"Images: {report.images}." if images is None else f"No images were made: {images}.",
-        f"All variables of the network take {megabytes(size['quantized'])} in place of {megabytes(size['float'])}.",
+        f"All variables of the network take {quantized} in place of {whole}.",
     ]
     found = []
     if report.agreement is not None:
