@@ -15,6 +15,7 @@ from dfq_jax.stages import ranges
 from dfq_jax.stages.analytic import analytic_summaries
 from dfq_jax.stages.convention import Convention
 from dfq_jax.stages.ranges import ESTIMATORS, estimate_ranges, optimal_clip, summarize
+from dfq_jax.stages.rules import LayerRule
 
 WIDTH = 64
 
@@ -372,6 +373,9 @@ def test_analytic_tails_of_each_tensor():
     for name, summary in mixed.items():
         jax.tree.map(np.testing.assert_array_equal, summary, (heavy if name in edges else light)[name])
     assert any(float(heavy[name].hi) != float(light[name].hi) for name in edges)
+    rule = LayerRule(pattern=graph.last_layer.name, activation_bits=None)
+    partly = analytic_summaries(graph, variables, Convention(rules=(rule,)), num_samples=16)
+    assert set(mixed) - set(partly) == {graph.last_layer.tensor}
     with pytest.raises(TypeError, match="convention"):
         analytic_summaries(graph, variables, "w4a4")
 

@@ -69,7 +69,8 @@ def analytic_summaries(
       graph: from `trace`.
       variables: float variables.
       convention: gives the bits of tensors; those of `HEAVY_TAILED_BITS` and more are told with heavier tails, since
-        they have codes for them. Without it, all are told with Gaussian ones.
+        they have codes for them, and those that stay in float are left out. Without it, all are told, with Gaussian
+        tails.
       num_samples: samples of noise of the input's shape, as many as tell enough if None; the input itself is taken as
         standard Gaussian, as preprocessed images are on average.
 
@@ -80,10 +81,11 @@ def analytic_summaries(
       GraphError: the network has no BatchNorm.
       TypeError: `convention` is something else.
     """
+    heavy = dict.fromkeys((tensor.name for tensor in graph.tensors), False)
     if convention is not None:
         check_convention(convention)
-    bits = {t.name: None if convention is None else convention.tensor_bits(graph, t) for t in graph.tensors}
-    heavy = {name: b is not None and b >= HEAVY_TAILED_BITS for name, b in bits.items()}
+        bits = {tensor.name: convention.tensor_bits(graph, tensor) for tensor in graph.tensors}
+        heavy = {name: b >= HEAVY_TAILED_BITS for name, b in bits.items() if b is not None}
     told = {}
     for tails in set(heavy.values()):
         noise, rule = noise_of_moments(graph, variables, num_samples, heavy_tails=tails)
