@@ -312,6 +312,21 @@ def test_errors_of_batches():
         tiny_images()[10]
 
 
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("index", "count", "message"),
+    [
+        (3, 2, "index: expected an integer from 0 to 1, found 3"),
+        ("a", 2, "index: expected an integer from 0 to 1, found 'a'"),
+        (0, 0, "count: expected an integer of at least 1, found 0"),
+        (11, 12, "images: part 12 of 12 of tiny holds none"),
+    ],
+)
+def test_parts_that_there_are_not(index, count, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_images().part(index, count)
+
+
 RESIZED = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, resize=24, crop=16, interpolation="bilinear")
 
 

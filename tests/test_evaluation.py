@@ -67,3 +67,8 @@ def test_bad_input():
     growing = batches(np.zeros((2, 2, 2, 3), np.uint8), 2) + batches(np.zeros((3, 2, 2, 3), np.uint8), 3)
     with pytest.raises(ValueError, match="one has 3 images, the first 2"):
         predict(scores, np.zeros((12, 3), np.float32), growing)
+
+
+def test_accuracy_over_nothing_is_refused():
+    with pytest.raises(ValueError, match="labels: found none"):
+        accuracy(np.zeros((0, 5), np.int32), np.zeros(0, np.int32))

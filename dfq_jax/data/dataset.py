@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32, Integer, UInt8
 
+from dfq_jax.base import check_field
+
 __all__ = ["Dataset"]
 
 _GROUP_BYTES = 1 << 20
@@ -134,8 +136,8 @@ class Dataset:
         Raises:
           ValueError: there is no such part, or no image in it.
         """
-        if not 0 <= index < count:
-            raise ValueError(f"index: expected 0...{count - 1} of {count} parts, found {index}")
+        check_field("count", count, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        check_field("index", index, f"an integer from 0 to {count - 1}", lambda v: type(v) is int and 0 <= v < count)
         return dataclasses.replace(
             self,
             name=f"part {index + 1} of {count} of {self.name}",

@@ -117,7 +117,7 @@ def accuracy(
         over all of them, of counts that are added up exactly.
 
     Raises:
-      ValueError: the shapes do not belong to the same images.
+      ValueError: the shapes do not belong to the same images, or there are none.
     """
     labels = np.asarray(labels)
     if predicted.ndim != 2 or len(predicted) != len(labels):
@@ -128,6 +128,8 @@ def accuracy(
     same = hits[:0] if reference is None else predicted[:, 0] == reference[:, 0]
     counts = np.array([len(labels), hits[:, 0].sum(), hits.any(1).sum(), same.sum()])
     n, first, any_, agreeing = map(int, summed(counts) if over_processes else counts)
+    if n == 0:
+        raise ValueError("labels: found none; accuracy is over at least one image.")
     return Accuracy(
         top1=100.0 * (first / n),
         n=n,
