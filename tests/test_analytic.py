@@ -11,6 +11,8 @@ import pytest
 from model_grid import linen_case
 from scipy.stats import norm
 
+from dfq_jax.graph.batch_norm import batch_norm_parameters
+from dfq_jax.graph.execution import run
 from dfq_jax.graph.graph import trace
 from dfq_jax.graph.tracing.structure import GraphError
 from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, gptq_from_noise, noise_of_moments
@@ -76,6 +78,36 @@ def test_noise_of_nearly_dead_channels(quantized):
     np.testing.assert_allclose(found.std(0), spread, rtol=0.03, atol=1e-6)
     np.testing.assert_allclose(found.mean(0), 1.0, atol=0.05)
     assert noise.shape == (20000, 5)
+
+
+@pytest.mark.parametrize("heavy_tails", [False, True])
+@pytest.mark.parametrize("model", ["mobilenet_v2", "channels_first", "conv_3d", "bfloat16"])
+def test_few_samples_have_the_moments_exactly(model, heavy_tails):
+    graph, variables, _ = model_grid.network_of(getattr(model_grid, model)())
+    noise, rule = noise_of_moments(graph, variables, 4, heavy_tails=heavy_tails)
+    seen = {}
+
+    def note(bn, x, parameters):
+        seen[bn.name] = bn, rule(bn, x, parameters)
+        return seen[bn.name][1]
+
+    run(graph, variables, noise, batch_norm=note)
+    assert len(seen) == len(graph.batch_norms)
+    leaves = graph.leaves(variables)
+    for bn, values in seen.values():
+        parameters = batch_norm_parameters(bn, leaves)
+        var, scale, bias = (np.asarray(p, np.float64) for p in (parameters.var, parameters.scale, parameters.bias))
+        spread = np.broadcast_to(np.abs(scale) * np.sqrt(var / (var + bn.epsilon)), var.shape)
+        channels = np.moveaxis(np.asarray(values, np.float64), bn.channel_axis, -1).reshape(-1, bn.channels)
+        np.testing.assert_allclose(channels.mean(0), np.broadcast_to(bias, var.shape), atol=1e-4 * spread.max())
+        np.testing.assert_allclose(channels.std(0), spread, rtol=1e-3)
+
+
+def test_one_sample_is_finite(quantized):
+    graph, variables, _ = quantized
+    _, rule = noise_of_moments(graph, variables, 1)
+    found = rule(graph.batch_norm("bn1"), jnp.zeros((1, 6)), None)
+    np.testing.assert_array_equal(found[0], variables["params"]["bn1"]["bias"])
 
 
 def test_comparison_carries_errors_to_the_outputs(quantized):

@@ -82,3 +82,37 @@ def test_no_transfer_is_needed():
     with jax.transfer_guard("disallow"):
         result = halved(x)
     assert float(result) == 1
+
+
+def test_compiled_ahead():
+    def cubed(x, power):
+        return x**power
+
+    function = cpu_jit(cubed, RUN_ONCE, static_argnums=1)
+    with Compilations() as compiled, jax.default_matmul_precision("float32"):
+        function.compile_ahead(jnp.float32(2), 3)
+        function.compile_ahead(jax.ShapeDtypeStruct((4,), jnp.float32), 3)
+        assert float(function(jnp.float32(2), 3)) == 8.0
+        assert function(jnp.arange(4.0), 3).tolist() == [0, 1, 8, 27]
+    assert compiled["cubed"] == 2
+
+
+def test_an_error_ahead_is_one_of_the_call():
+    function = cpu_jit(lambda x, y: x + y)
+    function.compile_ahead(jnp.ones(2), jnp.ones(3))
+    assert function(jnp.ones(2), jnp.ones(2)).tolist() == [2, 2]
+    with pytest.raises(TypeError, match="incompatible shapes"):
+        function(jnp.ones(2), jnp.ones(3))
+
+
+def test_nothing_is_compiled_ahead_on_one_core(monkeypatch):
+    monkeypatch.setattr("dfq_jax.base.compilation.usable_cores", lambda: 1)
+
+    def negated(x):
+        return -x
+
+    function = cpu_jit(negated)
+    with Compilations() as compiled:
+        function.compile_ahead(jnp.float32(2))
+        jax.jit(lambda x: function.compile_ahead(x))(jnp.float32(2))
+        assert compiled["negated"] == 0

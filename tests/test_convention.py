@@ -301,6 +301,20 @@ def test_structure(build, shortcuts):
         assert params.scale.shape == () and params.bits == convention.tensor_bits(graph, graph.tensor(name))
 
 
+def test_known_ranges_within_a_trace():
+    """Ranges may be known where variables are traced, and the other way around."""
+    graph, variables = traced(model_grid.mlp)
+    convention, ranges = Convention(), unit_ranges(graph)
+    expected = quantize_params(graph, variables, ranges, convention)
+    for found in (
+        jax.jit(lambda v: quantize_params(graph, v, ranges, convention))(variables),
+        jax.jit(lambda r: quantize_params(graph, variables, r, convention))(ranges),
+    ):
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_per_tensor_weights():
     graph, variables = traced(model_grid.dilated_grouped)
     qvariables = quantized_shapes(graph, variables, Convention(per_channel=False))

@@ -1,5 +1,7 @@
 """Compilation on CPU, where it costs as much as the work it is for, and where some of XLA's choices are slow.
 
+What is known to be run later can be compiled ahead, on a core that is idle.
+
 Options of the compiler are named differently from one jaxlib to the next, hold for one platform, and JAX takes them for
 the outermost function alone. So they are an offer here: where one of these forbids them, a function is compiled as by
 `jax.jit`.
@@ -9,16 +11,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfq_jax.base.backend import platform_of
-from dfq_jax.base.contexts import may_transfer
+from dfq_jax.base.backend import platform_of, usable_cores
+from dfq_jax.base.contexts import carried, may_transfer
 
-__all__ = ["NO_YNN", "RUN_ONCE", "cpu_jit"]
+__all__ = ["NO_YNN", "RUN_ONCE", "Compiled", "cpu_jit"]
 
 # For what runs once or a few times: half the time to compile, and code that is hardly slower.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
@@ -26,10 +29,52 @@ RUN_ONCE = {"xla_backend_optimization_level": 0}
 NO_YNN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def cpu_jit(fun: Callable[..., Any], options: Mapping[str, Any], **keywords: Any) -> Callable[..., Any]:
+class Compiled:
+    """A function compiled as `jax.jit` does, with options of the compiler where it runs on a CPU.
+
+    It can be traced, and called from several threads at once. `cpu_jit` makes one.
+    """
+
+    def __init__(self, fun: Callable[..., Any], options: Mapping[str, Any], keywords: Mapping[str, Any]):
+        functools.update_wrapper(self, fun)
+        self._options = tuple(sorted(options.items()))
+        self._plain = jax.jit(fun, **keywords)
+        self._tuned = jax.jit(fun, compiler_options=dict(options), **keywords) if options else self._plain
+        self._compiling: list[Future[None]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result."""
+        if _is_traced(args, kwargs):
+            return self._plain(*args, **kwargs)
+        wait(tuple(self._compiling))  # an error of one is an error of the call, too
+        return self._for(args, kwargs)(*args, **kwargs)
+
+    def compile_ahead(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the function for these arguments in another thread, while the caller does something else.
+
+        Calls wait until that is done. Nothing is run; without another core, nothing is done.
+        """
+        if usable_cores() < 2 or _is_traced(args, kwargs):
+            return
+        settings, function = carried(), self._for(args, kwargs)
+
+        def compile() -> None:
+            with settings():
+                function.lower(*args, **kwargs).compile()
+
+        unfinished = [future for future in self._compiling if not future.done()]
+        self._compiling = [*unfinished, _threads().submit(compile)]
+
+    def _for(self, args: Any, kwargs: Any) -> Any:
+        takes_options = platform_of(args, kwargs) == "cpu" and _is_known(self._options)
+        return self._tuned if takes_options else self._plain
+
+
+def cpu_jit(fun: Callable[..., Any], options: Mapping[str, Any] | None = None, **keywords: Any) -> Compiled:
     """Compile a function as `jax.jit` does, with options of the compiler where it runs on a CPU.
 
     >>> double = cpu_jit(lambda x: 2 * x, RUN_ONCE)
+    >>> double.compile_ahead(jnp.float32(3))
     >>> float(double(jnp.float32(3))), float(jax.grad(double)(3.0))
     (6.0, 2.0)
 
@@ -40,17 +85,15 @@ def cpu_jit(fun: Callable[..., Any], options: Mapping[str, Any], **keywords: Any
       keywords: of `jax.jit`.
 
     Returns:
-      The compiled function; it can be traced, and called from several threads at once.
+      The compiled function.
     """
-    plain, tuned = jax.jit(fun, **keywords), jax.jit(fun, compiler_options=dict(options), **keywords)
+    return Compiled(fun, options or {}, keywords)
 
-    @functools.wraps(fun)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        on_cpu = platform_of(args, kwargs) == "cpu"
-        takes_options = on_cpu and not _is_traced(args, kwargs) and _is_known(tuple(sorted(options.items())))
-        return (tuned if takes_options else plain)(*args, **kwargs)
 
-    return call
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Those that compile ahead: all cores but the caller's own."""
+    return ThreadPoolExecutor(usable_cores() - 1, thread_name_prefix="compile ahead")
 
 
 def _is_traced(*trees: Any) -> bool:

@@ -163,16 +163,19 @@ def fetched(tree: Any) -> Any:
 def move_near(tree: Any, other: Any) -> Any:
     """The tree of NumPy arrays with arrays of JAX for leaves, on the devices where another array lies.
 
+    What is known stays known where something else is traced.
+
     >>> move_near(np.ones(2), jnp.zeros(3)).devices() == jnp.zeros(3).devices()
     True
     """
-    if (mesh := mesh_of(other)) is not None:
-        return on_all(tree, mesh)
-    moved = jax.device_put(tree)
-    if not isinstance(other, jax.Array) or not (leaves := jax.tree.leaves(moved)):
-        return moved
-    # What lies on the default device stays free to follow others; what is put somewhere is not.
-    return moved if leaves[0].devices() == other.devices() else jax.device_put(moved, *other.devices())
+    with jax.ensure_compile_time_eval():
+        if (mesh := mesh_of(other)) is not None:
+            return on_all(tree, mesh)
+        moved = jax.device_put(tree)
+        if not isinstance(other, jax.Array) or not (leaves := jax.tree.leaves(moved)):
+            return moved
+        # What lies on the default device stays free to follow others; what is put somewhere is not.
+        return moved if leaves[0].devices() == other.devices() else jax.device_put(moved, *other.devices())
 
 
 def threads_for(*trees: Any) -> int:

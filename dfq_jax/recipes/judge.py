@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dfq_jax.graph import Graph
-from dfq_jax.stages import Comparison, Ranges, analytic_comparison, comparer
+from dfq_jax.stages import Comparison, Ranges, analytic_comparison, comparer, compile_analytic_comparison
 
 # Noise is not data: where it is the judge, a smaller gain than this share of the divergence decides nothing.
 LEAST_GAIN_ON_NOISE = 0.1
@@ -84,6 +84,11 @@ class Judge:
         if self.has_images:
             return self._compared(candidate.quantized)
         return analytic_comparison(self.graph, *candidate.networks)
+
+    def compile_ahead(self, candidate: Candidate) -> None:
+        """Compile what `compare` runs on such a candidate while the caller does something else."""
+        if not self.has_images:
+            compile_analytic_comparison(self.graph, *candidate.networks)
 
     def consider(self, name: str, current: Candidate, quantized: Any) -> Candidate:
         """The candidate with other quantized variables, unless they are worse; without images they are taken."""

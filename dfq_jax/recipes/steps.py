@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from dfq_jax.base import Progress, remove_checkpoint
@@ -30,6 +32,7 @@ from dfq_jax.stages import (
     analytic_summaries,
     apply_estimator,
     candidate_ranges,
+    compile_analytic_correction,
     correct_bias,
     equalize,
     estimate_ranges,
@@ -285,11 +288,24 @@ Around = Callable[[str], AbstractContextManager[Any]]
 
 def run_steps(work: Work, candidate: Candidate, around: Around = lambda _: nullcontext()) -> Candidate:
     """Fold a candidate through the steps of the work's recipe, each in a context by its name."""
+    _compile_ahead(work)
     for name, step in STEPS.items():
         if step.is_in(work.recipe):
             with around(name):
                 candidate = step.run(work, candidate)
     return candidate
+
+
+def _compile_ahead(work: Work) -> None:
+    """Compile what later steps run while the first ones do their work on the host."""
+    graph, variables = work.graph, work.variables
+    if not (work.images.analytic and work.judge.can_judge):
+        return
+    ranges = {tensor.name: (jnp.float32(0), jnp.float32(1)) for tensor in graph.tensors}
+    quantized = jax.eval_shape(lambda v: quantize_params(graph, v, ranges, work.convention), variables)
+    work.judge.compile_ahead(Candidate(variables=variables, quantized=quantized))
+    if work.recipe.batch_norm is not None:
+        compile_analytic_correction(graph, variables, quantized, work.recipe.batch_norm)
 
 
 # All that `quantize` calls `on_stage` with.

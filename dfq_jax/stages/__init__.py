@@ -1,7 +1,14 @@
 """The methods, one a file: pure functions of a graph, variables and images that give ranges or better variables."""
 
 from dfq_jax.stages.allocation import Allocation, allocate, allocator
-from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
+from dfq_jax.stages.analytic import (
+    analytic_comparison,
+    analytic_correction,
+    analytic_summaries,
+    compile_analytic_comparison,
+    compile_analytic_correction,
+    gptq_from_noise,
+)
 from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
 from dfq_jax.stages.budget import TARGETS, Budget
 from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
@@ -47,6 +54,8 @@ __all__ = [
     "analytic_comparison",
     "analytic_correction",
     "analytic_summaries",
+    "compile_analytic_comparison",
+    "compile_analytic_correction",
     "apply_estimator",
     "apply_float",
     "apply_jitted",

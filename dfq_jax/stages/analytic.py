@@ -36,7 +36,14 @@ from dfq_jax.graph import (
     normalize,
     run,
 )
-from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, correct_bias, output_moments
+from dfq_jax.stages.batch_norm import (
+    BatchNormConfig,
+    adapt_batch_norm,
+    compile_adaptation,
+    compile_bias_correction,
+    correct_bias,
+    output_moments,
+)
 from dfq_jax.stages.comparison import Comparison, compare_outputs
 from dfq_jax.stages.convention import Convention, check_convention
 from dfq_jax.stages.ranges import Summary, summarize
@@ -45,10 +52,11 @@ from dfq_jax.stages.rounding import GPTQConfig, gptq
 # Share of a channel's variance that is common to all pixels of an image: without it, averages over space (global
 # pooling) would have no spread. Natural images have some; the exact value matters little.
 SPATIAL_CORRELATION = 0.25
-# How many samples: each pixel of one tells something, but behind a global pooling one sample is one value.
-NUM_SAMPLES = 32
-# Networks that are compared get the same noise: fewer samples of large inputs tell as much, which cost time and memory.
-LEAST_COMPARED, COMPARED_VALUES = 8, 32 * 64 * 64 * 3
+# How many samples: each pixel of one tells something, but behind a global pooling one sample is one value. Fewer of
+# large inputs tell as much, which cost time and memory: so many values, but no fewer samples than these where
+# statistics are measured, and where networks are compared, which get the same noise.
+NUM_SAMPLES, NUM_VALUES = 32, 32 * 64 * 64 * 3
+LEAST_MEASURED, LEAST_COMPARED = 16, 8
 # From so many bits on, ranges are those of heavier tails than Gaussian ones.
 HEAVY_TAILED_BITS = 6
 # Samples of noise, from which each BatchNorm takes its own by starting at another place: to draw them anew for each
@@ -186,14 +194,25 @@ def analytic_comparison(graph: Graph, variables: Any, qvariables: Any, *, num_sa
     Raises:
       GraphError: the network has no BatchNorm.
     """
-    if num_samples is None:
-        fitting = COMPARED_VALUES // math.prod(graph.input.shape[1:])
-        num_samples = max(LEAST_COMPARED, min(NUM_SAMPLES, fitting))
-    noise, rule = noise_of_moments(graph, variables, num_samples)
+    noise, rule = noise_of_moments(graph, variables, num_samples, least=LEAST_COMPARED)
     return compare_outputs(graph, [_apply_both(graph, variables, qvariables, noise, rule)])
 
 
-@functools.partial(jax.jit, static_argnames="graph")
+@full_precision
+def compile_analytic_comparison(graph: Graph, variables: Any, qvariables: Any) -> None:
+    """Compile ahead what `analytic_comparison` runs on such variables."""
+    noise, rule = noise_of_moments(graph, variables, least=LEAST_COMPARED)
+    _apply_both.compile_ahead(graph, variables, qvariables, noise, rule)
+
+
+def compile_analytic_correction(graph: Graph, variables: Any, qvariables: Any, config: BatchNormConfig) -> None:
+    """Compile ahead what `analytic_correction` runs on such variables."""
+    noise, rule = noise_of_moments(graph, variables)
+    compile_adaptation(graph, variables, qvariables, noise, config, batch_size=len(noise), batch_norm=rule)
+    compile_bias_correction(graph, variables, qvariables, noise, normalized=False, batch_norm=rule)
+
+
+@functools.partial(cpu_jit, static_argnames="graph")
 def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noise: BatchNormRule) -> tuple[Any, Any]:
     normalized: dict[str, jax.Array] = {}
 
@@ -210,15 +229,21 @@ def _apply_both(graph: Graph, variables: Any, qvariables: Any, x: jax.Array, noi
 
 @full_precision  # as all that run it: the programs are the same then
 def noise_of_moments(
-    graph: Graph, variables: Any, num_samples: int | None = None, *, heavy_tails: bool = False
+    graph: Graph,
+    variables: Any,
+    num_samples: int | None = None,
+    *,
+    least: int = LEAST_MEASURED,
+    heavy_tails: bool = False,
 ) -> tuple[jax.Array, Partial]:
     """Noise in place of images, and the rule that puts noise behind BatchNorms; the same every time.
 
-    It is Gaussian, or with heavy tails Laplacian, of the same moments.
+    It is Gaussian, or with heavy tails Laplacian, of the same moments. Without `num_samples` there are as many samples
+    as tell enough, of large inputs no fewer than `least`.
     """
     graph.require_batch_norms("so nothing is known of its activations without images.")
     if num_samples is None:
-        num_samples = NUM_SAMPLES
+        num_samples = max(least, min(NUM_SAMPLES, NUM_VALUES // math.prod(graph.input.shape[1:])))
     leaves = graph.leaves_by_path(variables)
     paths = {path for bn in graph.batch_norms for path in (bn.mean, bn.var, bn.scale, bn.bias)}
     pool, images = _pool((num_samples, *graph.input.shape[1:]), heavy_tails)
@@ -259,10 +284,18 @@ class _NoiseOfMoments:
         place = zlib.crc32(f"batch_norm {self.order.index(bn.name)}".encode())
         per_image = tuple(d if a in (0, bn.channel_axis) else 1 for a, d in enumerate(x.shape))
         common, own = _take(pool, place, per_image), _take(pool, place + POOL // 2, x.shape)
-        noise = jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own
+        noise = _standardized(jnp.sqrt(SPATIAL_CORRELATION) * common + jnp.sqrt(1 - SPATIAL_CORRELATION) * own, bn)
         moments = output_moments(bn, batch_norm_parameters(bn, statistics))
         center, spread = (along_channels(bn, x, moment) for moment in moments)
         return center + spread * noise
+
+
+def _standardized(noise: Float[Array, "..."], bn: BatchNorm) -> Float[Array, "..."]:
+    """Of mean 0 and variance 1 in each channel: what the samples miss of their moments would pass for an error."""
+    axes = tuple(a for a in range(noise.ndim) if a != bn.channel_axis)
+    noise = noise - noise.mean(axes, keepdims=True)
+    variance = jnp.square(noise).mean(axes, keepdims=True)
+    return noise * jax.lax.rsqrt(jnp.maximum(variance, jnp.finfo(noise.dtype).tiny))  # of one sample nothing is left
 
 
 def _take(pool: Float[Array, " n"], place: int, shape: tuple[int, ...]) -> Float[Array, "..."]:

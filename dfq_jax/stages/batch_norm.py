@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, check_fields, check_kind, full_precision
+from dfq_jax.base import batches, check_fields, check_kind, cpu_jit, full_precision
 from dfq_jax.graph import (
     BatchNorm,
     BatchNormParameters,
@@ -165,20 +166,62 @@ def adapt_batch_norm(
     """
     check_kind("config", config, BatchNormConfig)
     check_images(graph, images)
-    size = images.shape[0] if config.order == "layer_by_layer" else batch_size
-    rule = as_argument(batch_norm)
-    trust = images.shape[0] / (images.shape[0] + config.prior_images)
-    parts = []
-    for batch in batches(images, size):
-        numbers = (batch.shape[0] / images.shape[0], trust, config.max_ratio, config.blend)
-        settings = _Settings(*map(jnp.float32, numbers))
-        parts.append(_adapt(graph, variables, qvariables, batch, config.method, settings, rule))
+    passes = _passes(graph, variables, qvariables, images, config, batch_size, batch_norm)
+    parts = [_adapt(*arguments) for arguments in passes]
     total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
     updates = {path: value.astype(graph.shapes_by_path[path].dtype) for path, value in total.items()}
     return graph.replace(qvariables, updates)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "method"))
+@full_precision
+def compile_adaptation(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    config: BatchNormConfig = BatchNormConfig(),
+    *,
+    batch_size: int = 64,
+    batch_norm: BatchNormRule = normalize,
+) -> None:
+    """Compile ahead what `adapt_batch_norm` runs on such arguments."""
+    passes = _passes(graph, variables, qvariables, images, config, batch_size, batch_norm)
+    for arguments in {arguments.images.shape: arguments for arguments in passes}.values():
+        _adapt.compile_ahead(*arguments)
+
+
+class _Pass(NamedTuple):
+    """Arguments of `_adapt`."""
+
+    graph: Graph
+    variables: Any
+    qvariables: Any
+    images: jax.Array
+    method: str
+    settings: _Settings
+    batch_norm: BatchNormRule
+
+
+def _passes(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: jax.Array,
+    config: BatchNormConfig,
+    batch_size: int,
+    batch_norm: BatchNormRule,
+) -> Iterator[_Pass]:
+    """Those over all images."""
+    size = images.shape[0] if config.order == "layer_by_layer" else batch_size
+    rule = as_argument(batch_norm)
+    trust = images.shape[0] / (images.shape[0] + config.prior_images)
+    for batch in batches(images, size):
+        numbers = (batch.shape[0] / images.shape[0], trust, config.max_ratio, config.blend)
+        settings = _Settings(*map(jnp.float32, numbers))
+        yield _Pass(graph, variables, qvariables, batch, config.method, settings, rule)
+
+
+@functools.partial(cpu_jit, static_argnames=("graph", "method"))
 def _adapt(
     graph: Graph,
     variables: Any,
@@ -320,7 +363,21 @@ def correct_bias(
     return _correct_bias(graph, variables, qvariables, images, normalized, as_argument(batch_norm))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "normalized"))
+@full_precision
+def compile_bias_correction(
+    graph: Graph,
+    variables: Any,
+    qvariables: Any,
+    images: Float[Array, "n ..."],
+    *,
+    normalized: bool = True,
+    batch_norm: BatchNormRule | None = None,
+) -> None:
+    """Compile ahead what `correct_bias` runs on such arguments."""
+    _correct_bias.compile_ahead(graph, variables, qvariables, images, normalized, as_argument(batch_norm))
+
+
+@functools.partial(cpu_jit, static_argnames=("graph", "normalized"))
 def _correct_bias(
     graph: Graph,
     variables: Any,
