@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compilations import Compilations
 
-from dfq_jax.base import NO_YNN, RUN_ONCE, cpu_jit
+from dfq_jax.base import NO_YNN, RUN_ONCE, compiling_ahead, cpu_jit
 
 UNKNOWN = {"xla_no_jaxlib_has_this_option": 1}
 
@@ -89,7 +89,7 @@ def test_compiled_ahead():
         return x**power
 
     function = cpu_jit(cubed, RUN_ONCE, static_argnums=1)
-    with Compilations() as compiled, jax.default_matmul_precision("float32"):
+    with Compilations() as compiled, jax.default_matmul_precision("float32"), compiling_ahead():
         function.compile_ahead(jnp.float32(2), 3)
         function.compile_ahead(jax.ShapeDtypeStruct((4,), jnp.float32), 3)
         assert float(function(jnp.float32(2), 3)) == 8.0
@@ -99,10 +99,11 @@ def test_compiled_ahead():
 
 def test_an_error_ahead_is_one_of_the_call():
     function = cpu_jit(lambda x, y: x + y)
-    function.compile_ahead(jnp.ones(2), jnp.ones(3))
+    with compiling_ahead():
+        function.compile_ahead(jnp.ones(2), jnp.ones(3))
+        with pytest.raises(TypeError, match="incompatible shapes"):
+            function(jnp.ones(2), jnp.ones(3))
     assert function(jnp.ones(2), jnp.ones(2)).tolist() == [2, 2]
-    with pytest.raises(TypeError, match="incompatible shapes"):
-        function(jnp.ones(2), jnp.ones(3))
 
 
 def test_nothing_is_compiled_ahead_on_one_core(monkeypatch):
@@ -112,7 +113,7 @@ def test_nothing_is_compiled_ahead_on_one_core(monkeypatch):
         return -x
 
     function = cpu_jit(negated)
-    with Compilations() as compiled:
+    with Compilations() as compiled, compiling_ahead():
         function.compile_ahead(jnp.float32(2))
         jax.jit(lambda x: function.compile_ahead(x))(jnp.float32(2))
         assert compiled["negated"] == 0

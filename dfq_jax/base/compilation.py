@@ -9,9 +9,11 @@ the outermost function alone. So they are an offer here: where one of these forb
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -20,13 +22,32 @@ import numpy as np
 
 from dfq_jax.base.backend import platform_of, usable_cores
 from dfq_jax.base.contexts import carried, may_transfer
+from dfq_jax.base.devices import mesh_of
 
-__all__ = ["NO_YNN", "RUN_ONCE", "Compiled", "cpu_jit"]
+__all__ = ["NO_YNN", "RUN_ONCE", "Compiled", "compiling_ahead", "cpu_jit"]
 
 # For what runs once or a few times: half the time to compile, and code that is hardly slower.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
 # For gradients of convolution kernels, which fusions of YNN make up to four times slower.
 NO_YNN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+_pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within it `compile_ahead` has all cores but the caller's own; what it has not begun in the end, it never does."""
+    if _pool.get() is not None or usable_cores() < 2:
+        yield
+        return
+    pool = ThreadPoolExecutor(usable_cores() - 1)
+    token = _pool.set(pool)
+    try:
+        yield
+    finally:
+        _pool.reset(token)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Compiled:
@@ -40,30 +61,35 @@ class Compiled:
         self._options = tuple(sorted(options.items()))
         self._plain = jax.jit(fun, **keywords)
         self._tuned = jax.jit(fun, compiler_options=dict(options), **keywords) if options else self._plain
-        self._compiling: list[Future[None]] = []
+        self._compiling: dict[Hashable, Future[None]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result."""
         if _is_traced(args, kwargs):
             return self._plain(*args, **kwargs)
-        wait(tuple(self._compiling))  # an error of one is an error of the call, too
+        if self._compiling and (begun := self._compiling.get(_signature(args, kwargs))) is not None:
+            wait([begun])  # its error is one of the call, too
         return self._for(args, kwargs)(*args, **kwargs)
 
     def compile_ahead(self, *args: Any, **kwargs: Any) -> None:
         """Compile the function for these arguments in another thread, while the caller does something else.
 
-        Calls wait until that is done. Nothing is run; without another core, nothing is done.
+        A call with such arguments waits until that is done; in place of arrays shapes are enough here
+        (`jax.ShapeDtypeStruct`). Nothing is run. Outside of `compiling_ahead` nothing is done, nor for several devices.
         """
-        if usable_cores() < 2 or _is_traced(args, kwargs):
+        pool = _pool.get()
+        if pool is None or mesh_of(args, kwargs) is not None or _is_traced(args, kwargs):
             return
-        settings, function = carried(), self._for(args, kwargs)
+        signature, settings, function = _signature(args, kwargs), carried(), self._for(args, kwargs)
+        if signature in self._compiling:
+            return
 
         def compile() -> None:
             with settings():
                 function.lower(*args, **kwargs).compile()
 
-        unfinished = [future for future in self._compiling if not future.done()]
-        self._compiling = [*unfinished, _threads().submit(compile)]
+        self._compiling[signature] = future = pool.submit(compile)
+        future.add_done_callback(lambda _: self._compiling.pop(signature, None))
 
     def _for(self, args: Any, kwargs: Any) -> Any:
         takes_options = platform_of(args, kwargs) == "cpu" and _is_known(self._options)
@@ -74,7 +100,8 @@ def cpu_jit(fun: Callable[..., Any], options: Mapping[str, Any] | None = None, *
     """Compile a function as `jax.jit` does, with options of the compiler where it runs on a CPU.
 
     >>> double = cpu_jit(lambda x: 2 * x, RUN_ONCE)
-    >>> double.compile_ahead(jnp.float32(3))
+    >>> with compiling_ahead():
+    ...     double.compile_ahead(jnp.float32(3))
     >>> float(double(jnp.float32(3))), float(jax.grad(double)(3.0))
     (6.0, 2.0)
 
@@ -90,10 +117,16 @@ def cpu_jit(fun: Callable[..., Any], options: Mapping[str, Any] | None = None, *
     return Compiled(fun, options or {}, keywords)
 
 
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    """Those that compile ahead: all cores but the caller's own."""
-    return ThreadPoolExecutor(usable_cores() - 1, thread_name_prefix="compile ahead")
+def _signature(args: Any, kwargs: Any) -> Hashable:
+    """What tells programs apart: where it does not, a call waits for one that it has no use for."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+
+    def told(leaf: Any) -> Hashable:
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            return tuple(leaf.shape), str(leaf.dtype)
+        return "number" if isinstance(leaf, int | float) else leaf
+
+    return structure, *map(told, leaves)
 
 
 def _is_traced(*trees: Any) -> bool:

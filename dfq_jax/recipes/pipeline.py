@@ -22,6 +22,7 @@ from dfq_jax.base import (
     Progress,
     check_alike,
     check_mesh,
+    compiling_ahead,
     environment,
     fingerprint,
     is_writer,
@@ -63,6 +64,7 @@ from dfq_jax.report import (
 from dfq_jax.stages import Budget, Comparison, Convention, Sensitivity, choices_within
 
 
+@compiling_ahead()
 @may_transfer
 def quantize(
     model: Any,

@@ -32,7 +32,10 @@ from dfq_jax.stages import (
     analytic_summaries,
     apply_estimator,
     candidate_ranges,
+    compile_adaptation,
     compile_analytic_correction,
+    compile_bias_correction,
+    compile_reconstruction,
     correct_bias,
     equalize,
     estimate_ranges,
@@ -185,10 +188,7 @@ def _search(work: Work, start: Candidate) -> Candidate:
 
 def _reconstruct(work: Work, start: Candidate) -> Candidate:
     """Learned rounding; it judges each block by itself, on images held out of those it is given."""
-    graph, convention = work.graph, work.convention
-    widths = [convention.layer_bits(graph, layer) for layer in graph.layers]
-    widths += [convention.tensor_bits(graph, tensor) for tensor in graph.tensors]
-    if min(bits for bits in widths if bits is not None) == MAX_BITS:
+    if _has_little_to_learn(work):
         return start.noting(f"reconstruction: left out, {MAX_BITS} bits leave next to nothing to learn")
     settings: Any = (work.images.fitted, work.keys["reconstruction"], work.recipe.reconstruction)
     qvariables, info = reconstruct(work.graph, *start.networks, *settings, **work.long("reconstruction"))
@@ -198,6 +198,14 @@ def _reconstruct(work: Work, start: Candidate) -> Candidate:
     decision = f"reconstruction: {len(info.blocks) - len(dropped)} of {len(info.blocks)} blocks kept"
     start = start.noting(decision + (f", dropped {', '.join(dropped)}" if dropped else ""))
     return work.judge.consider("all of them", start, qvariables) if work.judge.has_images else start.moved(qvariables)
+
+
+def _has_little_to_learn(work: Work) -> bool:
+    """Whether all weights and tensors that are quantized have the most bits."""
+    graph, convention = work.graph, work.convention
+    widths = [convention.layer_bits(graph, layer) for layer in graph.layers]
+    widths += [convention.tensor_bits(graph, tensor) for tensor in graph.tensors]
+    return min(bits for bits in widths if bits is not None) == MAX_BITS
 
 
 def _adapt(work: Work, candidate: Candidate) -> Candidate:
@@ -298,14 +306,19 @@ def run_steps(work: Work, candidate: Candidate, around: Around = lambda _: nullc
 
 def _compile_ahead(work: Work) -> None:
     """Compile what later steps run while the first ones do their work on the host."""
-    graph, variables = work.graph, work.variables
-    if not (work.images.analytic and work.judge.can_judge):
-        return
+    graph, variables, recipe, images = work.graph, work.variables, work.recipe, work.images.fitted
     ranges = {tensor.name: (jnp.float32(0), jnp.float32(1)) for tensor in graph.tensors}
     quantized = jax.eval_shape(lambda v: quantize_params(graph, v, ranges, work.convention), variables)
     work.judge.compile_ahead(Candidate(variables=variables, quantized=quantized))
-    if work.recipe.batch_norm is not None:
-        compile_analytic_correction(graph, variables, quantized, work.recipe.batch_norm)
+    if recipe.reconstruction is not None and not _has_little_to_learn(work):
+        compile_reconstruction(graph, variables, quantized, images, recipe.reconstruction)
+    is_analytic, config = work.images.analytic, recipe.batch_norm
+    if config is not None and graph.batch_norms:
+        if not is_analytic:
+            compile_adaptation(graph, variables, quantized, images, config, batch_size=recipe.batch_size)
+        compile_analytic_correction(graph, variables, quantized, config if is_analytic else BatchNormConfig())
+    if recipe.bias_correction and not is_analytic:
+        compile_bias_correction(graph, variables, quantized, images, normalized=config is None)
 
 
 # All that `quantize` calls `on_stage` with.

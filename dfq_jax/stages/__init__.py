@@ -9,9 +9,16 @@ from dfq_jax.stages.analytic import (
     compile_analytic_correction,
     gptq_from_noise,
 )
-from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.batch_norm import (
+    BatchNormConfig,
+    adapt_batch_norm,
+    batch_norm_moments,
+    compile_adaptation,
+    compile_bias_correction,
+    correct_bias,
+)
 from dfq_jax.stages.budget import TARGETS, Budget
-from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
+from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, compile_comparison, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
 from dfq_jax.stages.equalization import absorb_high_bias, equalize
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
@@ -21,7 +28,7 @@ from dfq_jax.stages.limits import Choices, choices_within
 from dfq_jax.stages.pairs import find_pairs
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
-from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
+from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, compile_reconstruction, gptq, reconstruct, squant
 from dfq_jax.stages.rules import FLOAT_BITS, LayerRule, kind_of
 from dfq_jax.stages.sensitivity import Sensitivity, check_widths, enough_images, sensitivity
 from dfq_jax.stages.stretching import find_stretchable, stretch_channels
@@ -54,8 +61,6 @@ __all__ = [
     "analytic_comparison",
     "analytic_correction",
     "analytic_summaries",
-    "compile_analytic_comparison",
-    "compile_analytic_correction",
     "apply_estimator",
     "apply_float",
     "apply_jitted",
@@ -66,6 +71,12 @@ __all__ = [
     "compare",
     "compare_layers",
     "comparer",
+    "compile_adaptation",
+    "compile_analytic_comparison",
+    "compile_analytic_correction",
+    "compile_bias_correction",
+    "compile_comparison",
+    "compile_reconstruction",
     "convention_from",
     "correct_bias",
     "enough_images",

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from dfq_jax.base import batches, fetched, full_precision
+from dfq_jax.base import batches, cpu_jit, fetched, full_precision
 from dfq_jax.graph import Graph, apply_quantized, check_images, run
 
 
@@ -86,6 +86,13 @@ def comparer(
     return found
 
 
+@full_precision
+def compile_comparison(graph: Graph, qvariables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> None:
+    """Compile ahead what `compare` runs on such quantized variables; shapes of them are enough."""
+    for batch in {batch.shape: batch for batch in batches(images, batch_size)}.values():
+        apply_jitted.compile_ahead(graph, qvariables, batch)
+
+
 def compare_outputs(graph: Graph, outputs: Iterable[tuple[Any, Any]]) -> Comparison:
     """The comparison from outputs of the float and the quantized network, batch by batch.
 
@@ -119,7 +126,7 @@ def _log_softmax(scores: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
     return scores - np.log(np.exp(scores).sum(1, keepdims=True))
 
 
-@functools.partial(jax.jit, static_argnames="graph")
+@functools.partial(cpu_jit, static_argnames="graph")
 def apply_jitted(graph: Graph, variables: Any, x: Float[Array, "n ..."]) -> Any:
     """`apply_quantized`, compiled once for each graph and shape of x."""
     return apply_quantized(graph, variables, x)

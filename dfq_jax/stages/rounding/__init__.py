@@ -14,7 +14,15 @@ The first two see a layer as a plain matrix product, whatever its kind and the l
 
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 from dfq_jax.stages.rounding.gptq import GPTQConfig, gptq
-from dfq_jax.stages.rounding.learned import reconstruct
+from dfq_jax.stages.rounding.learned import compile_reconstruction, reconstruct
 from dfq_jax.stages.rounding.squant import squant, squant_codes
 
-__all__ = ["GPTQConfig", "ReconstructionConfig", "gptq", "reconstruct", "squant", "squant_codes"]
+__all__ = [
+    "GPTQConfig",
+    "ReconstructionConfig",
+    "compile_reconstruction",
+    "gptq",
+    "reconstruct",
+    "squant",
+    "squant_codes",
+]

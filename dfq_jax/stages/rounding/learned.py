@@ -30,10 +30,12 @@ from dfq_jax.base import (
     State,
     Turn,
     check_kind,
+    compiling_ahead,
     full_precision,
     mesh_of,
     on_all,
     platform_of,
+    products,
     sharded,
 )
 from dfq_jax.graph import Graph, Subnetwork, apply_quantized, merge_blocks, subnetwork
@@ -89,6 +91,7 @@ class Reconstruction:
     seconds: float
 
 
+@compiling_ahead()
 def reconstruct(
     graph: Graph,
     variables: Any,
@@ -138,6 +141,13 @@ def reconstruct(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
     return loop.qvariables, Reconstruction(tuple(loop.results), completed, time.perf_counter() - loop.started)
+
+
+def compile_reconstruction(
+    graph: Graph, variables: Any, qvariables: Any, images: Float[Array, "n ..."], config: ReconstructionConfig
+) -> None:
+    """Compile ahead what learns the blocks; for `qvariables`, shapes are enough."""
+    _BlockLoop(graph, variables, qvariables, images, jax.random.key(0), config).compile_ahead()
 
 
 class _Block(NamedTuple):
@@ -193,6 +203,8 @@ class _BlockLoop(Loop):
     # --- one block ---
 
     def begin(self, batch: int) -> State:
+        if not self.work:  # nothing was learned before
+            self.compile_ahead()
         return self.enter(batch).start
 
     def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
@@ -203,22 +215,42 @@ class _BlockLoop(Loop):
         finished = turn.end == self.config.steps
         return self.finish(block, state) if finished else state, losses.reconstruction
 
+    def compile_ahead(self) -> None:
+        """Compile the steps of all blocks, those of the first one first; to know shapes is enough."""
+        inputs, logits = jax.eval_shape(lambda: self.images), self.float_logits
+        trees = self.variables, self.qvariables
+        with products(self.config.precision):
+            for index in range(len(self.blocks)):
+                sub = self.sub(index)
+                float_own, own = (sub.select(self.graph, tree) for tree in trees)
+                targets = jax.eval_shape(functools.partial(self.outputs, sub), float_own, inputs)
+                state, bases = jax.eval_shape(functools.partial(self.start, index), *trees)
+                given = *self.rest(index), own, bases, Cache(inputs, inputs, targets, logits), self.train
+                draws = jax.eval_shape(functools.partial(self.draws, index))
+                steps = min(self.plan.chunk, self.config.steps)
+                advance_block.compile_ahead(sub.graph, self.config, steps, *given, state, draws, self.mesh)
+                inputs = targets
+
     def enter(self, index: int) -> _Block:
         """The block with all that its steps need, made once."""
         if self.block is None or self.block.index != index:
             started, sub = time.perf_counter(), self.sub(index)
             targets = self.outputs(sub, sub.select(self.graph, self.variables), self.float_inputs)
             cache = Cache(self.float_inputs, self.inputs, targets, self.float_logits)
-            own, key = sub.select(self.graph, self.qvariables), jax.random.fold_in(self.key, index)
-            state, bases = self.start(index)
-            parts = parts_on_cpu(sub.graph, self.batch_size) if self.on_cpu else 1
-            draws = on_all(draw(key, self.config, parts, len(sub.layers)), self.mesh)
+            own = sub.select(self.graph, self.qvariables)
+            state, bases = self.start(index, self.variables, self.qvariables)
+            draws = on_all(self.draws(index), self.mesh)
             self.block = _Block(index, sub, own, cache, state, bases, self.rest(index), draws, started)
         return self.block
 
-    def start(self, index: int) -> tuple[State, dict[str, jax.Array]]:
+    def draws(self, index: int) -> Draws:
+        sub, key = self.sub(index), jax.random.fold_in(self.key, index)
+        parts = parts_on_cpu(sub.graph, self.batch_size) if self.on_cpu else 1
+        return draw(key, self.config, parts, len(sub.layers))
+
+    def start(self, index: int, variables: Any, qvariables: Any) -> tuple[State, dict[str, jax.Array]]:
         sub = self.sub(index)
-        own, float_own = (sub.select(self.graph, v) for v in (self.qvariables, self.variables))
+        own, float_own = (sub.select(self.graph, v) for v in (qvariables, variables))
         # Leaves of earlier blocks: already learned, and other blocks rely on them. Kernels that other blocks read as
         # other matrices: what one block learns about them is noise to the others.
         seen = {path for path in self.graph.kernels if self.divides(path)}
@@ -300,7 +332,7 @@ class _BlockLoop(Loop):
     def template(self, batch: int, facts: dict[str, Any]) -> Any:
         if batch < len(facts["results"]):
             return self.sub(batch).select(self.graph, self.qvariables)
-        return jax.eval_shape(lambda: self.start(batch)[0])
+        return jax.eval_shape(functools.partial(self.start, batch), self.variables, self.qvariables)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "size", "mesh"))
