@@ -12,7 +12,8 @@ from dfq_jax.graph import affine, apply_quantized, batch_norm_parameters
 from dfq_jax.graph.graph import trace
 from dfq_jax.quantizers.collection import QUANTIZATION
 from dfq_jax.quantizers.qtensor import QTensor
-from dfq_jax.stages.batch_norm import METHODS, BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.batch_norm import METHODS, BatchNormConfig, adapt_batch_norm, batch_norm_moments
+from dfq_jax.stages.bias_correction import correct_bias
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.ranges import estimate_ranges
 

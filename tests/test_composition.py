@@ -24,7 +24,8 @@ import pytest
 from dfq_jax.graph import apply_quantized
 from dfq_jax.graph.graph import Graph, trace
 from dfq_jax.quantizers.qtensor import QTensor
-from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments, correct_bias
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments
+from dfq_jax.stages.bias_correction import correct_bias
 from dfq_jax.stages.convention import Convention, quantize_params
 from dfq_jax.stages.folding import fold_batch_norm
 from dfq_jax.stages.ranges import estimate_ranges, summarize

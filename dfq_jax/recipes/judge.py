@@ -13,14 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dfq_jax.graph import Graph
-from dfq_jax.stages import (
-    Comparison,
-    Ranges,
-    analytic_comparison,
-    comparer,
-    compile_analytic_comparison,
-    compile_comparison,
-)
+from dfq_jax.stages import Comparison, Ranges, ahead, analytic_comparison, comparer
 
 # Noise is not data: where it is the judge, a smaller gain than this share of the divergence decides nothing.
 LEAST_GAIN_ON_NOISE = 0.1
@@ -95,9 +88,9 @@ class Judge:
     def compile_ahead(self, candidate: Candidate) -> None:
         """Compile what `compare` runs on such a candidate while the caller does something else."""
         if self.has_images:
-            compile_comparison(self.graph, candidate.quantized, self.images, batch_size=self.batch_size)
+            ahead.compare(self.graph, candidate.quantized, self.images, batch_size=self.batch_size)
         elif self.can_judge:
-            compile_analytic_comparison(self.graph, *candidate.networks)
+            ahead.analytic_comparison(self.graph, *candidate.networks)
 
     def consider(self, name: str, current: Candidate, quantized: Any) -> Candidate:
         """The candidate with other quantized variables, unless they are worse; without images they are taken."""

@@ -28,14 +28,11 @@ from dfq_jax.stages import (
     BatchNormConfig,
     Convention,
     adapt_batch_norm,
+    ahead,
     analytic_correction,
     analytic_summaries,
     apply_estimator,
     candidate_ranges,
-    compile_adaptation,
-    compile_analytic_correction,
-    compile_bias_correction,
-    compile_reconstruction,
     correct_bias,
     equalize,
     estimate_ranges,
@@ -311,14 +308,14 @@ def _compile_ahead(work: Work) -> None:
     quantized = jax.eval_shape(lambda v: quantize_params(graph, v, ranges, work.convention), variables)
     work.judge.compile_ahead(Candidate(variables=variables, quantized=quantized))
     if recipe.reconstruction is not None and not _has_little_to_learn(work):
-        compile_reconstruction(graph, variables, quantized, images, recipe.reconstruction)
+        ahead.reconstruct(graph, variables, quantized, images, recipe.reconstruction)
     is_analytic, config = work.images.analytic, recipe.batch_norm
     if config is not None and graph.batch_norms:
         if not is_analytic:
-            compile_adaptation(graph, variables, quantized, images, config, batch_size=recipe.batch_size)
-        compile_analytic_correction(graph, variables, quantized, config if is_analytic else BatchNormConfig())
+            ahead.adapt_batch_norm(graph, variables, quantized, images, config, batch_size=recipe.batch_size)
+        ahead.analytic_correction(graph, variables, quantized, config if is_analytic else BatchNormConfig())
     if recipe.bias_correction and not is_analytic:
-        compile_bias_correction(graph, variables, quantized, images, normalized=config is None)
+        ahead.correct_bias(graph, variables, quantized, images, normalized=config is None)
 
 
 # All that `quantize` calls `on_stage` with.

@@ -1,24 +1,21 @@
 """The methods, one a file: pure functions of a graph, variables and images that give ranges or better variables."""
 
+from dfq_jax.stages import ahead
 from dfq_jax.stages.allocation import Allocation, allocate, allocator
 from dfq_jax.stages.analytic import (
     analytic_comparison,
     analytic_correction,
     analytic_summaries,
-    compile_analytic_comparison,
-    compile_analytic_correction,
     gptq_from_noise,
 )
 from dfq_jax.stages.batch_norm import (
     BatchNormConfig,
     adapt_batch_norm,
     batch_norm_moments,
-    compile_adaptation,
-    compile_bias_correction,
-    correct_bias,
 )
+from dfq_jax.stages.bias_correction import correct_bias
 from dfq_jax.stages.budget import TARGETS, Budget
-from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, compile_comparison, sqnr
+from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr
 from dfq_jax.stages.convention import Convention, Ranges, convention_from, quantize_params, with_ranges
 from dfq_jax.stages.equalization import absorb_high_bias, equalize
 from dfq_jax.stages.finetuning import FinetuneConfig, Finetuning, finetune
@@ -28,7 +25,7 @@ from dfq_jax.stages.limits import Choices, choices_within
 from dfq_jax.stages.pairs import find_pairs
 from dfq_jax.stages.range_search import RangeSearch, RangeSearchConfig, candidate_ranges, search_ranges
 from dfq_jax.stages.ranges import ESTIMATORS, apply_estimator, estimate_ranges, summarize
-from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, compile_reconstruction, gptq, reconstruct, squant
+from dfq_jax.stages.rounding import GPTQConfig, ReconstructionConfig, gptq, reconstruct, squant
 from dfq_jax.stages.rules import FLOAT_BITS, LayerRule, kind_of
 from dfq_jax.stages.sensitivity import Sensitivity, check_widths, enough_images, sensitivity
 from dfq_jax.stages.stretching import find_stretchable, stretch_channels
@@ -56,6 +53,7 @@ __all__ = [
     "Sensitivity",
     "absorb_high_bias",
     "adapt_batch_norm",
+    "ahead",
     "allocate",
     "allocator",
     "analytic_comparison",
@@ -71,12 +69,6 @@ __all__ = [
     "compare",
     "compare_layers",
     "comparer",
-    "compile_adaptation",
-    "compile_analytic_comparison",
-    "compile_analytic_correction",
-    "compile_bias_correction",
-    "compile_comparison",
-    "compile_reconstruction",
     "convention_from",
     "correct_bias",
     "enough_images",

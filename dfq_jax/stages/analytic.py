@@ -40,10 +40,9 @@ from dfq_jax.stages.batch_norm import (
     BatchNormConfig,
     adapt_batch_norm,
     compile_adaptation,
-    compile_bias_correction,
-    correct_bias,
     output_moments,
 )
+from dfq_jax.stages.bias_correction import compile_bias_correction, correct_bias
 from dfq_jax.stages.comparison import Comparison, compare_outputs
 from dfq_jax.stages.convention import Convention, check_convention
 from dfq_jax.stages.ranges import Summary, summarize

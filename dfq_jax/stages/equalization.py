@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from dfq_jax.base import RUN_ONCE, cpu_jit
 from dfq_jax.graph import Graph, Layer, affine, batch_norm_parameters
-from dfq_jax.stages.batch_norm import offset_leaves
+from dfq_jax.stages.bias_correction import offset_leaves
 from dfq_jax.stages.pairs import (
     LEAST_SIZE,
     TINY,
