@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -88,16 +89,29 @@ def analytic_summaries(
       GraphError: the network has no BatchNorm.
       TypeError: `convention` is something else.
     """
-    heavy = dict.fromkeys((tensor.name for tensor in graph.tensors), False)
-    if convention is not None:
-        check_convention(convention)
-        bits = {tensor.name: convention.tensor_bits(graph, tensor) for tensor in graph.tensors}
-        heavy = {name: b >= HEAVY_TAILED_BITS for name, b in bits.items() if b is not None}
+    told = analytic_summaries_of(graph, variables, [convention], num_samples=num_samples)
+    return told[0]
+
+
+def analytic_summaries_of(
+    graph: Graph, variables: Any, conventions: Sequence[Convention | None], *, num_samples: int | None = None
+) -> list[dict[str, Summary]]:
+    """`analytic_summaries` for several conventions at once: noise of each kind is run but once."""
+    heavy = [_heavy_tailed(graph, convention) for convention in conventions]
     told = {}
-    for tails in set(heavy.values()):
+    for tails in {tails for of_tensors in heavy for tails in of_tensors.values()}:
         noise, rule = noise_of_moments(graph, variables, num_samples, heavy_tails=tails)
         told[tails] = summarize(graph, variables, noise, batch_size=len(noise), batch_norm=rule)
-    return {name: told[tails][name] for name, tails in heavy.items()}
+    return [{name: told[tails][name] for name, tails in of_tensors.items()} for of_tensors in heavy]
+
+
+def _heavy_tailed(graph: Graph, convention: Convention | None) -> dict[str, bool]:
+    """Whether the tensors that are quantized, or without a convention all, have heavier tails."""
+    if convention is None:
+        return dict.fromkeys((tensor.name for tensor in graph.tensors), False)
+    check_convention(convention)
+    bits = {tensor.name: convention.tensor_bits(graph, tensor) for tensor in graph.tensors}
+    return {name: b >= HEAVY_TAILED_BITS for name, b in bits.items() if b is not None}
 
 
 def analytic_correction(

@@ -45,7 +45,7 @@ from dfq_jax.graph import (
     run_block_leaves,
 )
 from dfq_jax.quantizers import code_limits, params_from_range
-from dfq_jax.stages.analytic import noise_of_moments
+from dfq_jax.stages.analytic import analytic_summaries_of, noise_of_moments
 from dfq_jax.stages.comparison import compare_outputs
 from dfq_jax.stages.convention import Convention, Ranges, quantize_layer
 from dfq_jax.stages.parts import Part, Widths, parts_of
@@ -107,10 +107,14 @@ class MixedNetwork:
             fit = max(1, min(_IMAGES, _VALUES // math.prod(x.shape[1:])))
             batch_size = fit if platform_of(variables) == "cpu" else len(x)
         self._pieces = list(batches(x, batch_size))
-        summaries = summarize(graph, variables, x, batch_size=len(x), batch_norm=rule)
+        if images is None:
+            told = analytic_summaries_of(graph, variables, [self.uniform[b] for b in self.bits])
+        else:
+            told = [summarize(graph, variables, x, batch_size=len(x))] * len(self.bits)
         estimate = resolve_estimator(estimator)
         self._rows = {
-            b: self._quantizers(b, apply_estimator(graph, summaries, self.uniform[b], estimate)) for b in bits
+            b: self._quantizers(b, apply_estimator(graph, summaries, self.uniform[b], estimate))
+            for b, summaries in zip(self.bits, told, strict=True)
         }
         threads = threads_for(self._leaves)
         kernels = [(path, b) for b in self.bits for _, path in dict.fromkeys(self.weights.values())]
