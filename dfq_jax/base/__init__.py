@@ -36,7 +36,7 @@ from dfq_jax.base.images import (
     random_window,
     smooth,
 )
-from dfq_jax.base.loop import Loop, Plan, Progress, Turn
+from dfq_jax.base.loop import CALL_SECONDS, Loop, Plan, Progress, Turn
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
@@ -45,6 +45,7 @@ from dfq_jax.base.threads import side_by_side
 from dfq_jax.base.together import Together
 
 __all__ = [
+    "CALL_SECONDS",
     "LINE",
     "NO_YNN",
     "RUN_ONCE",

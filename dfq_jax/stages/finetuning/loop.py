@@ -180,8 +180,7 @@ class _StudentLoop(Loop):
     def advance(self, turn: Turn, work: tuple[State, Any]) -> tuple[tuple[State, Any], jax.Array]:
         state, best = work
         fixed = self.variables, self.start, self.images, self.labels
-        steps = turn.end - turn.begin
-        state, losses = advance_student(self.graph, self.config, steps, *fixed, state, self.key, self.mesh)
+        state, losses = advance_student(self.graph, self.config, self.length(turn), *fixed, state, self.key, self.mesh)
         self.latest = losses.total
         before, after = (step * self.config.evaluations // self.config.steps for step in (turn.begin, turn.end))
         return (state, self.better(state, best, turn.end) if before < after else best), losses.total
