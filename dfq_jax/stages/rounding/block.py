@@ -30,7 +30,7 @@ from dfq_jax.base import (
     sharded,
 )
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
-from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization
+from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, is_qtensor, quantization
 from dfq_jax.stages.comparison import kl_divergence
 from dfq_jax.stages.learning import learned_batch_norm, learned_product, moved, with_scaled_steps
 from dfq_jax.stages.rounding.config import ReconstructionConfig
@@ -118,6 +118,25 @@ def hard_block(own: Variables, bases: dict[str, jax.Array], parameters: BlockPar
     """The block's quantized variables as learned."""
     kernels = {name: harden(soft, bases[name], own[name]) for name, soft in parameters.kernels.items()}
     return _learned(own, kernels, parameters)
+
+
+class Verdict(NamedTuple):
+    """On what a block learned, by images held out."""
+
+    before: Float[Array, ""]  # its error as it was given
+    after: Float[Array, ""]  # as learned
+    flipped: Int[Array, ""]  # weights whose code changed
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE)
+def choose_block(
+    own: Variables, learned: Variables, before: Float[Array, ""], after: Float[Array, ""]
+) -> tuple[Variables, Verdict]:
+    """The block as learned if its error is lower so, else as it was given; the host need not know which."""
+    chosen = jax.tree.map(functools.partial(jnp.where, after < before), learned, own)
+    pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_qtensor) for tree in (own, learned)), strict=True)
+    flipped = (jnp.sum(a.qvalue != b.qvalue) for a, b in pairs if is_qtensor(a))
+    return chosen, Verdict(before, after, sum(flipped, start=jnp.zeros((), int)))
 
 
 def _learned(own: Variables, kernels: dict[str, Any], parameters: BlockParameters) -> Variables:
