@@ -215,6 +215,7 @@ class _ImageLoop(Loop):
         )
         super().__init__(plan, key, mesh_of(self.variables))
         self._keys: dict[int, tuple[Key[Array, ""], Key[Array, ""]]] = {}
+        self._shares: dict[int, Float[Array, ""]] = {}
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         optimizer = jax.eval_shape(_init, self.graph, self.settings, self.optimizer, self.key)[0].optimizer
@@ -264,15 +265,22 @@ class _ImageLoop(Loop):
         state, losses = advance_batch(*static, self.length(turn), self.variables, state, targets, step_key, *others)
         return (state, targets, losses), losses.loss
 
-    def others(self, batch: int) -> tuple[dict[str, OffsetMoments] | None, float]:
+    def others(self, batch: int) -> tuple[dict[str, OffsetMoments] | None, Float[Array, ""]]:
         """What the other batches add to the moments of the whole set, and the share of this one."""
         if self.config.statistics != "set":
-            return None, 1.0
+            return None, self.share_of(1)
         known = [losses.moments for b, (*_, losses) in self.work.items() if b != batch]
-        share = 1.0 / (len(known) + 1)
+        share = self.share_of(len(known) + 1)
         # As many trees whatever is known: one program.
         unknown = [self.no_moments] * (max(self.plan.num_batches - 1, 1) - len(known))
         return _scaled_sum(share, *known, *unknown), share
+
+    def share_of(self, batches: int) -> Float[Array, ""]:
+        """Of one of so many batches; made once."""
+        if batches not in self._shares:
+            with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+                self._shares[batches] = on_all(jnp.asarray(1.0 / batches), self.mesh)
+        return self._shares[batches]
 
     @functools.cached_property
     def no_moments(self) -> dict[str, OffsetMoments]:

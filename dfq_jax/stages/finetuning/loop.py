@@ -152,9 +152,9 @@ class _StudentLoop(Loop):
         labels: jax.Array | None,
     ):
         train = len(images) - held_out_count(config.held_out, len(images))
-        # Of several devices each has a copy of what minibatches are drawn from, and works on a part of each minibatch.
+        # Several devices share what minibatches are drawn from, as they share each minibatch.
         mesh = mesh_of(images, variables)
-        self.images, self.held_out = on_all(images[:train], mesh), sharded(images[train:], mesh)
+        self.images, self.held_out = (sharded(part, mesh) for part in (images[:train], images[train:]))
         self.labels = None if labels is None else on_all(labels[:train], mesh)
         # A minibatch holds no image twice.
         self.config = dataclasses.replace(config, batch_size=min(config.batch_size, train))

@@ -23,11 +23,11 @@ from dfq_jax.base import (
     State,
     cpu_jit,
     descend,
+    drawn,
     init_state,
     largest_divisor,
     mean_of_parts,
     repeat,
-    sharded,
 )
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
 from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, is_qtensor, quantization
@@ -283,8 +283,7 @@ def advance_block(
 
     def error(learned: BlockParameters, part: Draws) -> tuple[jax.Array, jax.Array]:
         """What the outputs of some images are off, by all terms and by the first."""
-        drawn = jax.tree.map(lambda a: a[part.images % jnp.asarray(count, jnp.uint32)], cache)
-        batch = sharded(drawn, mesh)
+        batch = drawn(cache, part.images % jnp.asarray(count, jnp.uint32), mesh)
         x = mix(part.seeds[0], batch.float_inputs, batch.inputs, config.drop)
         variables, soft = _learned(own, learned.kernels, learned), frozenset(learned.kernels)
         found = apply_soft(graph, variables, x, part.seeds[1:], config.drop, soft)
@@ -297,12 +296,12 @@ def advance_block(
         return reconstruction + config.prediction_weight * difference, reconstruction
 
     def step(state: State) -> tuple[State, BlockLosses]:
-        drawn = jax.tree.map(lambda a: a[state.step], draws)
+        own_draws = jax.tree.map(lambda a: a[state.step], draws)
         weight, beta = rounding_pressure(config, state.step)
 
         def loss(parameters: BlockParameters) -> tuple[jax.Array, BlockLosses]:
             learned = parameters._replace(kernels=soft_kernels(own, bases, parameters))
-            total, reconstruction = mean_of_parts(error, learned, drawn)
+            total, reconstruction = mean_of_parts(error, learned, own_draws)
             regularizer = sum((undecided(soft, beta) for soft in parameters.kernels.values()), start=jnp.zeros(()))
             return total + weight * regularizer, BlockLosses(reconstruction, regularizer)
 

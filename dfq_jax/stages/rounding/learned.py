@@ -24,12 +24,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import (
+    CALL_SECONDS,
     Loop,
     Plan,
     Progress,
     State,
     Turn,
     check_kind,
+    drawn,
     fetched,
     full_precision,
     mesh_of,
@@ -56,7 +58,7 @@ from dfq_jax.stages.rounding.block import (
 from dfq_jax.stages.rounding.codes import common_form
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 
-# Optimizer steps in one compiled call; one on CPU.
+# Optimizer steps in one compiled call, until the first ones are timed; one on CPU.
 ACCELERATOR_CHUNK = 100
 
 
@@ -191,6 +193,7 @@ class _BlockLoop(Loop):
             num_batches=len(self.blocks),
             steps=config.steps,
             chunk=chunk,
+            seconds=0.0 if config.chunk or self.on_cpu else CALL_SECONDS,
             report_every=50,
             names=tuple(block.name for block in self.blocks),
         )
@@ -330,7 +333,7 @@ def _batch_outputs(
     """Of a block, on `size` of the images."""
     if mesh is None:
         return apply_quantized(graph, own, jax.lax.dynamic_slice_in_dim(inputs, begin, size))
-    return apply_quantized(graph, own, sharded(inputs[begin + jnp.arange(size)], mesh))
+    return apply_quantized(graph, own, drawn(inputs, begin + jnp.arange(size), mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("images", "mesh"))
@@ -346,6 +349,7 @@ def _with_batch(results: Any, batch: Any, begin: Int[Array, ""], mesh: Mesh | No
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, begin, 0), results, batch)
 
     def placed(results: jax.Array, batch: jax.Array) -> jax.Array:
-        return sharded(results.at[begin + jnp.arange(len(batch))].set(on_all(batch, mesh)), mesh)
+        places = on_all(begin + jnp.arange(len(batch)), mesh)
+        return sharded(results.at[places].set(on_all(batch, mesh)), mesh)
 
     return jax.tree.map(placed, results, batch)
