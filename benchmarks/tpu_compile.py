@@ -361,9 +361,7 @@ def generator(network: Network) -> Program:
 
 
 def reconstruction(network: Network) -> Program:
-    """A chunk of learning a block in the middle, W4A4; each chip has a share of the minibatch, and of the images that it
-    is drawn from.
-    """
+    """A chunk of learning a block in the middle, W4A4; each chip has a share of minibatches, and of what they are from."""
     import jax
 
     from dfq_jax import ReconstructionConfig, apply_quantized

@@ -48,6 +48,7 @@ class Steps(Loop):
         return work + 1, Loss(self.events, turn, self.wait)
 
 
+@pytest.mark.untyped
 def test_a_loss_is_read_behind_the_next_call():
     work = Steps(num_batches=2, steps=30, chunk=10)
     assert work.run()
@@ -57,12 +58,14 @@ def test_a_loss_is_read_behind_the_next_call():
     assert work.events == [calls[0], *pairs, reads[-1]]
 
 
+@pytest.mark.untyped
 def test_a_plateau_is_noticed_before_the_next_call():
     work = Steps(num_batches=1, steps=100, chunk=10, patience=20)
     assert work.run()
     assert work.events == [(kind, 0, step) for step in (10, 20, 30) for kind in ("call", "read")]
 
 
+@pytest.mark.untyped
 def test_reports_are_of_what_was_read():
     reports = []
     Steps(num_batches=2, steps=20, chunk=10).run(on_progress=reports.append)
@@ -87,6 +90,7 @@ def clock(monkeypatch):
     return wait
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("pace", "expected"), [(1 / 64, [10, 10, 10, 20, 32]), (0.25, [10, 10, 10, 5, 2, 2]), (9, [10, 10, 10, 5, 2, 1])]
 )
@@ -98,6 +102,7 @@ def test_calls_are_as_long_as_the_time_that_they_are_given(clock, pace, expected
     assert set(work.lengths[len(expected) : -1]) == {expected[-1]}
 
 
+@pytest.mark.untyped
 def test_calls_of_several_loops_are_as_long_as_each_has_time(clock):
     fast, slow = (
         Steps(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from dfq_jax.base.backend import platform_of, usable_cores
 
@@ -128,7 +128,7 @@ def sharded(tree: Any, mesh: Mesh | None, axes: Any = None) -> Any:
     return jax.tree.map(lambda a, axis: _put(a, by_image(mesh, a.shape, axis)), tree, axes)
 
 
-def drawn(tree: Any, places: Int[Array, " n"], mesh: Mesh | None) -> Any:
+def drawn(tree: Any, places: Integer[Array, " n"], mesh: Mesh | None) -> Any:
     """Some of the images of arrays that are sharded by image, sharded likewise; within a compiled function.
 
     Each device looks up those that it has, and what the devices found is added up: so much goes between them as is

@@ -265,6 +265,7 @@ class Loop:
                     read()
                     self._save(saved)
                     last_save = time.perf_counter()
+                    last_read = last_read._replace(batch=-1)  # and this is no part of the next call's time
                 if stop:
                     break
             read()
