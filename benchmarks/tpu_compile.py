@@ -361,7 +361,7 @@ def generator(network: Network) -> Program:
 
 
 def reconstruction(network: Network) -> Program:
-    """A chunk of learning a block in the middle, W4A4; chips share minibatches, and the images that these are drawn from."""
+    """A chunk of learning a block in the middle, W4A4; chips share minibatches and what they are drawn from."""
     import jax
 
     from dfq_jax import ReconstructionConfig, apply_quantized
