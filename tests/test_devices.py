@@ -55,7 +55,6 @@ SMALL = {
     "synthesis_optimizer": "sgd",
     "synthesis_learning_rate": 0.1,
 }
-KEY = jax.random.key(0)
 LEARNING = {"reconstruction_steps": 20, "finetune_steps": 20}
 # A network of many layers: other recipes compile for a quarter of an hour, and where blocks are learned one after the
 # other, in float32, what rounding leaves grows to percents of its codes (`in_float64` below).
@@ -229,16 +228,17 @@ def small_work(mesh: Mesh) -> dict[str, Any]:
     found["pieces"] = float(np.abs(spread(x) - in_pieces(model, variables, x)(x)).max())
     # 21 images: three are added, so that each device has as many, and change nothing.
     convention, learning = dfq_jax.Convention.parse("w3a4"), dfq_jax.ReconstructionConfig(steps=10)
+    key = jax.random.key(0)
     start = dfq_jax.quantize_params(
         graph, variables, dfq_jax.estimate_ranges(graph, variables, x, convention), convention
     )
     one, many = (
-        dfq_jax.reconstruct(graph, on_all(variables, m), on_all(start, m), sharded(jnp.asarray(x), m), KEY, learning)
+        dfq_jax.reconstruct(graph, on_all(variables, m), on_all(start, m), sharded(jnp.asarray(x), m), key, learning)
         for m in (None, check_mesh(mesh))
     )
     errors = [[(block.before, block.after) for block in info.blocks] for _, info in (one, many)]
     found["uneven"] = differences(many[0], one[0]) | {"errors": float(np.abs(np.diff(errors, axis=0)).max())}
-    given = graph, everywhere, on_all(start, check_mesh(mesh)), sharded(jnp.asarray(x), check_mesh(mesh)), KEY, learning
+    given = graph, everywhere, on_all(start, check_mesh(mesh)), sharded(jnp.asarray(x), check_mesh(mesh)), key, learning
     cache = jax.tree.leaves(_BlockLoop(*given).enter(0).cache)
     found["images of a device"] = [leaf.sharding.shard_shape(leaf.shape)[0] for leaf in cache]
     return found

@@ -225,10 +225,10 @@ LEARNING = dfq_jax.ReconstructionConfig(steps=100, batch_size=4, chunk=10)
 @functools.cache
 def quantized(layers):
     graph, variables = network(layers)
-    images = np.random.default_rng(1).normal(size=(30, 8)).astype(np.float32)
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(30, 8)), jnp.float32)
     convention = dfq_jax.Convention.parse("w3a4", edge_bits=None)
     ranges = dfq_jax.estimate_ranges(graph, variables, images, convention)
-    return graph, variables, dfq_jax.quantize_params(graph, variables, ranges, convention), jnp.asarray(images)
+    return graph, variables, dfq_jax.quantize_params(graph, variables, ranges, convention), images
 
 
 def learn(config=LEARNING, layers=3):

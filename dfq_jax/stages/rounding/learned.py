@@ -183,7 +183,7 @@ class _BlockLoop(Loop):
         lacking = 0 if mesh is None else -len(images) % mesh.size
         padded = jnp.concatenate([images, *[images[-1:]] * lacking]) if lacking else images
         self.images = self.float_inputs = self.inputs = sharded(padded, mesh)
-        self.num_drawn = on_all(jnp.uint32(self.train), mesh)
+        self.num_drawn = on_all(jnp.int32(self.train), mesh)
         self.block: _Block | None = None
         self.results: list[BlockResult] = []
         self.judged: dict[int, tuple[Verdict, float]] = {}  # verdicts to be read, and when work on the block began
