@@ -19,7 +19,7 @@ collectives  by kind and what they reduce by, with the bytes of their results; w
 The programs are inference in float32, in bfloat16, simulated (W8A8 in float) and integer (W8A8, residual sums in
 float32; `shortcuts`: as codes; `bfloat16`: of a network in that; W4A8 with kernels packed or as int4); chunks of
 synthesis by pixels, by a pyramid (the default) and by a generator with swing convolutions (GENIE); a chunk of learning
-the block in the middle, W4A4, from images that every chip has, or that are `spread`; and adapting BatchNorms by
+the block in the middle, W4A4, from images of which each chip has a share; and adapting BatchNorms by
 regression, W4A4.
 
 Random weights: what is compiled does not depend on them. `tpu_compile.txt` has the output.
@@ -243,7 +243,6 @@ class Network:
         self.batch = batch
         sharding = functools.partial(jax.sharding.NamedSharding, mesh)
         self.by_batch = sharding(jax.sharding.PartitionSpec("batch"))
-        self.by_third = sharding(jax.sharding.PartitionSpec(None, None, "batch"))
         self.everywhere = sharding(jax.sharding.PartitionSpec())
         entry, rng = find_model(name), np.random.default_rng(0)
         module, template, _ = abstract_model(entry)
@@ -361,10 +360,8 @@ def generator(network: Network) -> Program:
     return synthesis(network, dataclasses.replace(GENIE, batch_size=network.batch))
 
 
-def reconstruction(network: Network, *, spread: bool = False) -> Program:
-    """A chunk of learning a block in the middle, W4A4; each chip has a share of the minibatch, and if `spread` of the
-    images that it is drawn from.
-    """
+def reconstruction(network: Network) -> Program:
+    """A chunk of learning a block in the middle, W4A4; chips share minibatches and what they are drawn from."""
     import jax
 
     from dfq_jax import ReconstructionConfig, apply_quantized
@@ -380,13 +377,13 @@ def reconstruction(network: Network, *, spread: bool = False) -> Program:
     state, bases = jax.eval_shape(lambda a, b: init_block(sub.graph, config, a, b, frozenset()), float_own, own)
     key = jax.eval_shape(lambda: jax.random.key(0))
     draws = jax.eval_shape(lambda key: draw(key, config, 1, len(sub.layers)), key)
-    draws = draws._replace(images=_placed(draws.images, network.by_third), seeds=network.replicated(draws.seeds))
+    mesh = network.everywhere.mesh
 
     def advance(steps: Any, own: Any, bases: Any, cache: Any, count: Any, state: Any, draws: Any) -> Any:
-        return advance_block(sub.graph, config, steps, None, None, own, bases, cache, count, state, draws)
+        return advance_block(sub.graph, config, steps, None, None, own, bases, cache, count, state, draws, mesh)
 
-    steps, own, bases, count, state = map(network.replicated, (50, own, bases, CACHED, state))
-    cache = (network.sharded if spread else network.replicated)(Cache(inputs, inputs, targets))
+    steps, own, bases, count, state, draws = map(network.replicated, (50, own, bases, CACHED, state, draws))
+    cache = network.sharded(Cache(inputs, inputs, targets))
     return Program(advance, (steps, own, bases, cache, count, state, draws), (5,))
 
 
@@ -415,7 +412,6 @@ PROGRAMS: dict[str, Callable[[Network], Program]] = {
     "pyramid": pyramid,
     "generator": generator,
     "reconstruction": reconstruction,
-    "spread": functools.partial(reconstruction, spread=True),
     "adaptation": adaptation,
 }
 

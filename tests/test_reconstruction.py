@@ -200,7 +200,7 @@ def test_prediction_difference_needs_class_scores():
 
 # --- interruption and checkpoints ---
 
-QUICK = ReconstructionConfig(steps=60, batch_size=4, rounding_rate=0.1, chunk=10)
+QUICK = ReconstructionConfig(steps=70, batch_size=4, rounding_rate=0.1, chunk=10)
 
 
 def run(path=None, on_progress=None, key=0, config=QUICK, **changes):
@@ -234,13 +234,13 @@ def facts(info):
     return [dataclasses.replace(block, seconds=0.0) for block in info.blocks]
 
 
-@pytest.mark.parametrize("at", [(1, 50), (3, 60), (5, 50)])
+@pytest.mark.parametrize("at", [(1, 50), (3, 70), (5, 50)])
 def test_an_interrupted_reconstruction_resumes_to_the_same_bits(tmp_path, at):
-    """In its first block, between two blocks, in its last one."""
+    """In its first block, after the first call of another block, in its last one."""
     path, reports = tmp_path / "work.npz", []
     given = quantized_network()[2]
     unfinished, info = run(path, interrupt_at(*at))
-    assert not info.completed and len(info.blocks) == at[0] - (at[1] < 60) and os.listdir(tmp_path) == ["work.npz"]
+    assert not info.completed and len(info.blocks) == at[0] - (at[1] < 70) and os.listdir(tmp_path) == ["work.npz"]
     if not info.blocks:
         same_network(unfinished, given)
     resumed, info = run(path, reports.append)

@@ -9,6 +9,7 @@ from dfq_jax.base.devices import (
     by_image,
     check_alike,
     check_mesh,
+    drawn,
     fetched,
     is_writer,
     mesh_of,
@@ -36,7 +37,7 @@ from dfq_jax.base.images import (
     random_window,
     smooth,
 )
-from dfq_jax.base.loop import Loop, Plan, Progress, Turn
+from dfq_jax.base.loop import CALL_SECONDS, Loop, Plan, Progress, Turn
 from dfq_jax.base.optimization import State, descend, init_state, mean_of_parts, repeat
 from dfq_jax.base.pieces import in_pieces
 from dfq_jax.base.precision import check_precision, full_precision, products
@@ -45,6 +46,7 @@ from dfq_jax.base.threads import side_by_side
 from dfq_jax.base.together import Together
 
 __all__ = [
+    "CALL_SECONDS",
     "LINE",
     "NO_YNN",
     "RUN_ONCE",
@@ -68,6 +70,7 @@ __all__ = [
     "compiling_ahead",
     "cpu_jit",
     "descend",
+    "drawn",
     "environment",
     "fetched",
     "fingerprint",

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Array, Int, Integer
 
 from dfq_jax.base.backend import platform_of, usable_cores
 
@@ -27,6 +27,7 @@ __all__ = [
     "by_image",
     "check_alike",
     "check_mesh",
+    "drawn",
     "fetched",
     "from_writer",
     "is_writer",
@@ -125,6 +126,19 @@ def sharded(tree: Any, mesh: Mesh | None, axes: Any = None) -> Any:
         return tree
     axes = jax.tree.map(lambda _: 0, tree) if axes is None else axes
     return jax.tree.map(lambda a, axis: _put(a, by_image(mesh, a.shape, axis)), tree, axes)
+
+
+def drawn(tree: Any, places: Integer[Array, " n"], mesh: Mesh | None) -> Any:
+    """Some of the images of arrays that are sharded by image, sharded likewise; within a compiled function.
+
+    Each device looks up those that it has, and what the devices found is added up: so much goes between them as is
+    drawn, whatever it is drawn from.
+
+    >>> drawn(jnp.arange(4.0), jnp.array([2, 0]), None)
+    Array([2., 0.], dtype=float32)
+    """
+    places = on_all(places, mesh)  # sharded as the images are, parts of them would be sent around
+    return jax.tree.map(lambda a: sharded(on_all(a[places], mesh), mesh), tree)
 
 
 def sharded_as(part: Any, whole: Any) -> Any:

@@ -1,9 +1,10 @@
 """The loop around compiled steps, the same for images, blocks and whole networks.
 
 Between two compiled calls it does what only the host can do: show progress, notice a loss that is not finite, stop
-early, save a checkpoint, and end on Ctrl-C. Batches that do not need each other may take their calls side by side: on
-CPU one call leaves much of a second core idle, and calls from two threads overlap. Threads only call what is compiled:
-they meet after each call, and all else happens in the caller's thread.
+early, save a checkpoint, and end on Ctrl-C. The device does not wait for it: a loss is read when the next call is on
+its way already, and what all calls have in common is on the device before the first one. Batches that do not need each
+other may take their calls side by side: on CPU one call leaves much of a second core idle, and calls from two threads
+overlap. Threads only call what is compiled: they meet after each call, and all else happens in the caller's thread.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from dfq_jax.base.checkpoint import Checkpoint, fingerprint
 from dfq_jax.base.devices import agreed, on_all, spans_processes
@@ -26,6 +28,7 @@ from dfq_jax.base.precision import products
 from dfq_jax.base.threads import side_by_side
 
 CHECKPOINT_EVERY_SECONDS = 15.0
+CALL_SECONDS = 0.5  # of a compiled call on accelerators: long against its dispatch, short for who waits for a report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Plan:
       num_batches: of batches, one optimized after the other.
       steps: for each.
       chunk: steps in one compiled call; the last one takes what is left.
+      seconds: that a call is to take: after the first ones their number of steps follows from the time that they took.
+        For work that comes out the same wherever calls end, in one process; 0 for `chunk` steps in each.
       boundary: a step at which something else begins to be optimized: a call ends there, and what came before says
         nothing about a plateau.
       in_turn: go on to the next batch after each call.
@@ -78,6 +83,7 @@ class Plan:
         they take them one after the other: programs of several devices have to begin everywhere in the same order.
       report_every: steps between two reports to the host, which must wait for the device for each of them.
       patience: stop a batch when its loss has not improved by `min_improvement` (relative) in so many steps; 0 never.
+        Then each call waits for the loss of the one before it.
       min_improvement: see `patience`.
       names: of the batches, for reports.
 
@@ -89,6 +95,7 @@ class Plan:
     num_batches: int
     steps: int
     chunk: int
+    seconds: float = 0.0
     boundary: int = 0
     in_turn: bool = False
     lanes: int = 1
@@ -97,14 +104,22 @@ class Plan:
     min_improvement: float = 0.0
     names: tuple[str, ...] = ()
 
-    def turn(self, batch: int, begin: int) -> Turn:
-        """The compiled call of a batch that has seen `begin` steps."""
-        end = min(begin + self.chunk, self.steps)
+    def turn(self, batch: int, begin: int, chunk: int | None = None) -> Turn:
+        """The compiled call of a batch that has seen `begin` steps; `chunk` in place of the plan's if given."""
+        end = min(begin + (self.chunk if chunk is None else chunk), self.steps)
         return Turn(batch, begin, self.boundary if begin < self.boundary < end else end)
 
     def reports(self, turn: Turn) -> bool:
         """Whether a call is followed by a report."""
         return turn.begin // self.report_every < turn.end // self.report_every or turn.end == self.steps
+
+
+class _Read(NamedTuple):
+    """A loss that was read."""
+
+    batch: int
+    step: int
+    at: float  # in seconds of `time.perf_counter`
 
 
 class Loop:
@@ -118,6 +133,7 @@ class Loop:
       seen: by batch, the steps that it has seen.
       best: by batch, its lowest loss and the step of that.
       stopped: batches that reached a plateau.
+      chunk: steps in the next compiled call.
       mesh: of the devices that the work lies on; None for one device.
       started: when, in seconds of `time.perf_counter`.
     """
@@ -129,6 +145,8 @@ class Loop:
         self.seen = dict.fromkeys(range(plan.num_batches), 0)
         self.best: dict[int, tuple[float, int]] = {}
         self.stopped: set[int] = set()
+        self.chunk = plan.chunk
+        self._lengths: dict[int, Array] = {}
 
     # --- what a subclass says ---
 
@@ -175,7 +193,21 @@ class Loop:
 
     def turn(self, batch: int, begin: int) -> Turn:
         """The compiled call of a batch that has seen `begin` steps."""
-        return self.plan.turn(batch, begin)
+        return self.plan.turn(batch, begin, self.chunk)
+
+    def timed(self, batch: int, steps: int, seconds: float) -> None:
+        """So many steps of a batch took so long: the next calls have the number that the plan has time for."""
+        if self.plan.seconds and not spans_processes(self.mesh):  # of several processes all have to choose the same
+            fitting = round(steps * self.plan.seconds / max(seconds, 1e-6))
+            self.chunk = max(min(fitting, 2 * self.chunk), self.chunk // 2, 1)
+
+    def length(self, turn: Turn) -> Int[Array, ""]:
+        """The steps of a call, on the devices: a number of the host's would travel there at each call."""
+        steps = turn.end - turn.begin
+        if steps not in self._lengths:
+            with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+                self._lengths[steps] = on_all(jnp.int32(steps), self.mesh)
+        return self._lengths[steps]
 
     # --- the loop ---
 
@@ -195,29 +227,48 @@ class Loop:
         if saved is not None:
             self._restore(saved)
         first, begun = self.done, time.perf_counter()
-        last_save = begun
+        last_save, last_read, unread = begun, _Read(-1, 0, begun), list[tuple[Turn, Array]]()
+
+        def read(ahead: int = 0) -> list[Turn]:
+            """Read and report what calls ended with, while steps ahead of them are on their way; those reported."""
+            nonlocal last_read
+            ended, reported = [*unread], list[Turn]()
+            unread.clear()
+            for turn, latest in ended:
+                if not self.plan.reports(turn):
+                    continue
+                loss = float(latest)
+                last, last_read = last_read, _Read(turn.batch, turn.end, time.perf_counter())
+                if last.batch == turn.batch:  # what is between two batches takes other time
+                    self.timed(turn.batch, turn.end - last.step, last_read.at - last.at)
+                self._watch(turn, loss)
+                reported.append(turn)
+                done = self.done - ahead
+                eta = (last_read.at - begun) / (done - first) * (self.plan.num_batches * self.plan.steps - done)
+                if on_progress is not None:
+                    on_progress(self._progress(turn, loss, last_read.at - self.started, eta, done))
+            return reported
+
         with products(precision), catch_interrupt() as interrupted:
             while waiting := self.waiting():
                 lanes = self.plan.lanes if self.mesh is None else 1
                 turns = [self.turn(batch, self.seen[batch]) for batch in waiting[:lanes]]
                 losses = self._visit(turns)
                 self.seen.update({turn.batch: turn.end for turn in turns})
-                for turn, latest in zip(turns, losses, strict=True):
-                    if self.plan.reports(turn):
-                        loss = float(latest)
-                        self._watch(turn, loss)
-                        now = time.perf_counter()
-                        left = self.plan.num_batches * self.plan.steps - self.done
-                        eta = (now - begun) / (self.done - first) * left
-                        if on_progress is not None:
-                            on_progress(self._progress(turn, loss, now - self.started, eta))
+                reported = read(ahead=sum(turn.end - turn.begin for turn in turns))
+                unread += zip(turns, losses, strict=True)
+                if len(turns) > 1 or self.plan.patience:  # threads have waited, and a plateau is an end
+                    reported += read()
                 due = saved is not None and time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS
-                stop, due = self._agreed(turns, interrupted(), due)
+                stop, due = self._agreed(reported, interrupted(), due)
                 if saved is not None and (stop or due):
+                    read()
                     self._save(saved)
                     last_save = time.perf_counter()
+                    last_read = last_read._replace(batch=-1)  # and this is no part of the next call's time
                 if stop:
                     break
+            read()
         completed = not self.waiting()
         if saved is not None and completed:
             self._save(saved) if keep_checkpoint else saved.remove()
@@ -263,20 +314,19 @@ class Loop:
         elif turn.end - at >= self.plan.patience:
             self.stopped.add(turn.batch)
 
-    def _progress(self, turn: Turn, loss: float, seconds: float, eta: float) -> Progress:
+    def _progress(self, turn: Turn, loss: float, seconds: float, eta: float, done: int) -> Progress:
         plan = self.plan
         name = plan.names[turn.batch] if plan.names else ""
-        return Progress(turn.batch + 1, plan.num_batches, turn.end, plan.steps, loss, seconds, eta, self.done, name)
+        return Progress(turn.batch + 1, plan.num_batches, turn.end, plan.steps, loss, seconds, eta, done, name)
 
-    def _agreed(self, turns: list[Turn], *flags: bool) -> tuple[bool, ...]:
-        """Flags that any process has set; several processes ask each other only when they wait for the device anyway.
+    def _agreed(self, reported: list[Turn], *flags: bool) -> tuple[bool, ...]:
+        """Flags that any process has set; several processes ask each other only when they waited for the device anyway.
 
         A flag that is set between two reports is still set at the next one.
         """
         if not spans_processes(self.mesh):
             return flags
-        reports = any(map(self.plan.reports, turns))
-        return agreed(flags, self.mesh) if reports else (False,) * len(flags)
+        return agreed(flags, self.mesh) if reported else (False,) * len(flags)
 
     # --- checkpoints ---
 

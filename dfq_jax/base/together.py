@@ -39,6 +39,11 @@ class Together(Loop):
         part, own = self._own(batch)
         return part.turn(own, begin)._replace(batch=batch)
 
+    def timed(self, batch: int, steps: int, seconds: float) -> None:
+        """By the batch's own loop."""
+        part, own = self._own(batch)
+        part.timed(own, steps, seconds)
+
     def begin(self, batch: int) -> Any:
         """By the batch's own loop."""
         part, own = self._own(batch)

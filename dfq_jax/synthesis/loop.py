@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import (
+    CALL_SECONDS,
     Loop,
     Plan,
     Progress,
@@ -45,7 +46,8 @@ from dfq_jax.synthesis.step import advance_batch, batch_images, init_batch, resp
 
 # Optimizer steps in one compiled call. On accelerators dispatch is the cost of a call; on CPU it is memory, which each
 # call asks for anew (`python benchmarks/synthesis_speed.py` measures it). But nothing is reported within a call, and
-# Ctrl-C waits for its end: on CPU it does at most so many multiply-accumulates of the forward pass, some seconds of it.
+# Ctrl-C waits for its end: on CPU it does at most so many multiply-accumulates of the forward pass, some seconds of it;
+# elsewhere, where speeds are far apart, as many steps as fit into so many seconds, once the first calls are timed.
 ACCELERATOR_CHUNK = 50
 CPU_MAX_CHUNK = 25
 CPU_CHUNK_MACS = 6e10
@@ -203,6 +205,8 @@ class _ImageLoop(Loop):
             num_batches=config.num_batches,
             steps=config.steps,
             chunk=config.chunk or default_chunk(self.graph, platform),
+            # Where a batch ends, and what others know of it, follows from where calls end.
+            seconds=0.0 if config.chunk or config.patience or in_turn else default_seconds(platform),
             boundary=self.response_step or 0,  # the response term raises the loss as it begins
             in_turn=in_turn,
             lanes=1 if in_turn else default_lanes(self.graph, platform, config.num_batches),
@@ -210,6 +214,8 @@ class _ImageLoop(Loop):
             min_improvement=config.min_improvement,
         )
         super().__init__(plan, key, mesh_of(self.variables))
+        self._keys: dict[int, tuple[Key[Array, ""], Key[Array, ""]]] = {}
+        self._shares: dict[int, Float[Array, ""]] = {}
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         optimizer = jax.eval_shape(_init, self.graph, self.settings, self.optimizer, self.key)[0].optimizer
@@ -219,9 +225,13 @@ class _ImageLoop(Loop):
         """What it is compiled for."""
         return self.graph, self.settings, self.optimizer
 
-    def keys(self, batch: int) -> Key[Array, "2"]:
-        """To begin a batch with, and of its steps."""
-        return jax.random.split(jax.random.fold_in(self.key, batch))
+    def keys(self, batch: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
+        """To begin a batch with, and of its steps; made once."""
+        if batch not in self._keys:
+            with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+                beginning, steps = jax.random.split(jax.random.fold_in(self.key, batch))
+            self._keys[batch] = beginning, steps
+        return self._keys[batch]
 
     def begin(self, batch: int) -> tuple[State, Targets, None]:
         return self.place(batch, self.first(batch))
@@ -252,18 +262,25 @@ class _ImageLoop(Loop):
         state, targets, _ = work
         static, step_key = (self.graph, self.settings, self.optimizer), self.keys(turn.batch)[1]
         others = self.others(turn.batch)
-        state, losses = advance_batch(*static, turn.end - turn.begin, self.variables, state, targets, step_key, *others)
+        state, losses = advance_batch(*static, self.length(turn), self.variables, state, targets, step_key, *others)
         return (state, targets, losses), losses.loss
 
-    def others(self, batch: int) -> tuple[dict[str, OffsetMoments] | None, float]:
+    def others(self, batch: int) -> tuple[dict[str, OffsetMoments] | None, Float[Array, ""]]:
         """What the other batches add to the moments of the whole set, and the share of this one."""
         if self.config.statistics != "set":
-            return None, 1.0
+            return None, self.share_of(1)
         known = [losses.moments for b, (*_, losses) in self.work.items() if b != batch]
-        share = 1.0 / (len(known) + 1)
+        share = self.share_of(len(known) + 1)
         # As many trees whatever is known: one program.
         unknown = [self.no_moments] * (max(self.plan.num_batches - 1, 1) - len(known))
         return _scaled_sum(share, *known, *unknown), share
+
+    def share_of(self, batches: int) -> Float[Array, ""]:
+        """Of one of so many batches; made once."""
+        if batches not in self._shares:
+            with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+                self._shares[batches] = on_all(jnp.asarray(1.0 / batches), self.mesh)
+        return self._shares[batches]
 
     @functools.cached_property
     def no_moments(self) -> dict[str, OffsetMoments]:
@@ -320,6 +337,11 @@ def default_chunk(graph: Graph, platform: str) -> int:
         return ACCELERATOR_CHUNK
     macs = graph.input.shape[0] * sum(layer.macs for layer in graph.layers)
     return max(1, min(CPU_MAX_CHUNK, int(CPU_CHUNK_MACS // max(macs, 1))))
+
+
+def default_seconds(platform: str) -> float:
+    """That a compiled call is to take, where its number of steps is not chosen by the work in it."""
+    return 0.0 if platform == "cpu" else CALL_SECONDS
 
 
 def default_lanes(graph: Graph, platform: str, num_batches: int) -> int:

@@ -47,7 +47,7 @@ from dfq_jax.graph import Graph, apply_quantized, check_images
 from dfq_jax.quantizers import is_quantized
 from dfq_jax.synthesis.checks import check_synthesizable
 from dfq_jax.synthesis.config import SynthesisConfig
-from dfq_jax.synthesis.loop import SynthesisError, default_chunk, default_lanes
+from dfq_jax.synthesis.loop import SynthesisError, default_chunk, default_lanes, default_seconds
 from dfq_jax.synthesis.objective import NORM_EPSILON, FeatureReader, Observation, cosine, observe, statistics_loss
 
 
@@ -155,8 +155,10 @@ class _RefineLoop(Loop):
         sized, platform = graph.at((self.size, *images.shape[1:]), images.dtype), platform_of(variables)
         num_batches = math.ceil(len(images) / self.size)
         chunk, lanes = default_chunk(sized, platform), default_lanes(sized, platform, num_batches)
-        plan = Plan(num_batches=num_batches, steps=config.steps, chunk=chunk, lanes=lanes)
+        seconds = default_seconds(platform)
+        plan = Plan(num_batches=num_batches, steps=config.steps, chunk=chunk, seconds=seconds, lanes=lanes)
         super().__init__(plan, key, mesh_of(images, variables))
+        self.keys = [jax.random.fold_in(key, batch) for batch in range(num_batches)]  # of steps
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         return ("refinement", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
@@ -171,8 +173,8 @@ class _RefineLoop(Loop):
         return sharded(work, self.mesh, jax.tree.map(lambda leaf: 0 if leaf.ndim else -1, work))
 
     def advance(self, turn: Turn, work: State) -> tuple[State, jax.Array]:
-        settings, key = (self.graph, self.config, self.optimizer), jax.random.fold_in(self.key, turn.batch)
-        steps = turn.end - turn.begin
+        settings, key = (self.graph, self.config, self.optimizer), self.keys[turn.batch]
+        steps = self.length(turn)
         state, seen = advance_refinement(*settings, steps, self.variables, self.qvariables, work, key)
         return state, seen.loss
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Key
 
 from dfq_jax.base import Loop, Turn, fetched, sharded
 from dfq_jax.synthesis.step import advance_batch
@@ -30,6 +31,7 @@ class SideBySide(Loop):
         groups = dataclasses.replace(plan, num_batches=plan.num_batches // self.size, lanes=1)
         super().__init__(groups, loop.key, loop.mesh)
         self.loop, self.graph, self.config = loop, loop.graph, loop.config
+        self._keys: dict[int, Key[Array, " batches"]] = {}
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
         """Those of the loop, and how many batches are a group."""
@@ -54,9 +56,16 @@ class SideBySide(Loop):
         """A call for all batches of a group; their mean loss."""
         state, targets, _ = work
         static = self.mesh, self.graph, self.loop.settings, self.loop.optimizer
-        keys = jnp.stack([self.loop.keys(own)[1] for own in self.members(turn.batch)])
-        state, losses = advance_batches(*static, turn.end - turn.begin, self.loop.variables, state, targets, keys)
+        steps, keys = self.length(turn), self.keys(turn.batch)
+        state, losses = advance_batches(*static, steps, self.loop.variables, state, targets, keys)
         return (state, targets, losses), losses.loss.mean()
+
+    def keys(self, group: int) -> Key[Array, " batches"]:
+        """Of the steps of each batch of a group; made once."""
+        if group not in self._keys:
+            keys = jnp.stack([self.loop.keys(own)[1] for own in self.members(group)])
+            self._keys[group] = sharded(keys, self.mesh)
+        return self._keys[group]
 
     def check(self, turn: Turn, loss: float) -> None:
         """By the loop, for each batch of a group."""

@@ -152,9 +152,9 @@ class _StudentLoop(Loop):
         labels: jax.Array | None,
     ):
         train = len(images) - held_out_count(config.held_out, len(images))
-        # Of several devices each has a copy of what minibatches are drawn from, and works on a part of each minibatch.
+        # Several devices share what minibatches are drawn from, as they share each minibatch.
         mesh = mesh_of(images, variables)
-        self.images, self.held_out = on_all(images[:train], mesh), sharded(images[train:], mesh)
+        self.images, self.held_out = (sharded(part, mesh) for part in (images[:train], images[train:]))
         self.labels = None if labels is None else on_all(labels[:train], mesh)
         # A minibatch holds no image twice.
         self.config = dataclasses.replace(config, batch_size=min(config.batch_size, train))
@@ -180,8 +180,7 @@ class _StudentLoop(Loop):
     def advance(self, turn: Turn, work: tuple[State, Any]) -> tuple[tuple[State, Any], jax.Array]:
         state, best = work
         fixed = self.variables, self.start, self.images, self.labels
-        steps = turn.end - turn.begin
-        state, losses = advance_student(self.graph, self.config, steps, *fixed, state, self.key, self.mesh)
+        state, losses = advance_student(self.graph, self.config, self.length(turn), *fixed, state, self.key, self.mesh)
         self.latest = losses.total
         before, after = (step * self.config.evaluations // self.config.steps for step in (turn.begin, turn.end))
         return (state, self.better(state, best, turn.end) if before < after else best), losses.total

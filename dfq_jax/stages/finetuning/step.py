@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from dfq_jax.base import NO_YNN, State, cpu_jit, descend, on_all, random_crop, random_flip, repeat, sharded
+from dfq_jax.base import NO_YNN, State, cpu_jit, descend, drawn, on_all, random_crop, random_flip, repeat
 from dfq_jax.graph import Graph
 from dfq_jax.stages.finetuning.config import FinetuneConfig
 from dfq_jax.stages.finetuning.losses import DistillationLosses, distillation_loss
@@ -104,7 +104,7 @@ def advance_student(
         # Drawn whole on each device: sharded as the images are, parts of it would be sent around.
         order = on_all(jax.random.permutation(draw_key, len(images)), mesh)
         chosen = on_all(order[: config.batch_size], mesh)
-        x = augment_minibatch(config, augment_key, sharded(images[chosen], mesh))
+        x = augment_minibatch(config, augment_key, drawn(images, chosen, mesh))
         teacher = teacher_outputs(graph, variables, x)
         own_labels = None if labels is None else labels[chosen]
 

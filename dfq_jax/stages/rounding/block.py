@@ -23,14 +23,14 @@ from dfq_jax.base import (
     State,
     cpu_jit,
     descend,
+    drawn,
     init_state,
     largest_divisor,
     mean_of_parts,
     repeat,
-    sharded,
 )
 from dfq_jax.graph import Graph, loop_friendly, quantized_rules, run
-from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, quantization
+from dfq_jax.quantizers import QTensor, QuantizerParams, fake_quant, is_qtensor, quantization
 from dfq_jax.stages.comparison import kl_divergence
 from dfq_jax.stages.learning import learned_batch_norm, learned_product, moved, with_scaled_steps
 from dfq_jax.stages.rounding.config import ReconstructionConfig
@@ -118,6 +118,25 @@ def hard_block(own: Variables, bases: dict[str, jax.Array], parameters: BlockPar
     """The block's quantized variables as learned."""
     kernels = {name: harden(soft, bases[name], own[name]) for name, soft in parameters.kernels.items()}
     return _learned(own, kernels, parameters)
+
+
+class Verdict(NamedTuple):
+    """On what a block learned, by images held out."""
+
+    before: Float[Array, ""]  # its error as it was given
+    after: Float[Array, ""]  # as learned
+    flipped: Int[Array, ""]  # weights whose code changed
+
+
+@functools.partial(cpu_jit, options=RUN_ONCE)
+def choose_block(
+    own: Variables, learned: Variables, before: Float[Array, ""], after: Float[Array, ""]
+) -> tuple[Variables, Verdict]:
+    """The block as learned if its error is lower so, else as it was given; the host need not know which."""
+    chosen = jax.tree.map(functools.partial(jnp.where, after < before), learned, own)
+    pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_qtensor) for tree in (own, learned)), strict=True)
+    flipped = (jnp.sum(a.qvalue != b.qvalue) for a, b in pairs if is_qtensor(a))
+    return chosen, Verdict(before, after, sum(flipped, start=jnp.zeros((), int)))
 
 
 def _learned(own: Variables, kernels: dict[str, Any], parameters: BlockParameters) -> Variables:
@@ -264,8 +283,7 @@ def advance_block(
 
     def error(learned: BlockParameters, part: Draws) -> tuple[jax.Array, jax.Array]:
         """What the outputs of some images are off, by all terms and by the first."""
-        drawn = jax.tree.map(lambda a: a[part.images % jnp.asarray(count, jnp.uint32)], cache)
-        batch = sharded(drawn, mesh)
+        batch = drawn(cache, part.images % jnp.asarray(count, jnp.uint32), mesh)
         x = mix(part.seeds[0], batch.float_inputs, batch.inputs, config.drop)
         variables, soft = _learned(own, learned.kernels, learned), frozenset(learned.kernels)
         found = apply_soft(graph, variables, x, part.seeds[1:], config.drop, soft)
@@ -278,12 +296,12 @@ def advance_block(
         return reconstruction + config.prediction_weight * difference, reconstruction
 
     def step(state: State) -> tuple[State, BlockLosses]:
-        drawn = jax.tree.map(lambda a: a[state.step], draws)
+        own_draws = jax.tree.map(lambda a: a[state.step], draws)
         weight, beta = rounding_pressure(config, state.step)
 
         def loss(parameters: BlockParameters) -> tuple[jax.Array, BlockLosses]:
             learned = parameters._replace(kernels=soft_kernels(own, bases, parameters))
-            total, reconstruction = mean_of_parts(error, learned, drawn)
+            total, reconstruction = mean_of_parts(error, learned, own_draws)
             regularizer = sum((undecided(soft, beta) for soft in parameters.kernels.values()), start=jnp.zeros(()))
             return total + weight * regularizer, BlockLosses(reconstruction, regularizer)
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from dfq_jax.base import (
+    CALL_SECONDS,
     Loop,
     Plan,
     Progress,
@@ -31,6 +32,8 @@ from dfq_jax.base import (
     Turn,
     check_kind,
     compiling_ahead,
+    drawn,
+    fetched,
     full_precision,
     mesh_of,
     on_all,
@@ -39,13 +42,15 @@ from dfq_jax.base import (
     sharded,
 )
 from dfq_jax.graph import Graph, Subnetwork, apply_quantized, merge_blocks, subnetwork
-from dfq_jax.quantizers import changed_codes
+from dfq_jax.quantizers import is_qtensor
 from dfq_jax.stages.learning import check_learning, held_out_count
 from dfq_jax.stages.rounding.block import (
     Cache,
     Draws,
     Variables,
+    Verdict,
     advance_block,
+    choose_block,
     draw,
     hard_block,
     init_block,
@@ -55,7 +60,7 @@ from dfq_jax.stages.rounding.block import (
 from dfq_jax.stages.rounding.codes import common_form
 from dfq_jax.stages.rounding.config import ReconstructionConfig
 
-# Optimizer steps in one compiled call; one on CPU.
+# Optimizer steps in one compiled call, until the first ones are timed; one on CPU.
 ACCELERATOR_CHUNK = 100
 
 
@@ -181,24 +186,32 @@ class _BlockLoop(Loop):
         self.graph = graph.at((self.batch_size, *images.shape[1:]), images.dtype)
         self.blocks = merge_blocks(self.graph.blocks, config.min_layers)
         self.variables, self.qvariables = variables, qvariables
-        # Of several devices each has a copy of what minibatches are drawn from, and works on a part of each minibatch.
+        # Several devices share what minibatches are drawn from, as they share each minibatch.
         mesh = mesh_of(images, variables)
-        self.images = self.float_inputs = self.inputs = on_all(images, mesh)
+        self.num_images = len(images)
+        # As many for each device: those that fill up are drawn for nothing, and cut off.
+        lacking = 0 if mesh is None else -len(images) % mesh.size
+        padded = jnp.concatenate([images, *[images[-1:]] * lacking]) if lacking else images
+        self.images = self.float_inputs = self.inputs = sharded(padded, mesh)
+        self.num_drawn = on_all(jnp.int32(self.train), mesh)
         self.block: _Block | None = None
         self.results: list[BlockResult] = []
+        self.judged: dict[int, tuple[Verdict, float]] = {}  # verdicts to be read, and when work on the block began
         self.on_cpu = platform_of(images, qvariables) == "cpu"
         chunk = config.chunk or (1 if self.on_cpu else ACCELERATOR_CHUNK)
         plan = Plan(
             num_batches=len(self.blocks),
             steps=config.steps,
             chunk=chunk,
+            seconds=0.0 if config.chunk or self.on_cpu else CALL_SECONDS,
             report_every=50,
             names=tuple(block.name for block in self.blocks),
         )
         super().__init__(plan, key, mesh)
 
     def origin(self) -> tuple[tuple[Any, ...], Any]:
-        return ("reconstruction", self.graph.digest, self.config), (self.variables, self.qvariables, self.images)
+        images = fetched(self.images)[: self.num_images]
+        return ("reconstruction", self.graph.digest, self.config), (self.variables, self.qvariables, images)
 
     # --- one block ---
 
@@ -209,25 +222,30 @@ class _BlockLoop(Loop):
 
     def advance(self, turn: Turn, work: State) -> tuple[State | Variables, jax.Array]:
         block = self.enter(turn.batch)
-        static = block.sub.graph, self.config, turn.end - turn.begin
-        given = *block.rest, block.own, block.bases, block.cache, self.train
+        static = block.sub.graph, self.config, self.length(turn)
+        given = *block.rest, block.own, block.bases, block.cache, self.num_drawn
         state, losses = advance_block(*static, *given, work, block.draws, self.mesh)
         finished = turn.end == self.config.steps
         return self.finish(block, state) if finished else state, losses.reconstruction
 
     def compile_ahead(self) -> None:
         """Compile the steps of all blocks, those of the first one first; to know shapes is enough."""
+        if self.mesh is not None:
+            return
         inputs, logits = jax.eval_shape(lambda: self.images), self.float_logits
         trees = self.variables, self.qvariables
         with products(self.config.precision):
             for index in range(len(self.blocks)):
                 sub = self.sub(index)
                 float_own, own = (sub.select(self.graph, tree) for tree in trees)
-                targets = jax.eval_shape(functools.partial(self.outputs, sub), float_own, inputs)
+                outputs = jax.eval_shape(functools.partial(apply_quantized, sub.graph), float_own, sub.graph.input)
+                targets = jax.tree.map(
+                    lambda a: jax.ShapeDtypeStruct((len(self.images), *a.shape[1:]), a.dtype), outputs
+                )
                 state, bases = jax.eval_shape(functools.partial(self.start, index), *trees)
-                given = *self.rest(index), own, bases, Cache(inputs, inputs, targets, logits), self.train
+                given = *self.rest(index), own, bases, Cache(inputs, inputs, targets, logits), self.num_drawn
                 draws = jax.eval_shape(functools.partial(self.draws, index))
-                steps = min(self.plan.chunk, self.config.steps)
+                steps = jax.ShapeDtypeStruct((), jnp.int32)
                 advance_block.compile_ahead(sub.graph, self.config, steps, *given, state, draws, self.mesh)
                 inputs = targets
 
@@ -265,23 +283,30 @@ class _BlockLoop(Loop):
         return blocks > 1 and common_form(self.graph, path) is None
 
     def finish(self, block: _Block, state: State) -> Variables:
-        """Judge what was learned, and go on to the next block."""
+        """Judge what was learned, and go on to the next block; the host reads the verdict when that is on its way."""
         learned = hard_block(block.own, block.bases, state.parameters)
-        targets = jax.tree.map(lambda a: a[self.train :], block.cache.targets)
+        targets = jax.tree.map(lambda a: a[self.train : self.num_images], block.cache.targets)
         found = (self.outputs(block.sub, own, self.inputs, self.train) for own in (block.own, learned))
-        before, after = (float(reconstruction_error(outputs, targets)) for outputs in found)
-        kept, flipped = after < before, changed_codes(block.own, learned)
-        seconds = time.perf_counter() - block.started
-        own = learned if kept else block.own
-        self.leave(block, own, before, after, kept, flipped, seconds)
+        own, verdict = choose_block(block.own, learned, *(reconstruction_error(outputs, targets) for outputs in found))
+        self.judged[block.index] = verdict, block.started
+        self.leave(block, own)
         return own
 
-    def leave(self, block: _Block, own: Variables, before: float, after: float, kept: bool, *rest: float) -> None:
+    def check(self, turn: Turn, loss: float) -> None:
+        if turn.end < self.config.steps:
+            return
+        verdict, started = self.judged.pop(turn.batch)
+        before, after, flipped = map(float, verdict)
+        kernels = filter(is_qtensor, jax.tree.leaves(self.work[turn.batch], is_leaf=is_qtensor))
+        share = flipped / max(sum(kernel.qvalue.size for kernel in kernels), 1)
+        self.add_result(turn.batch, before, after, after < before, share, time.perf_counter() - started)
+
+    def add_result(self, index: int, *result: Any) -> None:
+        self.results.append(BlockResult(self.blocks[index].name, self.blocks[index].layers, *result))
+
+    def leave(self, block: _Block, own: Variables) -> None:
         """Take the variables that a block ends with, and make the inputs of the next one."""
-        name, layers = self.blocks[block.index].name, self.blocks[block.index].layers
-        self.results.append(BlockResult(name, layers, before, after, kept, *rest))
-        if kept:
-            self.qvariables = block.sub.insert(self.graph, self.qvariables, own)
+        self.qvariables = block.sub.insert(self.graph, self.qvariables, own)
         if block.index + 1 < len(self.blocks):
             self.inputs = self.outputs(block.sub, own, self.inputs)
             self.float_inputs = block.cache.targets
@@ -311,14 +336,16 @@ class _BlockLoop(Loop):
     @full_precision
     def outputs(self, sub: Subnetwork, own: Variables, inputs: jax.Array, first: int = 0) -> Any:
         """A block's outputs on all images from the first one on, in batches of one size."""
-        size, count = self.batch_size, len(inputs)
-        results = []
-        for start in range(first, count, size):
-            # The last batch reaches back; what it computes again is cut off.
-            begin = min(start, count - size)
-            result = on_all(_batch_outputs(sub.graph, own, inputs, np.int32(begin), size, self.mesh), self.mesh)
-            results.append(result if begin == start else jax.tree.map(lambda a, n=start - begin: a[n:], result))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+        size, end = self.batch_size, self.num_images
+        room = max(end - first, size)  # the last batch reaches back, and what it computes twice is overwritten
+        begins = [end - size, *range(first, end - size + 1, size)]
+        results = None
+        for begin in begins if (end - first) % size else begins[1:]:
+            batch = _batch_outputs(sub.graph, own, inputs, np.int32(begin), size, self.mesh)
+            if results is None:
+                results = _room_for(batch, room if first else len(inputs), self.mesh)
+            results = _with_batch(results, batch, np.int32(begin - (end - room)), self.mesh)
+        return jax.tree.map(lambda a: a[first - end :], results) if first and room > end - first else results
 
     # --- checkpoints ---
 
@@ -327,7 +354,8 @@ class _BlockLoop(Loop):
 
     def resume(self, facts: dict[str, Any]) -> None:
         for index, result in enumerate(facts["results"]):
-            self.leave(self.enter(index), self.work[index], *result)
+            self.leave(self.enter(index), self.work[index])
+            self.add_result(index, *result)
 
     def template(self, batch: int, facts: dict[str, Any]) -> Any:
         if batch < len(facts["results"]):
@@ -340,4 +368,25 @@ def _batch_outputs(
     graph: Graph, own: Variables, inputs: jax.Array, begin: Int[Array, ""], size: int, mesh: Mesh | None
 ) -> Any:
     """Of a block, on `size` of the images."""
-    return apply_quantized(graph, own, sharded(jax.lax.dynamic_slice_in_dim(inputs, begin, size), mesh))
+    if mesh is None:
+        return apply_quantized(graph, own, jax.lax.dynamic_slice_in_dim(inputs, begin, size))
+    return apply_quantized(graph, own, drawn(inputs, begin + jnp.arange(size), mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("images", "mesh"))
+def _room_for(batch: Any, images: int, mesh: Mesh | None) -> Any:
+    """Zeros in place of the results of so many images."""
+    return jax.tree.map(lambda a: sharded(jnp.zeros((images, *a.shape[1:]), a.dtype), mesh), batch)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="results")
+def _with_batch(results: Any, batch: Any, begin: Int[Array, ""], mesh: Mesh | None) -> Any:
+    """The results with those of a batch in their place."""
+    if mesh is None:
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, begin, 0), results, batch)
+
+    def placed(results: jax.Array, batch: jax.Array) -> jax.Array:
+        places = on_all(begin + jnp.arange(len(batch)), mesh)
+        return sharded(results.at[places].set(on_all(batch, mesh)), mesh)
+
+    return jax.tree.map(placed, results, batch)
