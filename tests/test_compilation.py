@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compilations import Compilations
 
-from dfq_jax.base import NO_YNN, RUN_ONCE, compiling_ahead, cpu_jit
+from dfq_jax.base import NO_YNN, RUN_ONCE, compiles_ahead, compiling_ahead, cpu_jit
 
 UNKNOWN = {"xla_no_jaxlib_has_this_option": 1}
 
@@ -90,6 +90,7 @@ def test_compiled_ahead():
 
     function = cpu_jit(cubed, RUN_ONCE, static_argnums=1)
     with Compilations() as compiled, jax.default_matmul_precision("float32"), compiling_ahead():
+        assert compiles_ahead(jnp.float32(2))
         function.compile_ahead(jnp.float32(2), 3)
         function.compile_ahead(jax.ShapeDtypeStruct((4,), jnp.float32), 3)
         assert float(function(jnp.float32(2), 3)) == 8.0
@@ -114,6 +115,7 @@ def test_nothing_is_compiled_ahead_on_one_core(monkeypatch):
 
     function = cpu_jit(negated)
     with Compilations() as compiled, compiling_ahead():
+        assert not compiles_ahead(jnp.float32(2))
         function.compile_ahead(jnp.float32(2))
         jax.jit(lambda x: function.compile_ahead(x))(jnp.float32(2))
         assert compiled["negated"] == 0

@@ -2,7 +2,7 @@
 
 from dfq_jax.base.backend import memory_size, namespace_of, on_host, platform_of, usable_cores
 from dfq_jax.base.checkpoint import fingerprint, remove_checkpoint
-from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, compiling_ahead, cpu_jit
+from dfq_jax.base.compilation import NO_YNN, RUN_ONCE, compiles_ahead, compiling_ahead, cpu_jit
 from dfq_jax.base.contexts import may_transfer
 from dfq_jax.base.devices import (
     agreed,
@@ -67,6 +67,7 @@ __all__ = [
     "check_mesh",
     "check_precision",
     "clip",
+    "compiles_ahead",
     "compiling_ahead",
     "cpu_jit",
     "descend",

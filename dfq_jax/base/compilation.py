@@ -24,7 +24,7 @@ from dfq_jax.base.backend import platform_of, usable_cores
 from dfq_jax.base.contexts import carried, may_transfer
 from dfq_jax.base.devices import mesh_of
 
-__all__ = ["NO_YNN", "RUN_ONCE", "Compiled", "compiling_ahead", "cpu_jit"]
+__all__ = ["NO_YNN", "RUN_ONCE", "Compiled", "compiles_ahead", "compiling_ahead", "cpu_jit"]
 
 # For what runs once or a few times: half the time to compile, and code that is hardly slower.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
@@ -48,6 +48,11 @@ def compiling_ahead() -> Iterator[None]:
     finally:
         _pool.reset(token)
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def compiles_ahead(*trees: Any) -> bool:
+    """Whether `compile_ahead` does anything here, of such arguments."""
+    return _pool.get() is not None and mesh_of(trees) is None
 
 
 class Compiled:
@@ -78,7 +83,7 @@ class Compiled:
         (`jax.ShapeDtypeStruct`). Nothing is run. Outside of `compiling_ahead` nothing is done, nor for several devices.
         """
         pool = _pool.get()
-        if pool is None or mesh_of(args, kwargs) is not None or _is_traced(args, kwargs):
+        if pool is None or not compiles_ahead(args, kwargs) or _is_traced(args, kwargs):
             return
         signature, settings, function = _signature(args, kwargs), carried(), self._for(args, kwargs)
         if signature in self._compiling:

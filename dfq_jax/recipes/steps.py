@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from dfq_jax.base import Progress, remove_checkpoint
+from dfq_jax.base import Progress, compiles_ahead, remove_checkpoint
 from dfq_jax.graph import Graph
 from dfq_jax.quantizers import MAX_BITS
 from dfq_jax.recipes.images import BITS, JUDGING, TARGET, Images, file_of, make_images, settings_of
@@ -202,7 +202,7 @@ def _has_little_to_learn(work: Work) -> bool:
     graph, convention = work.graph, work.convention
     widths = [convention.layer_bits(graph, layer) for layer in graph.layers]
     widths += [convention.tensor_bits(graph, tensor) for tensor in graph.tensors]
-    return min(bits for bits in widths if bits is not None) == MAX_BITS
+    return min((bits for bits in widths if bits is not None), default=MAX_BITS) == MAX_BITS
 
 
 def _adapt(work: Work, candidate: Candidate) -> Candidate:
@@ -304,8 +304,11 @@ def run_steps(work: Work, candidate: Candidate, around: Around = lambda _: nullc
 def _compile_ahead(work: Work) -> None:
     """Compile what later steps run while the first ones do their work on the host."""
     graph, variables, recipe, images = work.graph, work.variables, work.recipe, work.images.fitted
+    if not compiles_ahead(variables):
+        return
+    convention = dataclasses.replace(work.convention, weight_range="min_max")  # of any ranges shapes are the same
     ranges = {tensor.name: (jnp.float32(0), jnp.float32(1)) for tensor in graph.tensors}
-    quantized = jax.eval_shape(lambda v: quantize_params(graph, v, ranges, work.convention), variables)
+    quantized = jax.eval_shape(lambda v: quantize_params(graph, v, ranges, convention), variables)
     work.judge.compile_ahead(Candidate(variables=variables, quantized=quantized))
     if recipe.reconstruction is not None and not _has_little_to_learn(work):
         ahead.reconstruct(graph, variables, quantized, images, recipe.reconstruction)

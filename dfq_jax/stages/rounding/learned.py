@@ -31,6 +31,7 @@ from dfq_jax.base import (
     State,
     Turn,
     check_kind,
+    compiles_ahead,
     compiling_ahead,
     drawn,
     fetched,
@@ -137,11 +138,7 @@ def reconstruct(
       ValueError: `qvariables` are not quantized, there are too few or unusable images, or a checkpoint of other work.
       OSError: the checkpoint cannot be written.
     """
-    check_kind("config", config, ReconstructionConfig)
-    check_learning(graph, variables, qvariables, images)
-    if config.prediction_weight and graph.num_classes < 2:
-        raise ValueError("prediction_weight: the network has no class scores to compare; set it to 0.")
-    loop = _BlockLoop(graph, variables, qvariables, jnp.asarray(images), key, config)
+    loop = _loop(graph, variables, qvariables, images, key, config)
     completed = loop.run(
         on_progress=on_progress, checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, precision=config.precision
     )
@@ -152,7 +149,16 @@ def compile_reconstruction(
     graph: Graph, variables: Any, qvariables: Any, images: Float[Array, "n ..."], config: ReconstructionConfig
 ) -> None:
     """Compile ahead what learns the blocks; for `qvariables`, shapes are enough."""
-    _BlockLoop(graph, variables, qvariables, images, jax.random.key(0), config).compile_ahead()
+    _loop(graph, variables, qvariables, images, jax.random.key(0), config).compile_ahead()
+
+
+def _loop(graph: Graph, variables: Any, qvariables: Any, images: Any, key: Any, config: Any) -> _BlockLoop:
+    """The loop of `reconstruct` with these arguments, checked."""
+    check_kind("config", config, ReconstructionConfig)
+    check_learning(graph, variables, qvariables, images)
+    if config.prediction_weight and graph.num_classes < 2:
+        raise ValueError("prediction_weight: the network has no class scores to compare; set it to 0.")
+    return _BlockLoop(graph, variables, qvariables, jnp.asarray(images), key, config)
 
 
 class _Block(NamedTuple):
@@ -230,7 +236,7 @@ class _BlockLoop(Loop):
 
     def compile_ahead(self) -> None:
         """Compile the steps of all blocks, those of the first one first; to know shapes is enough."""
-        if self.mesh is not None:
+        if not compiles_ahead(self.images):
             return
         inputs, logits = jax.eval_shape(lambda: self.images), self.float_logits
         trees = self.variables, self.qvariables
