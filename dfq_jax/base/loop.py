@@ -219,9 +219,10 @@ class Loop:
         keep_checkpoint: bool = False,
         precision: str | None = None,
     ) -> bool:
-        """Do the work, from where a checkpoint left it; whether all of it was done.
+        """Do the work, from where a checkpoint left it; whether it came to its end.
 
-        Ctrl-C ends it after the compiled calls in progress, and saves; the second one raises.
+        Ctrl-C ends it after the compiled calls in progress, and saves; the second one raises. If these were the last
+        ones, it has not come to its end either: who goes on after it has to know.
         """
         saved = None if checkpoint is None else Checkpoint(checkpoint, self.identity(), self.mesh)
         if saved is not None:
@@ -229,7 +230,7 @@ class Loop:
         first, begun = self.done, time.perf_counter()
         last_save, last_read, unread = begun, _Read(-1, 0, begun), list[tuple[Turn, Array]]()
 
-        def read(ahead: int = 0) -> list[Turn]:
+        def read(ahead: int = 0, *, shown: bool = True) -> list[Turn]:
             """Read and report what calls ended with, while steps ahead of them are on their way; those reported."""
             nonlocal last_read
             ended, reported = [*unread], list[Turn]()
@@ -245,10 +246,11 @@ class Loop:
                 reported.append(turn)
                 done = self.done - ahead
                 eta = (last_read.at - begun) / (done - first) * (self.plan.num_batches * self.plan.steps - done)
-                if on_progress is not None:
+                if on_progress is not None and shown:
                     on_progress(self._progress(turn, loss, last_read.at - self.started, eta, done))
             return reported
 
+        stop = False
         with products(precision), catch_interrupt() as interrupted:
             while waiting := self.waiting():
                 lanes = self.plan.lanes if self.mesh is None else 1
@@ -262,14 +264,14 @@ class Loop:
                 due = saved is not None and time.perf_counter() - last_save > CHECKPOINT_EVERY_SECONDS
                 stop, due = self._agreed(reported, interrupted(), due)
                 if saved is not None and (stop or due):
-                    read()
+                    read(shown=not stop)  # who has pressed Ctrl-C waits for the file alone
                     self._save(saved)
                     last_save = time.perf_counter()
                     last_read = last_read._replace(batch=-1)  # and this is no part of the next call's time
                 if stop:
                     break
-            read()
-        completed = not self.waiting()
+            read(shown=not stop)
+        completed = not stop
         if saved is not None and completed:
             self._save(saved) if keep_checkpoint else saved.remove()
         return completed
