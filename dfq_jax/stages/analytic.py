@@ -306,9 +306,11 @@ class _NoiseOfMoments:
 def _standardized(noise: Float[Array, "..."], bn: BatchNorm) -> Float[Array, "..."]:
     """Of mean 0 and variance 1 in each channel: what the samples miss of their moments would pass for an error."""
     axes = tuple(a for a in range(noise.ndim) if a != bn.channel_axis)
-    noise = noise - noise.mean(axes, keepdims=True)
-    variance = jnp.square(noise).mean(axes, keepdims=True)
-    return noise * jax.lax.rsqrt(jnp.maximum(variance, jnp.finfo(noise.dtype).tiny))  # of one sample nothing is left
+    noise = jax.lax.optimization_barrier(noise)  # with its samples within the sums, the compiler takes twice as long
+    mean, square = noise.mean(axes, keepdims=True), jnp.square(noise).mean(axes, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.maximum(square - mean**2, 1e-4))  # of one sample, or of equal ones, nothing is left
+    mean, scale = jax.lax.optimization_barrier((mean, scale))
+    return (noise - mean) * scale
 
 
 def _take(pool: Float[Array, " n"], place: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
