@@ -2,17 +2,8 @@
 
 from dfq_jax.stages import ahead
 from dfq_jax.stages.allocation import Allocation, allocate, allocator
-from dfq_jax.stages.analytic import (
-    analytic_comparison,
-    analytic_correction,
-    analytic_summaries,
-    gptq_from_noise,
-)
-from dfq_jax.stages.batch_norm import (
-    BatchNormConfig,
-    adapt_batch_norm,
-    batch_norm_moments,
-)
+from dfq_jax.stages.analytic import analytic_comparison, analytic_correction, analytic_summaries, gptq_from_noise
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, batch_norm_moments
 from dfq_jax.stages.bias_correction import correct_bias
 from dfq_jax.stages.budget import TARGETS, Budget
 from dfq_jax.stages.comparison import Comparison, apply_float, apply_jitted, compare, comparer, sqnr

@@ -37,12 +37,7 @@ from dfq_jax.graph import (
     normalize,
     run,
 )
-from dfq_jax.stages.batch_norm import (
-    BatchNormConfig,
-    adapt_batch_norm,
-    compile_adaptation,
-    output_moments,
-)
+from dfq_jax.stages.batch_norm import BatchNormConfig, adapt_batch_norm, compile_adaptation, output_moments
 from dfq_jax.stages.bias_correction import compile_bias_correction, correct_bias
 from dfq_jax.stages.comparison import Comparison, compare_outputs
 from dfq_jax.stages.convention import Convention, check_convention
@@ -89,8 +84,8 @@ def analytic_summaries(
       GraphError: the network has no BatchNorm.
       TypeError: `convention` is something else.
     """
-    told = analytic_summaries_of(graph, variables, [convention], num_samples=num_samples)
-    return told[0]
+    (summaries,) = analytic_summaries_of(graph, variables, [convention], num_samples=num_samples)
+    return summaries
 
 
 def analytic_summaries_of(

@@ -183,21 +183,8 @@ def compile_adaptation(
     batch_norm: BatchNormRule = normalize,
 ) -> None:
     """Compile ahead what `adapt_batch_norm` runs on such arguments."""
-    passes = _passes(graph, variables, qvariables, images, config, batch_size, batch_norm)
-    for arguments in {arguments.images.shape: arguments for arguments in passes}.values():
+    for arguments in _passes(graph, variables, qvariables, images, config, batch_size, batch_norm):
         _adapt.compile_ahead(*arguments)
-
-
-class _Pass(NamedTuple):
-    """Arguments of `_adapt`."""
-
-    graph: Graph
-    variables: Any
-    qvariables: Any
-    images: jax.Array
-    method: str
-    settings: _Settings
-    batch_norm: BatchNormRule
 
 
 def _passes(
@@ -208,15 +195,15 @@ def _passes(
     config: BatchNormConfig,
     batch_size: int,
     batch_norm: BatchNormRule,
-) -> Iterator[_Pass]:
-    """Those over all images."""
+) -> Iterator[tuple[Any, ...]]:
+    """The arguments of `_adapt`, for each batch of the images."""
     size = images.shape[0] if config.order == "layer_by_layer" else batch_size
     rule = as_argument(batch_norm)
     trust = images.shape[0] / (images.shape[0] + config.prior_images)
     for batch in batches(images, size):
         numbers = (batch.shape[0] / images.shape[0], trust, config.max_ratio, config.blend)
         settings = _Settings(*map(jnp.float32, numbers))
-        yield _Pass(graph, variables, qvariables, batch, config.method, settings, rule)
+        yield graph, variables, qvariables, batch, config.method, settings, rule
 
 
 @functools.partial(cpu_jit, static_argnames=("graph", "method"))

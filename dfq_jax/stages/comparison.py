@@ -89,7 +89,7 @@ def comparer(
 @full_precision
 def compile_comparison(graph: Graph, qvariables: Any, images: Float[Array, "n ..."], *, batch_size: int = 64) -> None:
     """Compile ahead what `compare` runs on such quantized variables; shapes of them are enough."""
-    for batch in {batch.shape: batch for batch in batches(images, batch_size)}.values():
+    for batch in batches(images, batch_size):
         apply_jitted.compile_ahead(graph, qvariables, batch)
 
 
